@@ -1,0 +1,32 @@
+# Everything runs in .venv; a stamp newer than pyproject.toml means "already installed".
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: demo test lint clean
+
+# The first interpreter on the path that is new enough.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+demo: .venv/.train
+	$(BIN)/python -m reprune_triton.bench demo
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.%: pyproject.toml .venv/.python
+	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	touch $@

@@ -1,0 +1,37 @@
+"""python -m reprune_triton.bench COMMAND: each command is a module beside this one."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from reprune_triton.errors import RepruneError
+
+COMMANDS = {
+    "event": "time one pruning event against SciPy and fastcluster",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m reprune_triton.bench", description="Benchmarks of reprune_triton.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    given = sys.argv[1:] if arguments is None else arguments
+    wanted = next((word for word in given if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == wanted:  # the others are not even imported: each has its own optional dependencies
+            module = importlib.import_module(f"reprune_triton.bench.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    parsed = parser.parse_args(given)
+    try:
+        parsed.run(parsed)
+    except RepruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""Which output channels can go, who reads them, and what they cost.
+
+The dependency analysis is torch-pruning's; this is the only module that knows that library. It works on a copy of the
+model and never edits it. Its answer is then proved by running: dropping channels must give the same outputs as masking
+them (`_disagrees`).
+"""
+
+import copy
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import RepruneError
+from .narrow import CHANNELWISE, Narrowing, Slice, Slices, check_whole, is_depthwise
+
+PRUNABLE = "prunable"
+
+
+class Reader(NamedTuple):
+    """A conv or linear that reads a prunable conv's channels."""
+
+    name: str
+    repeat: int  # input features per channel: 1, or height*width behind a flatten
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """A conv whose output channels can go, with everything that goes with them."""
+
+    name: str
+    n_out: int
+    n_in: int
+    area: int  # kh * kw
+    norm: str | None  # the BatchNorm that follows, whose scale |gamma| ranks the channels
+    followers: tuple[str, ...]  # channel-wise modules and depthwise convs that lose the same channels
+    readers: tuple[Reader, ...]
+
+
+class Cost(NamedTuple):
+    """Multiply-adds of one conv or linear for one sample at full width, and which prunable convs set its widths."""
+
+    name: str
+    macs: int
+    out: str | None  # the prunable conv whose width is this module's output width
+    into: str | None  # ... its input width
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The result of `analyse`."""
+
+    prunable: tuple[Prunable, ...]
+    reasons: dict[str, str]  # every conv's name -> "prunable", or why not
+    costs: tuple[Cost, ...]
+
+    def slices(self, active: Mapping[str, Tensor]) -> Slices:
+        """What every module runs on when layer `name` has only the channels active[name] (sorted int64 indices)."""
+        out: dict[str, Tensor] = {}
+        into: dict[str, Tensor] = {}
+        for layer in self.prunable:
+            kept = active[layer.name]
+            if len(kept) == layer.n_out:
+                continue
+            out |= dict.fromkeys((layer.name, *layer.followers), kept)
+            for name, repeat in layer.readers:
+                spread = torch.arange(repeat, device=kept.device)
+                into[name] = (kept[:, None] * repeat + spread).flatten()  # channel c: features c*repeat + 0, 1, ...
+        return {name: Slice(out.get(name), into.get(name)) for name in {**out, **into}}
+
+    def inputs(self, active: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """The active input channels of every prunable conv; None where all are."""
+        slices = self.slices(active)
+        return {layer.name: slices.get(layer.name, Slice()).in_ for layer in self.prunable}
+
+    def macs(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Multiply-adds per sample of every conv and linear at these widths (the papers' "FLOPs")."""
+        full = {layer.name: layer.n_out for layer in self.prunable}
+        found = {}
+        for cost in self.costs:
+            macs = cost.macs
+            for name in (cost.out, cost.into):
+                if name is not None:
+                    macs = macs * widths[name] // full[name]  # exact: macs is a multiple of both widths
+            found[cost.name] = macs
+        return found
+
+    def flops(self, widths: Mapping[str, int]) -> float:
+        """The share of the dense network's FLOPs that is left at these widths."""
+        return sum(self.macs(widths).values()) / sum(cost.macs for cost in self.costs)
+
+    def only(self, keep: Callable[[Prunable], str | None]) -> "Channels":
+        """Without the layers for which `keep` gives a reason."""
+        refused = {layer.name: reason for layer in self.prunable if (reason := keep(layer)) is not None}
+        return replace(
+            self,
+            prunable=tuple(layer for layer in self.prunable if layer.name not in refused),
+            reasons=self.reasons | refused,
+            costs=tuple(
+                c._replace(out=None if c.out in refused else c.out, into=None if c.into in refused else c.into)
+                for c in self.costs
+            ),
+        )
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """True if the module name is one of the patterns or fits one (`*` and `?` as in file names)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def analyse(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = ()) -> Channels:
+    """Find the prunable convs of `model`.
+
+    A conv is prunable if its output reaches, through channel-wise operations only, the inputs of further layers in one
+    chain: not an addition or concatenation with another branch, not the network's output. A conv read by several
+    layers feeds a residual stream and stays too, as in the paper (first 3x3 of a BasicBlock; first 1x1 and the 3x3 of
+    a Bottleneck).
+
+    Args:
+        model: any module; not changed.
+        example_inputs: a tensor, or a tuple or dict of arguments, as the model's forward takes them; a batch of 1 or 2
+            on the model's device is enough.
+        ignore: conv names, or patterns with `*`, to leave alone.
+    Raises:
+        RepruneError: if the model has no Conv2d, cannot run on `example_inputs`, cannot be analysed, or is narrow
+            already.
+    """
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        raise RepruneError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to prune")
+    check_whole(model)
+    twin = copy.deepcopy(model).eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(True)  # the analysis follows autograd's graph, through frozen layers too
+    costs, calls = _costs(twin, example_inputs)
+    layers, reasons = _dependencies(twin, example_inputs, calls, ignore)
+    found = Channels(tuple(layers), reasons, ())
+    out = {name: layer.name for layer in layers for name in (layer.name, *layer.followers)}
+    into = {reader.name: layer.name for layer in layers for reader in layer.readers}
+    found = replace(found, costs=tuple(Cost(name, macs, out.get(name), into.get(name)) for name, macs in costs.items()))
+    return _proved(twin, example_inputs, found)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run `model` on a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _costs(twin: nn.Module, inputs: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Multiply-adds per sample, and the number of calls, of every conv and linear that `inputs` reach."""
+    macs: dict[str, int] = {}
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            weight = module._parameters["weight"]
+            assert weight is not None
+            macs[name] = macs.get(name, 0) + output[0].numel() * weight[0].numel()
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(count(name))
+        for name, module in twin.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module._parameters.get("weight") is not None
+    ]
+    try:
+        with torch.no_grad():
+            call(twin, inputs)
+    except Exception as error:
+        raise RepruneError(
+            f"{type(twin).__name__} does not run on example_inputs ({error}). "
+            "Give a small batch such as the model is trained on, on the model's device."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return macs, calls
+
+
+def _dependencies(
+    twin: nn.Module, inputs: Any, calls: dict[str, int], ignore: Sequence[str]
+) -> tuple[list[Prunable], dict[str, str]]:
+    import torch_pruning  # imported here: the rest of the package runs without it
+
+    names = {module: name for name, module in twin.named_modules()}
+    owners: dict[int, list[str]] = {}
+    for name, module in twin.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    try:
+        with torch.enable_grad():
+            graph = torch_pruning.DependencyGraph().build_dependency(twin, inputs, verbose=False)
+    except Exception as error:
+        raise RepruneError(
+            f"the dependency analysis (torch-pruning) cannot follow {type(twin).__name__}'s operations: {error!r}. "
+            "Networks that shuffle or regroup channels are not supported."
+        ) from error
+    layers, reasons = [], {}
+    for name, conv in ((n, m) for n, m in twin.named_modules() if isinstance(m, nn.Conv2d)):
+        weight = conv._parameters.get("weight")
+        shared = [other for other in owners.get(id(weight), []) if other != name]
+        if matches(name, ignore):
+            reasons[name] = "ignored, as asked"
+        elif is_depthwise(conv):
+            reasons[name] = "a depthwise convolution follows the layer it reads"
+        elif conv.groups > 1:
+            reasons[name] = f"a grouped convolution ({conv.groups} groups)"
+        elif weight is None:
+            reasons[name] = "its weight is not a plain parameter (weight norm or another parametrization)"
+        elif shared:
+            reasons[name] = f"it shares its weight with {', '.join(shared)}"
+        elif calls.get(name, 0) != 1 or conv not in graph.module2node:
+            reasons[name] = f"called {calls.get(name, 0)} times in one forward, must be once"
+        elif conv.out_channels == 1:
+            reasons[name] = "it has one output channel only"
+        else:
+            group = graph.get_pruning_group(
+                conv, torch_pruning.prune_conv_out_channels, idxs=list(range(conv.out_channels))
+            )
+            found = _layer(name, conv, group, names, graph.is_in_channel_pruning_fn)
+            reasons[name] = found if isinstance(found, str) else PRUNABLE
+            if isinstance(found, Prunable):
+                layers.append(replace(found, norm=_norm(graph.module2node[conv], names)))
+    return layers, reasons
+
+
+def _layer(
+    name: str, conv: nn.Conv2d, group: Any, names: dict[nn.Module, str], reads: Callable[[Any], bool]
+) -> Prunable | str:
+    """What goes with the output channels of `conv`; a string says why they cannot go."""
+    followers, readers = [], []
+    for dependency, indices in group:
+        module = dependency.target.module
+        if module is conv:
+            continue
+        if module not in names:  # an operation without weights, or a bare parameter
+            kind = type(module).__name__
+            moving = any(word in kind for word in ("Concat", "Split", "Slice", "Unbind", "Expand"))
+            if moving or isinstance(module, Tensor):
+                return f"its output goes through {kind.strip('_')}, which mixes or moves channels"
+            continue
+        target = names[module]
+        repeat, rest = divmod(len(indices), conv.out_channels)
+        if rest or list(indices) != list(range(len(indices))):
+            return f"it writes only some of the channels that {target} reads (a concatenation)"
+        if isinstance(module, CHANNELWISE) or is_depthwise(module):
+            followers.append(target)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)) and reads(dependency.handler):
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                return f"{target}, which reads it, is a grouped convolution"
+            readers.append(Reader(target, repeat))
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            return f"its output meets that of {target} (a residual connection or a gate)"
+        else:
+            return f"{target}, a {type(module).__name__}, works across channels"
+    if not readers:
+        return "no layer reads it: it is an output of the network"
+    if len(readers) > 1:
+        names_of = ", ".join(reader.name for reader in readers)
+        return f"it is read by several layers ({names_of}): a stream that branches share stays"
+    n_in, area = conv.in_channels, conv.kernel_size[0] * conv.kernel_size[1]
+    return Prunable(name, conv.out_channels, n_in, area, None, tuple(followers), tuple(readers))
+
+
+def _norm(node: Any, names: dict[nn.Module, str]) -> str | None:
+    """The BatchNorm right behind a conv (channel-wise operations may stand between)."""
+    while len(node.outputs) == 1:
+        node = node.outputs[0]
+        if isinstance(node.module, nn.modules.batchnorm._BatchNorm):
+            return names[node.module] if node.module.weight is not None else None
+        if node.module in names and not isinstance(node.module, CHANNELWISE):
+            return None
+    return None
+
+
+def _proved(twin: nn.Module, inputs: Any, channels: Channels) -> Channels:
+    """Refuse every layer for which running narrow and masking disagree, however convincing the graph looked."""
+    twin, inputs = twin.double(), _doubled(inputs)
+    generator = torch.Generator().manual_seed(0)
+    for module in twin.modules():  # make every path count: a zero-initialised scale would hide what stands before it
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5), (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 1.5),
+            ):  # fmt: skip
+                if tensor is not None:
+                    tensor.data.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+    if not channels.prunable or not _disagrees(twin, inputs, channels, channels.prunable):
+        return channels
+    guilty = {layer.name for layer in channels.prunable if _disagrees(twin, inputs, channels, (layer,))}
+    why = "dropping its channels changes more than masking them would: an operation mixes channels"
+    return channels.only(lambda layer: why if layer.name in guilty else None)
+
+
+@torch.no_grad()
+def _disagrees(twin: nn.Module, inputs: Any, channels: Channels, layers: Sequence[Prunable]) -> bool:
+    """Drop every second channel of `layers`: are the outputs not those with these channels masked at their readers?"""
+    active = {layer.name: torch.arange(layer.n_out) for layer in channels.prunable}
+    active |= {layer.name: torch.arange(0, layer.n_out, 2) for layer in layers}
+    slices = channels.slices(active)
+    handles = []
+    for layer in layers:
+        for name, _ in layer.readers:
+            handles.append(twin.get_submodule(name).register_forward_pre_hook(_masking(slices[name].in_)))
+    try:
+        masked = _outputs(call(twin, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    narrowing = Narrowing(twin)
+    narrowing.set(slices)
+    try:
+        narrow = _outputs(call(twin, inputs))
+    except Exception:  # shapes no longer fit: the graph was wrong
+        return True
+    finally:
+        narrowing.close()
+    return len(masked) != len(narrow) or any(
+        a.shape != b.shape or not torch.allclose(a, b, rtol=1e-6, atol=1e-9 * float(a.abs().max()))
+        for a, b in zip(masked, narrow, strict=True)
+    )
+
+
+def _masking(index: Tensor | None) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        dim = 1 if isinstance(module, nn.Conv2d) else x.dim() - 1
+        mask = x.new_zeros(x.shape[dim])
+        mask[index] = 1
+        shape = [1] * x.dim()
+        shape[dim] = -1
+        return (x * mask.view(shape), *args[1:])
+
+    return hook
+
+
+def _doubled(inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return {key: _doubled(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_doubled(value) for value in inputs)
+    return inputs.double() if torch.is_tensor(inputs) and inputs.is_floating_point() else inputs
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    if torch.is_tensor(value):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _outputs(item)] if isinstance(value, (tuple, list)) else []

@@ -1,0 +1,237 @@
+"""Run, and finally build, a network on its active channels only.
+
+While training, parameters keep their full shape: state_dict keys, optimizer, DDP and EMA see no difference. A narrowed
+module gathers the active slices of its tensors just before its forward and drops them just after, so activations
+between layers are narrow, and autograd scatters the gradients back. What is pruned is frozen: an optimizer step leaves
+its values as they are and its momentum at zero.
+
+    weight (n_out, n_in, kh, kw) --gather--> (active out, active in, kh, kw) --conv--> narrow activations
+
+This equals training the full network with the mask applied after BatchNorm and activation (SPEC, "the invariant").
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import RepruneError
+
+# Modules that treat every channel alone and hold only per-channel vectors.
+CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
+# The attributes that state a width, per direction.
+_OUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
+_IN_WIDTHS = ("in_channels", "in_features")
+
+
+class Slice(NamedTuple):
+    """The active channels of one module: sorted int64 indices, or None where all are active."""
+
+    out: Tensor | None = None  # (active output channels,)
+    in_: Tensor | None = None  # (active input channels,) or input features
+
+
+Slices = dict[str, Slice]  # by module name
+Cuts = list[tuple[int, Tensor]]  # (dimension, indices to keep or to freeze)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """True for a convolution whose every output channel reads its own input channel only."""
+    return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def cuts(module: nn.Module, part: Slice) -> dict[str, Cuts]:
+    """Which dimensions of which tensors (parameters and buffers) of `module` are sliced, and by which indices."""
+    out: Cuts = [] if part.out is None else [(0, part.out)]
+    into: Cuts = [] if part.in_ is None else [(1, part.in_)]
+    if isinstance(module, CHANNELWISE):
+        found = {name: out for name, tensor in _tensors(module) if tensor.dim() == 1}
+    elif is_depthwise(module):
+        found = {"weight": out, "bias": out}
+    elif isinstance(module, (nn.Conv2d, nn.Linear)):
+        found = {"weight": out + into, "bias": out}
+    else:
+        raise RepruneError(f"a {type(module).__name__} cannot run on part of its channels")
+    present = {name for name, _ in _tensors(module)}
+    return {name: where for name, where in found.items() if where and name in present}
+
+
+def gather(tensor: Tensor, where: Cuts) -> Tensor:
+    """The slices of `tensor` at `where`; differentiable, the gradient is zero elsewhere."""
+    for dim, index in where:
+        tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
+
+
+class Narrowing:
+    """Keeps `model` narrow: forward hooks on its modules, and step hooks on `optimizer` that freeze what is pruned.
+
+    The hooks hold index tensors only, so a deep copy of the model (an EMA, say) is narrow in the same way.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None = None):
+        self._modules = dict(model.named_modules())
+        self._handles: list[Any] = []
+        self._frozen: list[tuple[nn.Parameter, int, Tensor]] = []  # (parameter, dimension, pruned indices)
+        self._held: list[Tensor] = []
+        self._optimizer = optimizer
+        self._step_handles: list[Any] = []
+        if optimizer is not None:
+            self._step_handles = [
+                optimizer.register_step_pre_hook(self._hold),
+                optimizer.register_step_post_hook(self._restore),
+            ]
+
+    def set(self, slices: Slices) -> None:
+        """Make exactly these modules narrow, in place of what was narrow before."""
+        self._remove(self._handles)
+        self._frozen = []
+        for name, part in slices.items():
+            module = self._modules[name]
+            where = cuts(module, part)
+            shadow = _Shadow(where, len(part.out) if part.out is not None and is_depthwise(module) else None)
+            self._handles += [
+                module.register_forward_pre_hook(shadow.enter),
+                # always_call: an exception inside forward must not leave the slices in place
+                module.register_forward_hook(shadow.leave, always_call=True),
+            ]
+            for tensor, cut in where.items():
+                parameter = module._parameters.get(tensor)
+                if parameter is not None:
+                    self._frozen += [(parameter, dim, _others(index, parameter.shape[dim])) for dim, index in cut]
+        self._forget()
+
+    def close(self, optimizer_only: bool = False) -> None:
+        """Take the hooks out again: all of them, or only those on the optimizer."""
+        self._remove(self._step_handles)
+        if not optimizer_only:
+            self._remove(self._handles)
+
+    @staticmethod
+    def _remove(handles: list[Any]) -> None:
+        while handles:
+            handles.pop().remove()
+
+    @torch.no_grad()
+    def _hold(self, *_: object) -> None:
+        # Read at every step, not once per event: so it does not matter in which order a checkpoint is loaded.
+        self._held = [p.index_select(dim, index.to(p.device)) for p, dim, index in self._frozen]
+
+    @torch.no_grad()
+    def _restore(self, *_: object) -> None:
+        for (p, dim, index), held in zip(self._frozen, self._held, strict=True):
+            p.index_copy_(dim, index.to(p.device), held)
+        self._held = []
+        self._forget()
+
+    @torch.no_grad()
+    def _forget(self) -> None:
+        """Zero what the optimizer remembers (momentum) of frozen channels."""
+        for parameter, dim, index in self._frozen:
+            if self._optimizer is not None and parameter in self._optimizer.state:
+                for value in self._optimizer.state[parameter].values():
+                    if torch.is_tensor(value) and value.shape == parameter.shape:
+                        value.index_fill_(dim, index.to(value.device), 0)
+
+
+class _Shadow:
+    """Lets a module's forward see slices of its tensors: an instance attribute hides the parameter of the same name."""
+
+    def __init__(self, where: dict[str, Cuts], groups: int | None):
+        self.where, self.groups = where, groups
+
+    def enter(self, module: nn.Module, args: object) -> None:
+        for name, cut in self.where.items():
+            module.__dict__[name] = gather(getattr(module, name), cut)
+        if self.groups is not None:
+            module.__dict__["groups"] = self.groups
+
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
+        if self.groups is not None:
+            module.__dict__["groups"] = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+        for name, cut in self.where.items():
+            part = module.__dict__.pop(name, None)
+            full = module._buffers.get(name)
+            if full is not None and part is not None and module.training:  # BatchNorm updated its statistics
+                for dim, index in cut:
+                    full.index_copy_(dim, index.to(full.device), part)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise RepruneError if `model` is narrow already: another pruner's hooks are on it."""
+    if any(_shadows(module._forward_pre_hooks) for module in model.modules()):
+        raise RepruneError(
+            f"this {type(model).__name__} runs on part of its channels already: a model has one pruner. "
+            "Take the module that finalize() returned, or build the model afresh and load its weights."
+        )
+
+
+def compact(model: nn.Module, slices: Slices) -> nn.Module:
+    """A physically narrow copy of `model`: an ordinary module with smaller parameters and no hooks of ours."""
+    slim = copy.deepcopy(model)
+    for name, module in slim.named_modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in _shadows(hooks):
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+        if name in slices:
+            part, full, depthwise = slices[name], dict(_tensors(module)), is_depthwise(module)
+            resize(module, {key: gather(full[key].detach(), cut) for key, cut in cuts(module, part).items()})
+            into = _IN_WIDTHS if not depthwise else ()
+            across = ("groups", "in_channels") if depthwise else ()
+            for attributes, index in ((_OUT_WIDTHS + across, part.out), (into, part.in_)):
+                for attribute in attributes:
+                    if index is not None and hasattr(module, attribute):
+                        setattr(module, attribute, len(index))
+    return slim
+
+
+def resize(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put `tensors` in the place of the module's own parameters and buffers of those names, whatever their shape."""
+    for name, tensor in tensors.items():
+        if name in module._parameters:
+            old = module._parameters[name]
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
+        else:
+            module._buffers[name] = tensor
+
+
+def carry_optimizer(optimizer: Optimizer, model: nn.Module, slim: nn.Module, slices: Slices) -> None:
+    """Make `optimizer` train `slim` in place of `model`: same groups and options, its state sliced like the weights."""
+    new = dict(slim.named_parameters())
+    where: dict[str, Cuts] = {}
+    for name, part in slices.items():
+        prefix = f"{name}." if name else ""
+        where |= {prefix + key: cut for key, cut in cuts(model.get_submodule(name), part).items()}
+    replaced = {old: (new[name], where.get(name, [])) for name, old in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]
+    for old, (parameter, cut) in replaced.items():
+        if old in optimizer.state:
+            state = optimizer.state.pop(old)
+            optimizer.state[parameter] = {
+                key: gather(value, cut) if torch.is_tensor(value) and value.shape == old.shape else value
+                for key, value in state.items()
+            }
+
+
+def _shadows(hooks: Mapping[int, Any]) -> list[int]:
+    """The keys of our own among a module's hooks."""
+    return [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Shadow)]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for named in (module._parameters, module._buffers):
+        for name, tensor in named.items():
+            if tensor is not None:
+                yield name, tensor
+
+
+def _others(index: Tensor, size: int) -> Tensor:
+    """The indices in [0, size) that are not in `index`, sorted."""
+    rest = torch.ones(size, dtype=torch.bool, device=index.device)
+    rest[index] = False
+    return rest.nonzero().flatten()

@@ -1,0 +1,262 @@
+"""The operations of one pruning event: ward, cut, cover, and select_filters, which chains them for one layer.
+
+This is where input is checked and where an implementation is chosen. What the operations compute is defined by
+`reprune_triton.reference`; every implementation must give the same answer.
+
+Park et al., "REPrune: Channel Pruning via Kernel Representative Selection", AAAI 2024 (arXiv:2402.17862).
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reprune_triton import reference
+from reprune_triton.errors import RepruneError
+from reprune_triton.reference import LINKAGES, TIES
+
+IMPLS = ("auto", "reference", "triton")
+MAX_FILTERS = 1 << reference.INDEX_BITS  # the sort key of `cover` has this many bits for the index
+_MAX_CHANNELS = 1 << (63 - reference.INDEX_BITS - reference.TIE_BITS)  # ... and for the gain
+_SAFE_EXPONENTS = {torch.float32: (-40, 50), torch.float64: (-400, 400)}  # of max|x|: squares stay normal numbers
+
+
+class Merges(NamedTuple):
+    """Dendrograms of P problems of n points, as absorption forests.
+
+    Each merge kills one representative j, the higher of the two: parent[j] = i < j, at height[j]. The root has
+    parent[r] = r = 0 and height +inf. Heights never decrease along a path to the root.
+    """
+
+    parent: Tensor  # (P, n) int32
+    height: Tensor  # (P, n) float32, or float64 for float64 points; I for ward, Euclidean distance for the others
+    linkage: str
+    scale: float = 1.0  # true height = height * scale; a power of two, 1 unless the points are tiny or huge
+
+    def problems(self, start: int, stop: int) -> Merges:
+        """The problems start .. stop - 1, for layers that were clustered in one call."""
+        return self._replace(parent=self.parent[start:stop], height=self.height[start:stop])
+
+    def to_scipy(self) -> np.ndarray:
+        """SciPy's linkage matrices, (P, n - 1, 4) float64, with SciPy's heights (ward: sqrt(2 I)).
+
+        Merges of exactly equal height are ordered so that the matrix is valid; SciPy may order them otherwise.
+        """
+        parent = self.parent.long().cpu().numpy()
+        height = self.height.double().cpu().numpy()
+        P, n = parent.shape
+        problem = np.arange(P)
+        depth, above = np.zeros_like(parent), parent  # hops to the root
+        while (above != 0).any():
+            depth, above = depth + (above != 0), np.take_along_axis(parent, above, 1)
+        order = np.lexsort((-depth, height), axis=1)  # of equal heights the deeper goes first: children before parents
+        name, size = np.tile(np.arange(n), (P, 1)), np.ones_like(parent)
+        Z = np.empty((P, n - 1, 4))
+        for t in range(n - 1):
+            j = order[:, t]
+            i = parent[problem, j]
+            a, b = name[problem, i], name[problem, j]
+            size[problem, i] += size[problem, j]
+            Z[:, t, 0], Z[:, t, 1] = np.minimum(a, b), np.maximum(a, b)
+            Z[:, t, 2], Z[:, t, 3] = height[problem, j], size[problem, i]
+            name[problem, i] = n + t
+        if self.linkage == "ward":
+            Z[:, :, 2] = np.sqrt(2 * Z[:, :, 2]) * math.sqrt(self.scale)
+        else:
+            Z[:, :, 2] *= self.scale
+        return Z
+
+
+class Clusters(NamedTuple):
+    """What the cut leaves of every problem."""
+
+    labels: Tensor  # (P, n) int32: equal label = same cluster; numbered from 0 by the lowest member
+    h: float  # height of the cut, in true units (I for ward)
+
+
+class Cover(NamedTuple):
+    """The filters that greedy maximum coverage takes."""
+
+    order: Tensor  # (keep,) int32, in order of choice
+    gains: Tensor  # (keep,) int32, clusters each filter was the first to cover; never rises
+    covered: int  # clusters covered by the chosen filters
+    clusters: int  # clusters of all channels
+
+    @property
+    def coverage(self) -> float:
+        """Coverage rate: covered clusters / all clusters (paper, Fig. 3)."""
+        return self.covered / self.clusters
+
+
+def keep_count(n: int, sparsity: float | str | Fraction) -> int:
+    """n - ceil(sparsity * n), in exact integers, with the sparsity read as the decimal that was typed.
+
+    Floats misround: 1 - 0.9 is a little under 0.1, and 0.07 * 100 is a little over 7.
+    """
+    try:
+        exact = Fraction(str(sparsity))
+    except ValueError as error:
+        raise RepruneError(f"sparsity is {sparsity!r}; it must be a number like 0.5.") from error
+    if not 0 <= exact < 1:
+        raise RepruneError(f"sparsity is {sparsity}; it must be at least 0 and less than 1.")
+    return n - math.ceil(exact * n)
+
+
+def kernel_points(weight: Tensor) -> Tensor:
+    """The clustering problems of a conv weight (n_out, n_in, kh, kw): points (n_in, n_out, kh * kw)."""
+    if weight.dim() != 4:
+        raise RepruneError(f"weight has shape {tuple(weight.shape)}; it must be (n_out, n_in, kh, kw).")
+    return weight.detach().flatten(2).transpose(0, 1)
+
+
+def filter_norms(weight: Tensor) -> Tensor:
+    """L2 norm of every filter of a conv weight (n_out, n_in, kh, kw): (n_out,) float64, the score of tie="norm"."""
+    return weight.detach().flatten(1).double().norm(dim=1)
+
+
+def scale_of(points: Tensor) -> int:
+    """e such that `ward` works on points * 2^-e. It is 0 unless max|x| is so tiny or huge that squares would leave
+    the normal range. Layers may share one call of `ward` when n, d and this exponent are equal.
+    """
+    largest = points.detach().abs().max().to(torch.float64).item() if points.numel() else 0.0
+    low, high = _SAFE_EXPONENTS[_working_dtype(points)]
+    exponent = math.frexp(largest)[1]
+    return 0 if largest == 0 or not math.isfinite(largest) or low <= exponent <= high else exponent
+
+
+def ward(points: Tensor, linkage: str = "ward", impl: str = "auto") -> Merges:
+    """Agglomerative clustering of P problems at once.
+
+    points: (P, n, d) floating point. float64 stays float64, everything else is computed in float32.
+    linkage: "ward" (heights in I(A, B) = |A||B| / (|A| + |B|) * ||m_A - m_B||^2, the growth of the within-cluster SSE;
+    SciPy's is sqrt(2 I)), or "single", "complete", "average" (Euclidean distance).
+    Raises RepruneError for points that are not finite, and for shapes or names that do not fit.
+    """
+    _one_of("linkage", linkage, LINKAGES)
+    if points.dim() != 3:
+        raise RepruneError(f"points have shape {tuple(points.shape)}; they must be (problems, points, dimensions).")
+    if 0 in points.shape:
+        raise RepruneError(f"points have shape {tuple(points.shape)}; at least one of each is needed to cluster.")
+    dtype = _working_dtype(points)
+    points = points.detach()
+    finite = points.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        bad = (~finite).nonzero().squeeze(1)
+        raise RepruneError(
+            f"points have NaN or infinity in problem {int(bad[0])} ({len(bad)} of {len(points)} problems). "
+            "Look for a diverged layer: lower the learning rate or load an earlier checkpoint."
+        )
+    exponent = scale_of(points)
+    if exponent:
+        if abs(exponent) > 500:
+            raise RepruneError("points are beyond 1e-150 or 1e+150, where squares leave float64; rescale them first.")
+        points = points.double() * 2.0**-exponent  # exact
+    points = points.to(dtype)
+    _implementation(impl, points)
+    parent, height = reference.forest(points, linkage)
+    scale = 2.0 ** (2 * exponent if linkage == "ward" else exponent)
+    return Merges(parent, height, linkage, scale)
+
+
+def cut(merges: Merges, keep: int) -> Clusters:
+    """Cut all problems of one layer at the lowest height that leaves each at most `keep` clusters.
+
+    With c = n - keep: h is the largest, over the problems, of the c-th smallest height; merges up to h (included)
+    happen. With c = 0 nothing merges: every kernel is its own cluster and h = 0.
+    """
+    _check_keep(keep, merges.parent.shape[1])
+    labels, h = reference.cut(merges.parent, merges.height, keep)
+    return Clusters(labels.to(torch.int32), h * merges.scale)
+
+
+def cover(
+    labels: Tensor,
+    keep: int,
+    tie: str = "random",
+    seed: int = 0,
+    impl: str = "auto",
+    score: Tensor | None = None,
+) -> Cover:
+    """Greedily take `keep` filters, each time the one that covers most clusters not covered yet.
+
+    labels: (n_in, n_out) integer; filter i covers cluster labels[j, i] of channel j. At most 4096 filters.
+    tie: which of the filters with equal gain goes first. "random": uniform, with bits that depend only on
+    (seed, step, filter); "index": the lowest; "norm" and "gamma": the largest score (n_out,), then the lowest.
+    Once everything is covered the remaining filters all tie, at gain 0.
+    """
+    _one_of("tie", tie, TIES)
+    if labels.dim() != 2 or 0 in labels.shape:
+        raise RepruneError(f"labels have shape {tuple(labels.shape)}; they must be (input channels, filters).")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise RepruneError(f"labels are {labels.dtype}; they must be integers, as `cut` gives them.")
+    n_in, n_out = labels.shape
+    if n_out > MAX_FILTERS or n_in >= _MAX_CHANNELS:
+        raise RepruneError(
+            f"labels have {n_out} filters and {n_in} channels; at most {MAX_FILTERS} filters and "
+            f"{_MAX_CHANNELS - 1} channels fit in the sort key. Leave this layer out of pruning."
+        )
+    _check_keep(keep, n_out)
+    if tie in ("norm", "gamma"):
+        if score is None:
+            raise RepruneError(f'tie="{tie}" needs score, one number per filter; pass it or use tie="random".')
+        if score.shape != (n_out,):
+            raise RepruneError(f"score has shape {tuple(score.shape)}; it must be ({n_out},), one number per filter.")
+        if not score.isfinite().all():
+            raise RepruneError("score has NaN or infinity; the layer has diverged.")
+        score = score.detach().to(labels.device)
+    _implementation(impl, labels)
+    order, gains, covered, clusters = reference.cover(labels, keep, tie, seed, score)
+    return Cover(order.to(torch.int32), gains.to(torch.int32), covered, clusters)
+
+
+def select_filters(
+    weight: Tensor,
+    keep: int,
+    *,
+    linkage: str = "ward",
+    tie: str = "random",
+    seed: int = 0,
+    impl: str = "auto",
+    score: Tensor | None = None,
+) -> tuple[Cover, Clusters]:
+    """Choose `keep` filters of one conv weight (n_out, n_in, kh, kw): cluster, cut and cover.
+
+    score is needed for tie="gamma" (|gamma| of the BatchNorm that follows); for "norm" it is computed.
+    """
+    points = kernel_points(weight)
+    if len(weight) == 0:
+        raise RepruneError("weight has no filters; there is nothing to select.")
+    _check_keep(keep, len(weight))
+    if tie == "norm" and score is None:
+        score = filter_norms(weight)
+    clusters = cut(ward(points, linkage, impl), keep)
+    return cover(clusters.labels, keep, tie, seed, impl, score), clusters
+
+
+def _implementation(impl: str, tensor: Tensor) -> str:
+    """Which implementation runs: the one asked for, never another one in silence."""
+    _one_of("impl", impl, IMPLS)
+    if impl == "triton":
+        raise RepruneError('impl="triton" has no kernel for this operation yet; use impl="auto" or "reference".')
+    return "reference"
+
+
+def _working_dtype(points: Tensor) -> torch.dtype:
+    if not points.dtype.is_floating_point:
+        raise RepruneError(f"points are {points.dtype}; convert them to a floating-point type first.")
+    return torch.float64 if points.dtype == torch.float64 else torch.float32
+
+
+def _check_keep(keep: int, n: int) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= n:
+        raise RepruneError(f"keep is {keep}; it must be a whole number from 1 to {n}, the number of filters.")
+
+
+def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise RepruneError(f"{name} is {value!r}; it must be one of {', '.join(valid)}.")

@@ -1,0 +1,508 @@
+"""REPrune while training (Park et al., AAAI 2024): when to prune, and the story of one event, top to bottom.
+
+    widths (sparsity.py) -> merges -> cut -> cover (ops.py) -> regrow (regrow.py) -> run narrow (narrow.py)
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import channels as channel_analysis
+from . import narrow, ops, sparsity
+from .channels import PRUNABLE, Channels, Prunable
+from .errors import RepruneError
+from .regrow import regrow
+from .rng import derive_seed
+
+FORMAT = 1  # of state_dict
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of `REPrune`.
+
+    Attributes:
+        sparsity: global channel sparsity s_bar in [0, 1); or a dict from conv name or pattern to that layer's own.
+        flops: instead of sparsity: the share of the dense network's FLOPs to keep, in (0, 1].
+        every: epochs from one pruning event to the next (dT).
+        until: the epoch of the last event (T_prune); about 72% of the training is good (paper, Table 9).
+        regrow: delta_0, how much denser than its target the network is at the start; 0 switches regrowth off.
+        linkage: "ward" (paper), "single", "complete" or "average".
+        tie: which of equally good filters is taken: "random" (paper), "index", "norm" or "gamma".
+        round_to: kept channels are a multiple of this; None is 16 on CUDA and 1 elsewhere.
+        min_keep: no layer keeps fewer channels.
+        ignore: convs to leave alone, by name or pattern ("layer1.*").
+        seed: decides every random choice here, whatever else the program draws.
+        impl: "auto", "reference" or "triton", see `ops`.
+    Raises:
+        RepruneError: if an option is out of its range.
+    """
+
+    sparsity: float | Mapping[str, float] | None = None
+    flops: float | None = None
+    every: int = 2
+    until: int | None = None
+    regrow: float = 0.3
+    linkage: str = "ward"
+    tie: str = "random"
+    round_to: int | None = None
+    min_keep: int = 1
+    ignore: tuple[str, ...] = ()
+    seed: int = 0
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.flops is None):
+            raise RepruneError("give one of sparsity= (share of channels to prune) and flops= (share of FLOPs to keep)")
+        if self.sparsity is not None:
+            per_layer = self.sparsity if isinstance(self.sparsity, Mapping) else {"": self.sparsity}
+            for name, value in per_layer.items():
+                if not _is_number(value) or not 0 <= value < 1:
+                    where = f" of {name}" if name else ""
+                    raise RepruneError(f"sparsity{where} must be in [0, 1), the share to prune; got {value!r}")
+        elif not _is_number(self.flops) or not 0 < self.flops <= 1:  # type: ignore[operator]
+            raise RepruneError(f"flops must be in (0, 1], the share of FLOPs to keep; got {self.flops!r}")
+        if self.until is None:
+            raise RepruneError("until= is missing: the epoch of the last pruning event, about 72% of the epochs")
+        for name, value, low in (
+            ("every", self.every, 1), ("until", self.until, 1), ("min_keep", self.min_keep, 1), ("seed", self.seed, 0),
+            ("round_to", 1 if self.round_to is None else self.round_to, 1),
+        ):  # fmt: skip
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise RepruneError(f"{name} must be a whole number of at least {low}; got {value!r}")
+        if not _is_number(self.regrow) or not 0 <= self.regrow < 1:
+            raise RepruneError(f"regrow must be in [0, 1); got {self.regrow!r}")
+        for name, choice, known in (
+            ("linkage", self.linkage, ops.LINKAGES), ("tie", self.tie, ops.TIES), ("impl", self.impl, ops.IMPLS),
+        ):  # fmt: skip
+            if choice not in known:
+                raise RepruneError(f"{name} must be one of {', '.join(known)}; got {choice!r}")
+        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+
+
+@dataclass(frozen=True)
+class LayerEvent:
+    """One layer at one event."""
+
+    name: str
+    n_out: int
+    kept: int  # filters chosen by coverage
+    width: int  # active filters after regrowth
+    sparsity: float  # 1 - width / n_out
+    coverage: float  # covered clusters / all clusters, after the choice and before regrowth (paper, Fig. 3)
+    h: float  # height of the cut
+    flops: float  # share of this conv's dense FLOPs
+    ms: float
+
+
+@dataclass(frozen=True)
+class Event:
+    """One pruning event over the whole network."""
+
+    epoch: int
+    target: float | None  # s_bar, given or found for the FLOPs budget; None with sparsities per layer
+    sparsity: float  # of all prunable channels, after regrowth
+    flops: float  # share of the dense network's FLOPs
+    coverage: float
+    ms: float
+    layers: tuple[LayerEvent, ...]
+
+
+class REPrune:
+    """Prunes the channels of `model` while it trains.
+
+        pruner = REPrune(model, optimizer, example_inputs=x, sparsity=0.5, every=2, until=180)
+        for epoch in range(epochs):
+            train_one_epoch(...)
+            pruner.step()
+        slim = pruner.finalize()
+
+    Between events the model runs on its active channels only; its parameters keep their full shape until `finalize`.
+    An event happens at every epoch t with t mod every == 0, and at t == until (so that the last one meets the target).
+
+    Args:
+        model: the network; DistributedDataParallel is unwrapped.
+        optimizer: the optimizer that trains it; pruned channels are frozen through its step hooks. None to prune
+            without training.
+        example_inputs: what the model's forward takes, a batch of 1 or 2 (see `channels.analyse`).
+        options: the fields of `Config`.
+    Raises:
+        RepruneError: for an option out of range, a model with nothing to prune, a FLOPs budget out of reach, or an
+            optimizer of another model.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None, *, example_inputs: Any, **options: Any):
+        unknown = set(options) - {field.name for field in fields(Config)}
+        if unknown:
+            raise RepruneError(
+                f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in fields(Config))}"
+            )
+        config = Config(**options)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        self._check_optimizer(model, optimizer)
+        on_cuda = any(p.is_cuda for p in model.parameters())
+        self.config = replace(config, round_to=config.round_to or (16 if on_cuda else 1))
+        self.model, self.optimizer = model, optimizer
+        self.channels = self._restricted(channel_analysis.analyse(model, example_inputs, self.config.ignore))
+        self.epoch = 0
+        self.history: list[Event] = []
+        self.active: dict[str, Tensor] = {  # per prunable conv the sorted indices of its active filters
+            layer.name: torch.arange(layer.n_out, device=self._weight(layer).device) for layer in self.channels.prunable
+        }
+        self._check_budget()
+        self._narrowing = narrow.Narrowing(model, optimizer)
+        self._finished = False
+
+    # ------------------------------------------------------------------ the event
+
+    def step(self) -> Event | None:
+        """Call once after every epoch. Prunes when an event is due, and returns what it did."""
+        if self._finished:
+            raise RepruneError("step() after finalize(): the network is final, train the one that finalize() returned")
+        self.epoch += 1
+        assert self.config.until is not None
+        due = self.epoch % self.config.every == 0 or self.epoch == self.config.until
+        if not due or self.epoch > self.config.until:
+            return None
+        self.history.append(self._event())
+        return self.history[-1]
+
+    @torch.no_grad()
+    def _event(self) -> Event:
+        started = time.perf_counter()
+        self._check_finite()
+        target, keep, width = self._widths()
+        chosen = self._select(keep)
+
+        kept = {name: self.active[name][choice.cover.order.long()].sort().values for name, choice in chosen.items()}
+        self._narrowing.set(self.channels.slices(kept))  # everything else loses its momentum here
+        self.active = {
+            layer.name: self._regrown(number, layer, kept[layer.name], width[layer.name])
+            for number, layer in enumerate(self.channels.prunable)
+        }
+        self._narrowing.set(self.channels.slices(self.active))
+
+        widths = {name: len(index) for name, index in self.active.items()}
+        macs, dense = self.channels.macs(widths), {cost.name: cost.macs for cost in self.channels.costs}
+        layers = tuple(
+            LayerEvent(
+                name=layer.name,
+                n_out=layer.n_out,
+                kept=len(kept[layer.name]),
+                width=widths[layer.name],
+                sparsity=1 - widths[layer.name] / layer.n_out,
+                coverage=chosen[layer.name].cover.coverage,
+                h=chosen[layer.name].h,
+                flops=macs[layer.name] / dense[layer.name],
+                ms=chosen[layer.name].ms,
+            )
+            for layer in self.channels.prunable
+        )
+        covers = [choice.cover for choice in chosen.values()]
+        return Event(
+            epoch=self.epoch,
+            target=target,
+            sparsity=1 - sum(widths.values()) / sum(layer.n_out for layer in layers),
+            flops=self.channels.flops(widths),
+            coverage=sum(cover.covered for cover in covers) / sum(cover.clusters for cover in covers),
+            ms=(time.perf_counter() - started) * 1e3,
+            layers=layers,
+        )
+
+    def _widths(self) -> tuple[float | None, sparsity.Widths, sparsity.Widths]:
+        """The target sparsity, filters to choose by coverage, and filters to have after regrowth."""
+        config = self.config
+        assert config.until is not None
+        extra = sparsity.regrow_share(self.epoch, config.until, config.regrow)
+        target: float | None = None
+        if isinstance(config.sparsity, Mapping):
+            keep, width = self._own_widths(0.0), self._own_widths(extra)
+        else:
+            scales = self._scales()
+            if config.flops is None:
+                target = config.sparsity
+            else:
+                cost = lambda widths: self.channels.flops(self._aligned(widths))  # noqa: E731
+                target = sparsity.sparsity_for_flops(scales, config.flops, cost)
+            assert target is not None
+            keep = self._aligned(sparsity.widths_at_sparsity(scales, target))
+            width = self._aligned(sparsity.widths_at_sparsity(scales, target - extra))
+        # only what is active now can be chosen
+        return target, {name: min(count, len(self.active[name])) for name, count in keep.items()}, width
+
+    def _select(self, keep: sparsity.Widths) -> dict[str, "_Choice"]:
+        """Cluster the kernels of every layer's active filters over its active inputs, cut, and cover (SPEC, 2 to 4)."""
+        inputs = self.channels.inputs(self.active)
+        chosen: dict[str, _Choice] = {}
+        batches: dict[tuple[int, int, float], list[tuple[int, Prunable, Tensor]]] = {}
+        for number, layer in enumerate(self.channels.prunable):
+            points = self._points(layer, inputs[layer.name])  # (n_in, n, d)
+            # layers of one shape go in one call, unless their magnitudes need different scaling
+            shape = (points.shape[1], points.shape[2], ops.scale_of(points))
+            batches.setdefault(shape, []).append((number, layer, points))
+        for batch in batches.values():
+            started = time.perf_counter()
+            merges = ops.ward(torch.cat([points for _, _, points in batch]), self.config.linkage, self.config.impl)
+            clustering = (time.perf_counter() - started) / len(batch)
+            first = 0
+            for number, layer, points in batch:
+                started = time.perf_counter()
+                clusters = ops.cut(merges.problems(first, first + len(points)), keep[layer.name])
+                cover = ops.cover(
+                    clusters.labels,
+                    keep[layer.name],
+                    tie=self.config.tie,
+                    seed=derive_seed(self.config.seed, self.epoch, number, 0),
+                    impl=self.config.impl,
+                    score=self._score(layer, points),
+                )
+                chosen[layer.name] = _Choice(cover, clusters.h, (clustering + time.perf_counter() - started) * 1e3)
+                first += len(points)
+        return chosen
+
+    def _regrown(self, number: int, layer: Prunable, kept: Tensor, width: int) -> Tensor:
+        """The kept filters and those that come back, to `width` in all (SPEC, 6)."""
+        count = max(width - len(kept), 0)
+        if count == 0:
+            return kept
+        filters = narrow.gather(self._weight(layer), self._into(self.channels.inputs(self.active)[layer.name]))
+        seed = derive_seed(self.config.seed, self.epoch, number, 1)
+        return torch.cat([kept, regrow(filters.flatten(1), kept, count, seed)]).sort().values
+
+    # ------------------------------------------------------------------ what an event reads
+
+    def _weight(self, layer: Prunable) -> Tensor:
+        return self.model.get_submodule(layer.name)._parameters["weight"]  # type: ignore[return-value]
+
+    @staticmethod
+    def _into(index: Tensor | None) -> narrow.Cuts:
+        return [] if index is None else [(1, index)]
+
+    def _points(self, layer: Prunable, inputs: Tensor | None) -> Tensor:
+        """The kernels of the active filters over the active inputs: (n_in, n, kh * kw)."""
+        weight = narrow.gather(self._weight(layer), [(0, self.active[layer.name]), *self._into(inputs)])
+        return weight.flatten(2).transpose(0, 1).contiguous()
+
+    def _scales(self) -> dict[str, Tensor]:
+        """|gamma| of every prunable layer, 0 where pruned: (n_out,) float on the CPU."""
+        scales = {}
+        for layer in self.channels.prunable:
+            index, scale = self.active[layer.name], self._gamma(layer).abs()
+            scales[layer.name] = torch.zeros_like(scale).index_copy_(0, index, scale[index]).cpu()
+        return scales
+
+    def _gamma(self, layer: Prunable) -> Tensor:
+        assert layer.norm is not None
+        return self.model.get_submodule(layer.norm)._parameters["weight"]  # type: ignore[return-value]
+
+    def _score(self, layer: Prunable, points: Tensor) -> Tensor | None:
+        if self.config.tie == "norm":
+            return points.float().square().sum((0, 2)).sqrt()
+        if self.config.tie == "gamma":
+            return self._gamma(layer).abs()[self.active[layer.name]]
+        return None
+
+    def _own_widths(self, extra: float) -> sparsity.Widths:
+        """Filters per layer with sparsities given layer by layer."""
+        assert isinstance(self.config.sparsity, Mapping)
+        widths = {}
+        for layer in self.channels.prunable:
+            share = max(_own_sparsity(layer.name, self.config.sparsity) - extra, 0.0)
+            widths[layer.name] = ops.keep_count(layer.n_out, share)
+        return self._aligned(widths)
+
+    def _aligned(self, widths: sparsity.Widths) -> sparsity.Widths:
+        assert self.config.round_to is not None
+        return {
+            layer.name: sparsity.round_up(widths[layer.name], layer.n_out, self.config.round_to, self.config.min_keep)
+            for layer in self.channels.prunable
+        }
+
+    # ------------------------------------------------------------------ the narrow model
+
+    def compact(self, model: nn.Module | None = None) -> nn.Module:
+        """A physically narrow copy of `model` (default: the one in training), for instance of its EMA: same structure,
+        the channels that are active now."""
+        return narrow.compact(model or self.model, self.channels.slices(self.active))
+
+    def finalize(self) -> nn.Module:
+        """End pruning: an ordinary, physically narrow module with the active channels.
+
+        The optimizer trains that module from now on, with its state carried over. The model that was in training stays
+        as it is; throw it away.
+        """
+        if self._finished:
+            raise RepruneError("finalize() was called before")
+        slices = self.channels.slices(self.active)
+        slim = narrow.compact(self.model, slices)
+        if self.optimizer is not None:
+            narrow.carry_optimizer(self.optimizer, self.model, slim, slices)
+        self._narrowing.close(optimizer_only=True)
+        self._finished = True
+        return slim
+
+    # ------------------------------------------------------------------ reports
+
+    def explain(self) -> dict[str, str]:
+        """Every conv's name with "prunable", or the reason why it is not."""
+        return dict(self.channels.reasons)
+
+    def summary(self, console: Console | None = None) -> None:
+        """Print the events so far, and the layers at the last one."""
+        console = console or Console()
+        table = Table(title="Pruning events")
+        for heading in ("epoch", "sparsity", "FLOPs", "coverage", "ms"):
+            table.add_column(heading, justify="right")
+        for e in self.history:
+            table.add_row(str(e.epoch), f"{e.sparsity:.1%}", f"{e.flops:.1%}", f"{e.coverage:.1%}", f"{e.ms:.1f}")
+        console.print(table)
+        if self.history:
+            table = Table(title=f"Layers at epoch {self.history[-1].epoch}")
+            table.add_column("layer", no_wrap=True)
+            for heading in ("filters", "kept", "active", "sparsity", "coverage", "h", "FLOPs", "ms"):
+                table.add_column(heading, justify="right")
+            for x in self.history[-1].layers:
+                table.add_row(
+                    x.name, str(x.n_out), str(x.kept), str(x.width), f"{x.sparsity:.1%}", f"{x.coverage:.1%}",
+                    f"{x.h:.3g}", f"{x.flops:.1%}", f"{x.ms:.1f}",
+                )  # fmt: skip
+            console.print(table)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values: all that is needed, with the model's and optimizer's, to go on bit by bit."""
+        return {
+            "format": FORMAT,
+            "config": _plain(asdict(self.config)),
+            "epoch": self.epoch,
+            "finished": self._finished,
+            "layers": {
+                layer.name: {"n_out": layer.n_out, "active": self.active[layer.name].cpu()}
+                for layer in self.channels.prunable
+            },
+            "history": [_plain(asdict(event)) for event in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state; before or after the model's and the optimizer's own.
+
+        Raises:
+            RepruneError: if it is the state of another model, of a finished run, or of other options.
+        """
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+            raise RepruneError(f"this is not a pruner's state_dict of format {FORMAT}")
+        if state["finished"]:
+            raise RepruneError("this state was saved after finalize(): load the narrow model instead")
+        here = {layer.name: layer.n_out for layer in self.channels.prunable}
+        there = {name: layer["n_out"] for name, layer in state["layers"].items()}
+        for name in {**here, **there}:
+            if here.get(name) != there.get(name):
+                raise RepruneError(
+                    f"this is the state of another model: {name} has {here.get(name, 'no prunable')} filters here "
+                    f"and {there.get(name, 'no prunable')} in the state"
+                )
+        mine = _plain(asdict(self.config))
+        for option, value in state["config"].items():
+            if mine.get(option) != value:
+                raise RepruneError(
+                    f"this state was saved with {option}={value!r}, and this pruner has {option}={mine.get(option)!r}: "
+                    "give the same options to go on"
+                )
+        self.epoch = state["epoch"]
+        self.history = [
+            Event(**{**event, "layers": tuple(LayerEvent(**layer) for layer in event["layers"])})
+            for event in state["history"]
+        ]
+        for layer in self.channels.prunable:
+            self.active[layer.name] = state["layers"][layer.name]["active"].to(self._weight(layer).device)
+        self._narrowing.set(self.channels.slices(self.active))
+
+    # ------------------------------------------------------------------ checks
+
+    def _restricted(self, found: Channels) -> Channels:
+        """Leave out the layers whose width nothing decides, and refuse a model in which none is left."""
+        if isinstance(self.config.sparsity, Mapping):
+            own = self.config.sparsity
+            found = found.only(lambda x: None if _matching(x.name, own) else "sparsity= names no ratio for it")
+            hint = "The names and patterns in sparsity= match none of the prunable convs."
+        else:
+            without = [layer.name for layer in found.prunable if layer.norm is None]
+            found = found.only(
+                lambda x: "no BatchNorm with a scale follows it: give sparsity per layer" if x.norm is None else None
+            )
+            hint = ""
+            if without:
+                hint = (
+                    "Without BatchNorm scales a global sparsity cannot be shared out between layers. Give each its "
+                    f"own: REPrune(..., sparsity={{{without[0]!r}: 0.5, ...}}); patterns such as 'features.*' work."
+                )
+        if self.config.tie == "gamma" and any(layer.norm is None for layer in found.prunable):
+            raise RepruneError('tie="gamma" needs a BatchNorm behind every prunable conv: use tie="norm" or "random"')
+        if not found.prunable:
+            listing = "\n".join(f"  {name}: {reason}" for name, reason in found.reasons.items())
+            raise RepruneError(f"nothing to prune in {type(self.model).__name__}. {hint}\n{listing}")
+        return found
+
+    def _check_budget(self) -> None:
+        if self.config.flops is not None:
+            least = self.channels.flops(self._aligned({layer.name: 0 for layer in self.channels.prunable}))
+            if least > self.config.flops:
+                raise RepruneError(
+                    f"flops={self.config.flops} is out of reach: with one group of channels left in every prunable "
+                    f"conv the network still has {least:.3f} of its FLOPs. Raise it, or lower round_to and min_keep."
+                )
+
+    @staticmethod
+    def _check_optimizer(model: nn.Module, optimizer: Optimizer | None) -> None:
+        if optimizer is not None:
+            own = set(model.parameters())
+            if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+                raise RepruneError("the optimizer trains none of this model's parameters: give the one that does")
+
+    def _check_finite(self) -> None:
+        for layer in self.channels.prunable:
+            for name in (layer.name, layer.norm):
+                for key, tensor in self.model.get_submodule(name)._parameters.items() if name is not None else ():
+                    if tensor is not None and not torch.isfinite(tensor).all():
+                        raise RepruneError(
+                            f"{name}.{key} holds NaN or inf at epoch {self.epoch}: the training has diverged. "
+                            "Go back to an earlier checkpoint, with a lower learning rate."
+                        )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    cover: ops.Cover
+    h: float
+    ms: float
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that a state is equal before and after a trip through JSON."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _matching(name: str, own: Mapping[str, float]) -> list[str]:
+    return [pattern for pattern in own if channel_analysis.matches(name, (pattern,))]
+
+
+def _own_sparsity(name: str, own: Mapping[str, float]) -> float:
+    return own[_matching(name, own)[0]]  # the first pattern that fits wins
+
+
+__all__ = ["PRUNABLE", "Config", "Event", "LayerEvent", "REPrune"]

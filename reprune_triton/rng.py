@@ -1,0 +1,60 @@
+"""Counter-based random numbers: Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
+
+A number depends only on (seed, offset), so every rank, every device and every implementation draws the same one.
+The words equal those of Triton's `tl.randint(seed, offset)`.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+Word = TypeVar("Word", int, torch.Tensor)  # 32-bit words, held in Python ints or in int64 tensors
+
+_LOW32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_BLOCK = 1 << 16  # offsets per pass, so that the temporaries stay in cache
+
+
+def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
+    """High and low 32 bits of a 32 x 32 bit product; split into halves so that int64 never overflows."""
+    low = constant * (word & 0xFFFF)  # < 2^48
+    high = constant * (word >> 16) + (low >> 16)  # < 2^48 + 2^32
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(c0: Word, c1: Word, c2: Word, c3: Word, k0: int, k1: int) -> tuple[Word, Word, Word, Word]:
+    """Ten rounds of Philox-4x32 on the counter (c0, c1, c2, c3) under the key (k0, k1)."""
+    for _ in range(10):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _LOW32, (k1 + _WEYL[1]) & _LOW32
+    return c0, c1, c2, c3
+
+
+def random_bits(seed: int, start: int, count: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Words number start .. start + count - 1 of the stream `seed`: int64 tensor (count,), uniform in [0, 2^32).
+
+    The key is the low and high half of the 64-bit seed, the counter is (offset low, offset high, 0, 0), and the first
+    output word is taken: exactly what Triton's `tl.randint(seed, offset)` gives, read as unsigned.
+    """
+    words = torch.empty(count, dtype=torch.int64, device=device)
+    for a in range(0, count, _BLOCK):
+        b = min(a + _BLOCK, count)
+        offset = torch.arange(start + a, start + b, dtype=torch.int64, device=device)
+        zero = torch.zeros_like(offset)
+        words[a:b] = philox(offset & _LOW32, offset >> 32, zero, zero, seed & _LOW32, (seed >> 32) & _LOW32)[0]
+    return words
+
+
+def derive_seed(seed: int, *ints: int) -> int:
+    """A 63-bit seed for the stream named by `ints` (epoch, layer, ...). Other ints, or another order, another seed."""
+    for position, value in enumerate(ints):
+        low, high, _, _ = philox(
+            value & _LOW32, (value >> 32) & _LOW32, position, 1, seed & _LOW32, (seed >> 32) & _LOW32
+        )
+        seed = (high & 0x7FFFFFFF) << 32 | low
+    return seed

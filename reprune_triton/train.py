@@ -1,0 +1,457 @@
+"""Train a classifier, dense or pruned by REPrune on the way; read it top to bottom.
+
+    python -m reprune_triton.train --data digits --model resnet20 --sparsity 0.5 --out runs/digits
+
+DIR/log.jsonl gets one line per epoch, DIR/last.safetensors the state after it, DIR/slim.safetensors the final,
+physically narrow model. Ctrl-C or SIGTERM stops cleanly; --resume goes on, and ends where an uninterrupted run would
+have: bit for bit on the CPU, and on a GPU as far as its own kernels are deterministic.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.nn import functional as F
+
+from reprune_triton import checkpoint, models
+from reprune_triton.data import Data
+from reprune_triton.data import load as load_data
+from reprune_triton.errors import RepruneError
+from reprune_triton.pruner import REPrune
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Two runs that differ in these alone are the same run.
+FREE = ("data_dir", "workers", "threads", "device", "out", "resume")
+Record = dict[str, Any]  # one line of the log
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run; `recipe` fills in what fits a data set. Epochs count from 1, as in the log and the pruner's events."""
+
+    model: str = "resnet20"
+    data: str = "digits"
+    data_dir: str | None = None
+    size: int = 224  # of the crop; imagenet only
+    epochs: int = 40
+    batch: int = 64
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_norms: bool = True  # weight decay on BatchNorm and biases too
+    warmup: int = 0  # epochs of linear growth of the learning rate
+    smoothing: float = 0.0
+    mixup: float = 0.0  # alpha; 0 is off
+    seed: int = 0
+    sparsity: float | None = None
+    flops: float | None = None
+    every: int = 2
+    until: int | None = None
+    regrow: float = 0.3
+    linkage: str = "ward"
+    tie: str = "random"
+    round_to: int | None = None
+    ignore: tuple[str, ...] = ()
+    device: str | None = None  # default: cuda where there is one
+    amp: str = "off"
+    channels_last: bool = False
+    workers: int = 4
+    threads: int | None = None
+    out: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.amp not in AMP:
+            raise RepruneError(f"amp must be one of {', '.join(AMP)}; got {self.amp!r}")
+        if self.epochs < 1 or not 0 <= self.warmup <= self.epochs:
+            raise RepruneError(f"epochs must be at least 1 and warmup within it; got {self.epochs} and {self.warmup}")
+        for name, end in (("seed", 2**32), ("smoothing", 1), ("mixup", 100)):
+            if not 0 <= getattr(self, name) < end:
+                raise RepruneError(f"{name} must be in [0, {end}); got {getattr(self, name)}")
+        if self.sparsity is not None and self.flops is not None:
+            raise RepruneError("give sparsity or flops, not both; with neither the model stays dense")
+        if self.resume and self.out is None:
+            raise RepruneError("resume needs out, the folder of the run to go on with")
+
+
+# SPEC's recipes, for one device. `prune_share` is T_prune / epochs.
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 40, "batch": 64, "lr": 0.1, "warmup": 2, "prune_share": 0.72},
+    "cifar": {"epochs": 160, "batch": 256, "lr": 0.1, "prune_share": 0.6},
+    "imagenet": {
+        "epochs": 250, "batch": 256, "momentum": 0.875, "weight_decay": 1 / 32768, "decay_norms": False, "warmup": 8,
+        "smoothing": 0.1, "mixup": 0.2, "amp": "bf16", "channels_last": True, "prune_share": 0.72,
+    },
+}  # fmt: skip
+RECIPE_OF = {"digits": "digits", "fashion-mnist": "cifar", "cifar10": "cifar", "imagenet": "imagenet"}
+
+
+def recipe(data: str = "digits", name: str | None = None, **changes: Any) -> Options:
+    """The options of recipe `name` (default: the one that fits `data`), with `changes` on top."""
+    if (name or data) not in {**RECIPES, **RECIPE_OF}:
+        raise RepruneError(f"no recipe for {name or data!r}: there are {', '.join(RECIPES)}")
+    values = {**RECIPES[name or RECIPE_OF[data]], "data": data, **changes}
+    share = values.pop("prune_share")
+    if "warmup" not in changes:  # a short trial run is not all warm-up
+        values["warmup"] = min(values.get("warmup", 0), values["epochs"] // 4)
+    values.setdefault("lr", 0.256 * values["batch"] / 256)  # imagenet: linear scaling
+    if values.get("until") is None:
+        values["until"] = max(1, round(share * values["epochs"]))
+    return Options(**values)
+
+
+@dataclass(frozen=True)
+class Result:
+    model: nn.Module  # physically narrow if it was pruned
+    accuracy: float  # of that model on the test set, in [0, 1]
+    seconds: float  # of training: neither pruning events nor evaluation
+    event_seconds: float
+    pruner: REPrune | None
+    log: list[Record]
+
+
+class Stopped(SystemExit):
+    """SIGTERM or SIGINT came; `code` is 128 + its number. The checkpoint of the last whole epoch is on the disk."""
+
+
+def train(options: Options, on_epoch: Callable[[Record], None] | None = None) -> Result:
+    """Train as `options` say; `on_epoch` gets each line of the log once its checkpoint is written."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    data = load_data(
+        options.data, options.data_dir, batch=options.batch, seed=options.seed, device=str(device),
+        workers=options.workers, size=options.size,
+    )  # fmt: skip
+    model = models.build(options.model, data.classes, data.channels).to(device)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(_groups(model, options), options.lr, options.momentum)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    example = models.example_inputs(options.model, data.channels, data.size).to(device)
+    pruner = _pruner(model, optimizer, example, options)
+    run = _Run(options, model, optimizer, scaler, pruner, device)
+    first, log = run.start()
+
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    with _Signals() as signals, progress:
+        bar = progress.add_task(options.model, total=options.epochs * data.steps, completed=first * data.steps)
+
+        def after_batch() -> None:
+            progress.advance(bar)
+            signals.check()
+
+        for epoch in range(first, options.epochs):
+            started = time.perf_counter()
+            loss = _train_epoch(model, optimizer, scaler, data, options, epoch, after_batch)  # waits for the device
+            trained = time.perf_counter()
+            if not math.isfinite(loss):
+                raise RepruneError(f"the training loss is {loss} in epoch {epoch + 1}: lower --lr, or warm up longer")
+            event = pruner.step() if pruner else None
+            _wait(device)
+            pruned = time.perf_counter()
+            record: Record = {
+                "epoch": epoch + 1,
+                "lr": optimizer.param_groups[0]["lr"],
+                "loss": loss,
+                "accuracy": evaluate(model, data, options.amp, signals.check),
+                "seconds": trained - started,
+                "event_seconds": pruned - trained if event else 0.0,
+                "images_per_second": data.steps * data.batch / (trained - started),
+            }
+            if event:
+                record |= {"sparsity": event.sparsity, "flops": event.flops, "coverage": event.coverage}
+            log.append(record)
+            run.save(epoch + 1, log)
+            progress.update(bar, description=f"{options.model}  {record['accuracy']:.2%}")
+            if on_epoch:
+                on_epoch(record)
+            signals.check()
+
+        slim = pruner.finalize() if pruner else model
+        accuracy = evaluate(slim, data, options.amp, signals.check)
+    if options.out:
+        about = {
+            "model": options.model, "data": options.data, "num_classes": data.classes, "in_channels": data.channels,
+            "size": data.size, "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist(),
+            "accuracy": accuracy, "flops": pruner.history[-1].flops if pruner and pruner.history else 1.0,
+        }  # fmt: skip
+        checkpoint.save(slim, Path(options.out) / "slim.safetensors", extra=about)
+    seconds, event_seconds = (sum(line[key] for line in log) for key in ("seconds", "event_seconds"))
+    return Result(slim, accuracy, seconds, event_seconds, pruner, log)
+
+
+def _train_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, data: Data, options: Options,
+    epoch: int, after_batch: Callable[[], None],
+) -> float:  # fmt: skip
+    """One pass over the training data; the mean loss."""
+    model.train()
+    total = torch.zeros((), device=data.mean.device)  # stays on the device: asking for a number would wait for it
+    for i, (x, y) in enumerate(data.train_batches(epoch)):  # x (B, C, H, W), y (B,)
+        step = epoch * data.steps + i
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, data.steps, options)
+        share = 1.0
+        if options.mixup:
+            share = float(np.random.default_rng([options.seed, step]).beta(options.mixup, options.mixup))
+            x = share * x + (1 - share) * x.flip(0)  # the batch is in random order already
+        if options.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, AMP[options.amp], enabled=options.amp != "off"):
+            out = model(x)  # (B, classes)
+            loss = F.cross_entropy(out, y, label_smoothing=options.smoothing)
+            if options.mixup:
+                other = F.cross_entropy(out, y.flip(0), label_smoothing=options.smoothing)
+                loss = share * loss + (1 - share) * other
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        total += loss.detach()
+        after_batch()
+    return total.item() / data.steps
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, amp: str = "off", after_batch: Callable[[], None] = lambda: None) -> float:
+    """The share of the test set that `model` gets right."""
+    training = model.training
+    model.eval()
+    right = torch.zeros((), dtype=torch.int64, device=data.mean.device)
+    for x, y in data.test_batches():
+        with torch.autocast(x.device.type, AMP[amp], enabled=amp != "off"):
+            right += (model(x).argmax(1) == y).sum()
+        after_batch()
+    model.train(training)
+    return right.item() / data.test_size
+
+
+def learning_rate(step: int, steps: int, options: Options) -> float:
+    """Linear from 0 over the warm-up, then a cosine to 0; `steps` is the number of steps in an epoch."""
+    warmup, last = options.warmup * steps, options.epochs * steps
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    return options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (last - warmup)))
+
+
+def _groups(model: nn.Module, options: Options) -> list[dict[str, Any]]:
+    decayed = [p for p in model.parameters() if options.decay_norms or p.dim() > 1]
+    bare = [p for p in model.parameters() if not (options.decay_norms or p.dim() > 1)]  # BatchNorm's, and biases
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": bare, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _pruner(
+    model: nn.Module, optimizer: torch.optim.Optimizer, example: torch.Tensor, options: Options
+) -> REPrune | None:  # fmt: skip
+    if options.sparsity is None and options.flops is None:
+        return None
+    return REPrune(
+        model, optimizer, example_inputs=example, sparsity=options.sparsity, flops=options.flops, every=options.every,
+        until=options.until or max(1, round(0.72 * options.epochs)), regrow=options.regrow, linkage=options.linkage,
+        tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=options.seed,
+    )  # fmt: skip
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The run's folder: the log, the checkpoint, and everything that goes into it. Without a folder, nothing."""
+
+    options: Options
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    pruner: REPrune | None
+    device: torch.device
+
+    @property
+    def last(self) -> Path:
+        return Path(self.options.out or "") / "last.safetensors"
+
+    def start(self) -> tuple[int, list[Record]]:
+        """The number of epochs already done, and their log."""
+        if not self.options.out:
+            return 0, []
+        if self.options.resume:
+            return self._resume()
+        if self.last.exists() or checkpoint.previous(self.last).exists():
+            raise RepruneError(f"{self.last.parent} holds a run already: go on with --resume, or choose another --out")
+        self.save(0, [])  # so that a run stopped in its first epoch can be resumed like any other
+        return 0, []
+
+    def save(self, done: int, log: list[Record]) -> None:
+        if not self.options.out:
+            return
+        # The log first: a line without its checkpoint is dropped on resume, a lost line could not be made up for.
+        self.last.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(line) + "\n" for line in log]
+        with open(self._log, "a" if done else "w") as file:
+            file.writelines(lines[-1:])
+        cuda = self.device.type == "cuda"
+        state = {
+            "done": done,
+            "options": _saved(self.options),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "pruner": self.pruner.state_dict() if self.pruner else None,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if cuda else None},
+        }
+        checkpoint.write(self.last, state)
+
+    def _resume(self) -> tuple[int, list[Record]]:
+        state = checkpoint.read(self.last)
+        here, there = _saved(self.options), state["options"]
+        other = [
+            f"--{key.replace('_', '-')} was {there.get(key)}, is {here.get(key)}"
+            for key in {**there, **here}
+            if here.get(key) != there.get(key)
+        ]
+        if other:
+            raise RepruneError(f"{self.last}: this run was started with other options: {'; '.join(other)}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        if self.pruner:
+            self.pruner.load_state_dict(state["pruner"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+        log: list[Record] = []
+        for line in self._log.read_text().splitlines() if self._log.exists() else ():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the machine went down in the middle of it
+                break
+            if record["epoch"] <= state["done"]:
+                log.append(record)
+        self._log.write_text("".join(json.dumps(line) + "\n" for line in log))
+        return state["done"], log
+
+    @property
+    def _log(self) -> Path:
+        return self.last.with_name("log.jsonl")
+
+
+def _saved(options: Options) -> dict[str, Any]:
+    return {key: value for key, value in asdict(options).items() if key not in FREE}
+
+
+class _Signals:
+    """Turns SIGTERM and SIGINT into `Stopped`, raised by `check` between two batches; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.came: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():  # Python allows it there alone
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.came = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def check(self) -> None:
+        if self.came is not None:
+            raise Stopped(128 + self.came)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m reprune_triton.train", description=(__doc__ or "").split("\n")[0],
+        argument_default=argparse.SUPPRESS,  # what is not given comes from the recipe
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", help="resnet8, 20, 32, 44, 56 or 110, or a name of torchvision or timm (default resnet20)")
+    add("--data", default="digits", help="digits, fashion-mnist, cifar10 or imagenet (default digits)")
+    add("--data-dir", help="folder of the data set")
+    add("--recipe", choices=RECIPES, help="defaults for all that follows; by itself the one that fits the data")
+    add("--epochs", type=int)
+    add("--batch", type=int)
+    add("--lr", type=float, help="peak learning rate")
+    add("--momentum", type=float)
+    add("--weight-decay", type=float)
+    add("--decay-norms", action=argparse.BooleanOptionalAction, help="weight decay on BatchNorm and biases too")
+    add("--warmup", type=int, help="epochs of linear warm-up")
+    add("--smoothing", type=float, help="label smoothing")
+    add("--mixup", type=float, help="mixup's alpha; 0 is off")
+    add("--size", type=int, help="side of the crops, for imagenet (default 224)")
+    add("--seed", type=int)
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--sparsity", type=float, help="share of the prunable channels to prune; without it: dense")
+    target.add_argument("--flops", type=float, help="instead: share of the FLOPs to keep")
+    add("--every", type=int, help="epochs between pruning events (default 2)")
+    add("--until", type=int, help="epoch of the last event (default 72%% of the epochs; cifar: 60%%)")
+    add("--regrow", type=float, help="how much denser the network is at the start (default 0.3)")
+    add("--linkage", help="ward, single, complete or average (default ward)")
+    add("--tie", help="random, index, norm or gamma (default random)")
+    add("--round-to", type=int, help="kept channels are a multiple of this (default 16 on CUDA, else 1)")
+    add("--ignore", nargs="+", help="convs to leave alone, by name or pattern")
+    add("--device", help="default: cuda where there is one")
+    add("--amp", choices=AMP, help="mixed precision")
+    add("--channels-last", action=argparse.BooleanOptionalAction)
+    add("--workers", type=int, help="processes that decode images, for imagenet (default 4)")
+    add("--threads", type=int, help="CPU threads")
+    add("--out", help="folder of the run (default runs/DATA-MODEL)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    given = vars(parser.parse_args(argv))
+    if "ignore" in given:
+        given["ignore"] = tuple(given["ignore"])
+    given.setdefault("out", f"runs/{given['data']}-{given.get('model', Options.model).replace(':', '-')}")
+    try:
+        options = recipe(given.pop("data"), given.pop("recipe", None), **given)
+        result = train(options)
+    except RepruneError as error:
+        parser.exit(2, f"error: {error}\n")
+    except Stopped:
+        words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+        command = shlex.join(["python", "-m", "reprune_triton.train", *words, "--resume"])
+        print(f"stopped; {given['out']} holds every whole epoch. To go on: {command}", file=sys.stderr)
+        raise
+    line = f"{options.model} on {options.data}: accuracy {result.accuracy:.2%}"
+    if result.pruner and result.pruner.history:
+        last = result.pruner.history[-1]
+        line += f" at {last.flops:.1%} of the FLOPs ({last.sparsity:.1%} of the prunable channels pruned)"
+    print(f"{line}; {result.seconds:.1f} s of training, {result.event_seconds:.1f} s of pruning; see {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Which convs are prunable, why the others are not, and what the network costs."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from reprune_triton import channels, models
+from reprune_triton.errors import RepruneError
+from reprune_triton.narrow import compact
+
+
+def names(found):
+    return [layer.name for layer in found.prunable]
+
+
+def halves(found):
+    return {layer.name: torch.arange(0, layer.n_out, 2) for layer in found.prunable}
+
+
+@pytest.mark.parametrize("build, problems", [
+    (lambda: torchvision.models.resnet50(), 16896),  # the figure of the design
+    (lambda: torchvision.models.resnet18(), 1472),
+])  # fmt: skip
+def test_resnets_follow_the_paper(build, problems):
+    found = channels.analyse(build(), torch.randn(1, 3, 32, 32))
+    inner = {50: ("conv1", "conv2"), 18: ("conv1",)}[50 if problems == 16896 else 18]
+    assert names(found) == [n for n in found.reasons if n.startswith("layer") and n.endswith(inner)]
+    assert sum(layer.n_in for layer in found.prunable) == problems
+    for layer in found.prunable:
+        assert layer.norm == layer.name.replace("conv", "bn") and layer.followers == (layer.norm,)
+        assert [r.repeat for r in layer.readers] == [1]
+    assert "residual" in found.reasons["layer1.0.conv3" if problems == 16896 else "layer1.0.conv2"]
+    assert found.reasons["conv1"] != channels.PRUNABLE
+
+
+def test_cifar_resnet_prunes_the_first_conv_of_each_block():
+    found = channels.analyse(models.build("resnet20", num_classes=10), torch.randn(1, 3, 32, 32))
+    assert len(found.prunable) == 9
+
+
+def test_depthwise_convs_follow_and_flattened_channels_spread():
+    found = channels.analyse(torchvision.models.mobilenet_v2(), torch.randn(1, 3, 32, 32))
+    layer = next(x for x in found.prunable if x.name == "features.2.conv.0.0")
+    assert layer.followers == ("features.2.conv.0.1", "features.2.conv.1.0", "features.2.conv.1.1")
+    assert layer.norm == "features.2.conv.0.1" and layer.readers == (("features.2.conv.2", 1),)
+    assert "depthwise" in found.reasons["features.2.conv.1.0"]
+
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
+    )
+    found = channels.analyse(net, torch.randn(2, 3, 8, 8))
+    assert found.prunable[0].readers == (("5", 4),)
+    slices = found.slices({"0": torch.tensor([1, 6])})
+    assert slices["5"].in_.tolist() == [4, 5, 6, 7, 24, 25, 26, 27]
+    assert slices["0"].out.tolist() == slices["1"].out.tolist() == [1, 6] and slices["0"].in_ is None
+
+
+class Net(nn.Module):
+    def __init__(self, forward, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def conv(a, b, k=1, **kw):
+    return nn.Conv2d(a, b, k, padding=k // 2, **kw)
+
+
+REFUSED = {
+    "output": (Net(lambda s, x: s.a(x), a=conv(3, 8)), "output of the network"),
+    "also an output": (Net(lambda s, x: ((y := s.a(x)), s.b(y)), a=conv(3, 8), b=conv(8, 4)), "mixes channels"),
+    "residual": (Net(lambda s, x: s.c(s.a(x) + s.b(x)), a=conv(3, 8), b=conv(3, 8), c=conv(8, 2)), "meets that of b"),
+    "concatenation": (Net(lambda s, x: s.c(torch.cat([s.a(x), s.b(x)], 1)), a=conv(3, 8), b=conv(3, 8),
+                          c=conv(16, 2)), "Concat|concatenation"),
+    "channel mean": (Net(lambda s, x: s.b((y := s.a(x)) - y.mean(1, True)), a=conv(3, 8), b=conv(8, 2)), "mixes"),
+    "channel softmax": (Net(lambda s, x: s.b(s.a(x).softmax(1)), a=conv(3, 8), b=conv(8, 2)), "mixes"),
+    "flip": (Net(lambda s, x: s.b(s.a(x).flip(1)), a=conv(3, 8), b=conv(8, 2)), "mixes"),
+    "group norm": (Net(lambda s, x: s.b(s.n(s.a(x))), a=conv(3, 8), n=nn.GroupNorm(2, 8), b=conv(8, 2)), "GroupNorm"),
+    "grouped reader": (Net(lambda s, x: s.b(s.a(x)), a=conv(3, 8), b=conv(8, 8, groups=2)), "grouped convolution"),
+    "called twice": (Net(lambda s, x: s.b(s.a(s.a(x))), a=conv(3, 3), b=conv(3, 2)), "called 2 times"),
+    "unused": (Net(lambda s, x: s.b(x), a=conv(3, 3), b=conv(3, 2)), "called 0 times"),
+    "one channel": (Net(lambda s, x: s.b(s.a(x)), a=conv(3, 1), b=conv(1, 2)), "one output channel"),
+    "parametrized": (Net(lambda s, x: s.b(s.a(x)), a=nn.utils.parametrizations.weight_norm(conv(3, 8)), b=conv(8, 2)),
+                     "plain parameter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_go_says_why(case):
+    net, reason = REFUSED[case]
+    found = channels.analyse(net, torch.randn(2, 3, 8, 8))
+    assert "a" not in names(found)
+    assert re.search(reason, found.reasons["a"]), found.reasons
+
+
+def test_shared_weights_stay():
+    net = Net(lambda s, x: s.c(s.b(s.a(x))), a=conv(3, 3), b=conv(3, 3), c=conv(3, 2))
+    net.b.weight = net.a.weight
+    assert "shares its weight with b" in channels.analyse(net, torch.randn(2, 3, 8, 8)).reasons["a"]
+
+
+def test_ignore_takes_names_and_patterns():
+    net, x = models.build("resnet20", num_classes=10), torch.randn(1, 3, 16, 16)
+    everything = names(channels.analyse(net, x))
+    found = channels.analyse(net, x, ignore=[everything[0], everything[-1][:-1] + "?"])
+    assert found.reasons[everything[0]] == "ignored, as asked"
+    assert everything[0] not in names(found) and everything[-1] not in names(found)
+
+
+def test_the_model_is_not_changed():
+    net = torchvision.models.mobilenet_v2().train()
+    for p in list(net.parameters())[:3]:
+        p.requires_grad_(False)
+    before, flags = copy.deepcopy(net.state_dict()), [p.requires_grad for p in net.parameters()]
+    channels.analyse(net, torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before.values(), strict=True))
+    assert [p.requires_grad for p in net.parameters()] == flags and all(m.training for m in net.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11_bn"])
+def test_flops_are_those_of_the_physical_network(name):
+    net = torchvision.models.get_model(name, num_classes=10)
+    x = torch.randn(1, 3, 32, 32)
+    found = channels.analyse(net, x)
+    active = halves(found)
+    for index, model in (({}, net), (active, compact(net, found.slices(active)))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(x)
+        widths = {layer.name: len(index.get(layer.name, range(layer.n_out))) for layer in found.prunable}
+        assert counter.get_total_flops() == 2 * sum(found.macs(widths).values())  # it counts adds and multiplies apart
+    assert found.flops({layer.name: layer.n_out for layer in found.prunable}) == 1.0
+
+
+def test_inputs_may_be_a_tuple_or_a_dict():
+    net = Net(lambda s, x: s.b(F.relu(s.n(s.a(x)))), a=conv(3, 8), n=nn.BatchNorm2d(8), b=conv(8, 2))
+    x = torch.randn(2, 3, 8, 8)
+    assert names(channels.analyse(net, (x,))) == names(channels.analyse(net, {"x": x})) == ["a"]
+
+
+def test_errors_name_the_way_out():
+    with pytest.raises(RepruneError, match="no nn.Conv2d"):
+        channels.analyse(nn.Linear(3, 3), torch.randn(1, 3))
+    with pytest.raises(RepruneError, match="does not run on example_inputs"):
+        channels.analyse(models.build("resnet8", num_classes=10), torch.randn(1, 4, 8, 8))
+    with pytest.raises(RepruneError, match="shuffle or regroup"):
+        channels.analyse(torchvision.models.shufflenet_v2_x0_5(), torch.randn(1, 3, 64, 64))

@@ -1,0 +1,143 @@
+"""The arrangement: the top-level folders kernels/ and bench/ are reprune_triton.kernels and .bench however the
+package is used: from a bare checkout, an editable install, or a wheel built from the sdist."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("kernels", "bench")
+
+
+def run(command, cwd, **env):
+    """Run without the PYTHONPATH of this process; the output, which must be of a success."""
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env={**clean, **env}, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def sources(part):
+    return sorted(f"{part}/{path.relative_to(ROOT / part)}" for path in (ROOT / part).rglob("*.py"))
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the tree with its symlinks, so that building leaves nothing behind here."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if path.name in ("reprune_triton", *PARTS):
+            shutil.copytree(path, copy / path.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.is_file() and path.name != ".git":
+            shutil.copy(path, copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def dist(checkout, tmp_path_factory):
+    """The sdist, and the wheel that is built from it."""
+    pytest.importorskip("build")
+    out = tmp_path_factory.mktemp("dist")
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, checkout], out)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment that sees the packages installed here, but not their editable installs."""
+    run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path).strip())
+    (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def install(python, *what):
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    run([*pip, "--ignore-installed", *what], python.parent)
+
+
+def check(python, cwd, inside, **env):
+    """Both parts can be imported from `cwd`, and come from the folder `inside`."""
+    code = (
+        "import importlib.util as u, reprune_triton.kernels.gather as g, reprune_triton.bench\n"
+        "print(g.__file__, u.find_spec('reprune_triton.bench.__main__').origin, sep='\\n')"
+    )
+    cwd.mkdir(exist_ok=True)
+    gather, bench = run([python, "-c", code], cwd, **env).splitlines()
+    for found in (gather, bench):
+        assert Path(found).resolve().is_relative_to(inside.resolve()), found
+    assert "reprune_triton.bench" in run([python, "-m", "reprune_triton.bench", "--help"], cwd, **env)
+    assert "--sparsity" in run([python, "-m", "reprune_triton.train", "--help"], cwd, **env)
+
+
+def test_the_parts_are_relative_links_and_no_packages():
+    for part in PARTS:
+        assert os.readlink(ROOT / "reprune_triton" / part) == f"../{part}"
+        # With an __init__.py the folder would hide Hugging Face's `kernels` wherever the root is on the path.
+        assert not (ROOT / part / "__init__.py").exists()
+
+
+def test_bare_checkout(tmp_path):
+    check(sys.executable, tmp_path / "elsewhere", ROOT, PYTHONPATH=str(ROOT))
+
+
+def test_editable_install(environment, checkout, tmp_path):
+    install(environment, "--no-build-isolation", "--editable", checkout)
+    check(environment, tmp_path / "elsewhere", checkout)
+
+
+def test_wheel_from_sdist(environment, dist, tmp_path):
+    install(environment, dist[1])
+    check(environment, tmp_path / "elsewhere", tmp_path / "venv")
+
+
+def test_every_file_is_in_the_archives_once(dist):
+    sdist, wheel = dist
+    with tarfile.open(sdist) as archive:
+        packed = [name.partition("/")[2] for name in archive.getnames()]
+    with zipfile.ZipFile(wheel) as archive:
+        installed = archive.namelist()
+    for part in PARTS:
+        assert sorted(n for n in packed if n.endswith(".py") and part in n.split("/")) == sources(part)
+        wanted = [f"reprune_triton/{name}" for name in sources(part)]
+        assert sorted(n for n in installed if n.endswith(".py") and part in n.split("/")) == wanted
+    assert {name.split("/")[0] for name in installed} == {"reprune_triton", "reprune_triton-0.1.0.dist-info"}
+    assert {"reprune_triton/__init__.py", "reprune_triton/train.py"} <= set(installed)
+
+
+def test_a_package_called_kernels_wins_over_our_folder(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("owner = 'someone else'\n")
+    code = "import kernels; print(kernels.owner)"
+    # -c puts the folder it runs in, here the root of the repository, first on the path.
+    assert run([sys.executable, "-c", code], ROOT, PYTHONPATH=str(tmp_path)) == "someone else\n"
+    assert run([sys.executable, "-c", code], ROOT, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}") == "someone else\n"
+
+
+def test_the_kernel_runs_through_the_link():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from reprune_triton.errors import RepruneError
+    from reprune_triton.kernels.gather import gather
+
+    device = "cuda" if os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((7, 5, 3, 3), (16, 300, 1, 1), (4, 6)):
+        weight = torch.randn(shape, generator=generator).to(device)
+        rows = torch.randperm(shape[0], generator=generator)[: shape[0] // 2].to(device)
+        cols = torch.randperm(shape[1], generator=generator)[: shape[1] - 1].to(device)
+        assert torch.equal(gather(weight, rows, cols), weight[rows][:, cols])
+    assert gather(weight, rows[:0], cols).shape == (0, 5)
+    with pytest.raises(RepruneError, match="contiguous"):
+        gather(torch.ones(3, 3, 3, 3, device=device).transpose(0, 2), rows, cols)

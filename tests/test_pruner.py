@@ -1,0 +1,398 @@
+"""The story of an event, the schedule, and everything a user does with a pruner."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from rich.console import Console
+from scipy.cluster.hierarchy import fcluster, linkage
+from torch import nn
+from torch.nn import functional as F
+
+from reprune_triton import REPrune, RepruneError, checkpoint, models
+
+X = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(16) % 10
+
+
+def network(name="resnet8", seed=0):
+    torch.manual_seed(seed)
+    model = models.build(name, num_classes=10)
+    return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def train(model, optimizer, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+
+
+def prune(model, optimizer, epochs=4, **options):
+    pruner = REPrune(model, optimizer, example_inputs=X[:2], **{"every": 1, "until": 4, "sparsity": 0.5, **options})
+    for _ in range(epochs):
+        train(model, optimizer)
+        pruner.step()
+    return pruner
+
+
+def by_the_book(weight, keep):
+    """SPEC steps 2 to 5 for one layer with SciPy and Python sets; ties to the lowest index."""
+    n, n_in = weight.shape[:2]
+    c = n - keep
+    trees = [linkage(weight[:, j].flatten(1).double().numpy(), "ward") for j in range(n_in)]
+    h = max(tree[c - 1, 2] for tree in trees) if c else -1.0
+    labels = [fcluster(tree, h * (1 + 1e-6), "distance") if c else np.arange(n) for tree in trees]
+    universe = {(j, labels[j][i]) for j in range(n_in) for i in range(n)}
+    covered, chosen = set(), []
+    for _ in range(keep):
+        gains = [-1 if i in chosen else len({(j, labels[j][i]) for j in range(n_in)} - covered) for i in range(n)]
+        best = gains.index(max(gains))
+        chosen.append(best)
+        covered |= {(j, labels[j][best]) for j in range(n_in)}
+    return sorted(chosen), len(covered) / len(universe), 0.5 * h * h if c else 0.0
+
+
+def test_two_events_by_the_book():
+    """The first over all channels, the second over the active filters and their active inputs."""
+    torch.manual_seed(0)
+    model = torchvision.models.vgg11_bn(num_classes=10)  # layers feed each other: input channels are pruned too
+    model.classifier = nn.Linear(512 * 49, 10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    few = ["features.4", "features.8"]
+    options = {"sparsity": dict.fromkeys(few, 0.5), "tie": "index", "regrow": 0.3, "until": 2, "every": 1}
+    pruner = REPrune(model, None, example_inputs=torch.randn(2, 3, 32, 32), **options)
+    second = model.get_submodule("features.8").weight.detach()
+    for epoch in (1, 2):
+        before = {name: index.clone() for name, index in pruner.active.items()}
+        event = pruner.step()
+        inputs = {"features.4": torch.arange(64), "features.8": before["features.4"]}
+        for record in event.layers:
+            weight = model.get_submodule(record.name).weight.detach()[before[record.name]][:, inputs[record.name]]
+            delta = 0.3 * (1 + math.cos(math.pi * epoch / 2)) / 2
+            assert record.kept == record.n_out // 2
+            assert record.width == record.n_out - math.ceil((0.5 - delta) * record.n_out)
+            chosen, coverage, h = by_the_book(weight, record.kept)
+            kept = set(before[record.name][chosen].tolist())
+            assert kept <= set(pruner.active[record.name].tolist())
+            assert len(pruner.active[record.name]) == record.width
+            assert record.coverage == pytest.approx(coverage, abs=1e-12) and record.h == pytest.approx(h, rel=1e-5)
+    assert [record.width for record in event.layers] == [64, 128]  # the target, with nothing regrown
+    assert torch.equal(second, model.get_submodule("features.8").weight)
+
+
+def test_events_happen_when_due_and_end_at_the_target():
+    model, optimizer = network("resnet20")
+    pruner = prune(model, optimizer, epochs=9, every=3, until=7, regrow=0.3)
+    assert [event.epoch for event in pruner.history] == [3, 6, 7]  # at until too, so that the target is met
+    last = pruner.history[-1]
+    assert all(layer.kept == layer.width for layer in last.layers)
+    n = sum(layer.n_out for layer in last.layers)
+    assert last.target == 0.5 and n * 0.5 - len(last.layers) <= n * last.sparsity <= n * 0.5 + 1
+    # The schedule sets the width of the network in training; rounding and floors add less than a channel a layer.
+    for event in pruner.history:
+        delta = 0.3 * (1 + math.cos(math.pi * event.epoch / 7)) / 2
+        assert event.sparsity == pytest.approx(0.5 - delta, abs=len(last.layers) / n)
+        assert 0 < event.coverage <= 1 and event.ms > 0
+
+
+def test_history_is_complete_and_consistent():
+    model, optimizer = network()
+    pruner = prune(model, optimizer)
+    for event in pruner.history:
+        assert {layer.name for layer in event.layers} == {n for n, why in pruner.explain().items() if why == "prunable"}
+        for layer in event.layers:
+            assert 1 <= layer.kept <= layer.width <= layer.n_out
+            assert layer.sparsity == 1 - layer.width / layer.n_out
+            assert 0 < layer.coverage <= 1 and layer.h >= 0 and layer.ms > 0
+            assert layer.flops <= layer.width / layer.n_out
+    widths = {layer.name: layer.width for layer in pruner.history[-1].layers}
+    assert pruner.history[-1].flops == pruner.channels.flops(widths)
+    console = Console(record=True, width=120)
+    pruner.summary(console)
+    text = console.export_text()
+    assert f"{pruner.history[-1].coverage:.1%}" in text and "stage3.0.conv1" in text
+
+
+def test_one_seed_one_result_whatever_else_is_random():
+    results = []
+    for noise, seed in ((0, 3), (7, 3), (0, 4)):
+        model, optimizer = network()
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        pruner = prune(model, optimizer, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)  # pruning draws nothing from the program's own stream
+        results.append(torch.cat([*pruner.active.values()]).tolist())
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize("options", [
+    {"linkage": "single"}, {"linkage": "complete"}, {"linkage": "average"},
+    {"tie": "index"}, {"tie": "norm"}, {"tie": "gamma"}, {"regrow": 0.0}, {"impl": "reference"},
+])  # fmt: skip
+def test_every_option_prunes_to_the_target(options):
+    model, optimizer = network()
+    pruner = prune(model, optimizer, **options)
+    assert pruner.history[-1].sparsity == pytest.approx(0.5, abs=0.03)
+
+
+def test_flops_budget_is_met():
+    model, optimizer = network("resnet20")
+    pruner = prune(model, optimizer, sparsity=None, flops=0.44)
+    assert 0.44 - 0.02 < pruner.history[-1].flops <= 0.44
+    assert pruner.history[0].flops > pruner.history[-1].flops
+
+
+def test_widths_are_aligned_and_floored():
+    model, optimizer = network("resnet20")
+    pruner = prune(model, optimizer, sparsity=0.9, round_to=8, min_keep=10)
+    widths = [(layer.width, layer.n_out) for layer in pruner.history[-1].layers]
+    assert all(width >= 10 and (width % 8 == 0 or width == n) for width, n in widths), widths
+    model, optimizer = network("resnet20")
+    pruner = prune(model, optimizer, sparsity=0.97)
+    assert min(layer.width for layer in pruner.history[-1].layers) == 1  # never none
+    assert torch.isfinite(pruner.finalize()(X)).all()
+
+
+def test_sparsity_per_layer_serves_models_without_batchnorm():
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 20, 3), nn.ReLU(), nn.Conv2d(20, 10, 3),
+                            nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
+        return net, torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+
+    model, optimizer = build()
+    with pytest.raises(RepruneError, match=r"sparsity=\{'0': 0.5"):
+        REPrune(model, optimizer, example_inputs=X, sparsity=0.5, until=4)
+    pruner = prune(model, optimizer, sparsity={"0": 0.25, "*": 0.5}, tie="norm")
+    assert [len(pruner.active[name]) for name in ("0", "2")] == [12, 10]
+    slim = pruner.finalize()
+    assert torch.equal(slim(X), model(X))
+
+
+def test_the_regrown_come_back_as_they_left_and_without_momentum():
+    model, optimizer = network("resnet20")
+    pruner = prune(model, optimizer, epochs=2, regrow=0.4)
+    then, gone = copy.deepcopy(model.state_dict()), copy.deepcopy(pruner.active)
+    train(model, optimizer, 5)
+    event = pruner.step()
+    found = 0
+    for layer, record in zip(pruner.channels.prunable, event.layers, strict=True):
+        back = [i for i in pruner.active[layer.name].tolist() if i not in gone[layer.name].tolist()]
+        found += len(back)
+        assert len(back) <= record.width - record.kept
+        for name in (layer.name, *layer.followers):
+            for key, tensor in model.get_submodule(name).state_dict().items():
+                if tensor.dim():
+                    assert torch.equal(tensor[back], then[f"{name}.{key}"][back]), (name, key)
+        momentum = optimizer.state[model.get_submodule(layer.name).weight]["momentum_buffer"]
+        assert momentum[back].abs().sum() == 0 and momentum.abs().sum() > 0
+        if back:
+            sample = momentum, back
+    assert found > 0
+    train(model, optimizer, 1)
+    momentum, back = sample
+    assert momentum[back].abs().sum() > 0  # they train again
+
+
+def run(epochs, save_after=None, path=None, resume=False, order=("model", "optimizer", "pruner")):
+    model, optimizer = network("resnet20", seed=9 if resume else 0)
+    options = {"sparsity": 0.5, "every": 2, "until": 6, "example_inputs": X[:2]}
+    pruner = REPrune(model, optimizer, **options)
+    parts = {"model": model, "optimizer": optimizer, "pruner": pruner}
+    if resume:
+        state = checkpoint.read(path)
+        for part in order:
+            parts[part].load_state_dict(state[part])
+    while pruner.epoch < epochs:
+        train(model, optimizer)
+        pruner.step()
+        if pruner.epoch == save_after:
+            checkpoint.write(path, {name: part.state_dict() for name, part in parts.items()})
+    momentum = {f"momentum {i}": state["momentum_buffer"] for i, state in enumerate(optimizer.state.values())}
+    return pruner, {**model.state_dict(), **momentum}
+
+
+@pytest.mark.parametrize("order", [("model", "optimizer", "pruner"), ("pruner", "optimizer", "model")])
+@pytest.mark.parametrize("save_after", [2, 3])
+def test_resume_is_bit_identical(tmp_path, order, save_after):
+    pruner, whole = run(7, save_after, tmp_path / "c.safetensors")
+    resumed_pruner, resumed = run(7, path=tmp_path / "c.safetensors", resume=True, order=order)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert [e.epoch for e in pruner.history] == [2, 4, 6]
+    for a, b in zip(pruner.history, resumed_pruner.history, strict=True):
+        assert [(x.name, x.kept, x.width, x.coverage, x.h) for x in a.layers] == [
+            (x.name, x.kept, x.width, x.coverage, x.h) for x in b.layers
+        ]
+
+
+def test_state_is_tensors_and_plain_values():
+    model, optimizer = network()
+    state = prune(model, optimizer).state_dict()
+
+    def plain(value):
+        if torch.is_tensor(value):
+            return value.tolist()
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        assert value is None or isinstance(value, (bool, int, float, str)), type(value)
+        return value
+
+    json.dumps(plain(state))
+
+
+def test_finalize_hands_over_to_the_narrow_network():
+    model, optimizer = network("resnet20")
+    pruner = prune(model, optimizer)
+    twin, twin_optimizer = network("resnet20")  # goes on training with full-shape parameters
+    twin.load_state_dict(model.state_dict()), twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twin_pruner = REPrune(twin, twin_optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=4)
+    twin_pruner.load_state_dict(pruner.state_dict())
+    slim = pruner.finalize()
+    assert type(slim) is type(model) and not any(m._forward_hooks or m._forward_pre_hooks for m in slim.modules())
+    assert torch.equal(slim(X), model(X))
+    assert sum(p.numel() for p in slim.parameters()) < 0.65 * sum(p.numel() for p in model.parameters())
+    for layer in pruner.channels.prunable:
+        conv, reader = slim.get_submodule(layer.name), slim.get_submodule(layer.readers[0].name)
+        assert conv.out_channels == reader.in_channels == len(conv.weight) == len(pruner.active[layer.name])
+        assert slim.get_submodule(layer.norm).num_features == conv.out_channels
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in slim.parameters()}
+    twin(X)  # `slim` saw this batch above, and BatchNorm keeps count
+    for _ in range(3):
+        train(slim, optimizer, 1)
+        train(twin, twin_optimizer, 1)
+    expected = twin_pruner.compact().state_dict()
+    assert all(torch.allclose(value, expected[key], atol=1e-6) for key, value in slim.state_dict().items())
+
+
+def test_an_ema_is_compacted_alike():
+    model, optimizer = network()
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=2)
+    for _ in range(2):
+        train(model, optimizer)
+        ema.update_parameters(model)
+        pruner.step()
+    slim = pruner.compact(ema.module)
+    assert {k: v.shape for k, v in slim.state_dict().items()} == {
+        k: v.shape for k, v in pruner.finalize().state_dict().items()
+    }
+    assert torch.isfinite(slim.eval()(X)).all()
+
+
+def test_distributed_data_parallel_is_unwrapped(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, optimizer = network()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        pruner = REPrune(wrapped, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=3)
+        for _ in range(3):
+            train(wrapped, optimizer)
+            pruner.step()
+        assert pruner.finalize().state_dict().keys() == model.state_dict().keys()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_narrow_network_saves_loads_and_exports(tmp_path):
+    model, optimizer = network("resnet20")
+    slim = prune(model, optimizer).finalize().eval()
+    expected = slim(X)
+    checkpoint.save(slim, tmp_path / "slim.safetensors")
+    again = checkpoint.load(tmp_path / "slim.safetensors", models.build("resnet20", num_classes=10)).eval()
+    assert torch.equal(again(X), expected)
+
+    exported = torch.export.export(slim, (X,))
+    assert torch.allclose(exported.module()(X), expected, atol=1e-5)
+
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(slim, (X,), tmp_path / "slim.onnx", verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "slim.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    assert np.allclose(found, expected.detach().numpy(), atol=1e-4)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("options, message", [
+        ({}, "give one of sparsity= .* and flops="),
+        ({"sparsity": 0.5, "flops": 0.5}, "give one of"),
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\).*got 1.0"),
+        ({"sparsity": -0.1}, "sparsity must be in"),
+        ({"sparsity": float("nan")}, "sparsity must be in"),
+        ({"sparsity": "half"}, "sparsity must be in"),
+        ({"sparsity": {"stage1.*": 1.5}}, r"sparsity of stage1.\* must be"),
+        ({"sparsity": {"nowhere": 0.5}}, "match none of the prunable convs"),
+        ({"flops": 0.0}, r"flops must be in \(0, 1\]"),
+        ({"flops": 1.5}, "flops must be in"),
+        ({"flops": 0.01}, "out of reach: .*still has 0.09"),
+        ({"sparsity": 0.5, "until": None}, "until= is missing"),
+        ({"sparsity": 0.5, "every": 0}, "every must be a whole number of at least 1; got 0"),
+        ({"sparsity": 0.5, "until": 2.5}, "until must be a whole number"),
+        ({"sparsity": 0.5, "round_to": 0}, "round_to must be"),
+        ({"sparsity": 0.5, "min_keep": -1}, "min_keep must be"),
+        ({"sparsity": 0.5, "regrow": 1.0}, r"regrow must be in \[0, 1\)"),
+        ({"sparsity": 0.5, "linkage": "centroid"}, "linkage must be one of ward, .*got 'centroid'"),
+        ({"sparsity": 0.5, "tie": "first"}, "tie must be one of random, "),
+        ({"sparsity": 0.5, "impl": "cuda"}, "impl must be one of auto, "),
+        ({"sparsity": 0.5, "ration": 1}, "unknown option ration; there are sparsity, flops"),
+        ({"sparsity": 0.5, "ignore": "*"}, r"nothing to prune in CifarResNet(.|\n)*stage1.0.conv1: ignored, as asked"),
+    ])  # fmt: skip
+    def test_options(self, options, message):
+        model, optimizer = network()
+        with pytest.raises(RepruneError, match=message):
+            REPrune(model, optimizer, example_inputs=X[:2], **{"until": 4, **options})
+
+    def test_nan_names_the_layer(self):
+        model, optimizer = network()
+        pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=4)
+        train(model, optimizer)
+        with torch.no_grad():
+            model.get_submodule("stage2.0.conv1").weight[3, 2, 1, 1] = float("nan")
+        with pytest.raises(RepruneError, match="stage2.0.conv1.weight holds NaN or inf at epoch 1"):
+            pruner.step()
+
+    def test_untrained_scales(self):
+        model, optimizer = network()
+        with pytest.raises(RepruneError, match="BatchNorm scales are equal"):
+            REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=4).step()
+
+    def test_after_the_end(self):
+        model, optimizer = network()
+        pruner = prune(model, optimizer)
+        pruner.finalize()
+        with pytest.raises(RepruneError, match=r"step\(\) after finalize\(\)"):
+            pruner.step()
+        with pytest.raises(RepruneError, match="called before"):
+            pruner.finalize()
+        with pytest.raises(RepruneError, match="saved after finalize"):
+            fresh = REPrune(*network(), example_inputs=X[:2], sparsity=0.5, every=1, until=4)
+            fresh.load_state_dict(pruner.state_dict())
+
+    def test_a_state_of_another_model_or_options(self):
+        state = prune(*network()).state_dict()
+        with pytest.raises(RepruneError, match="another model: stage1.1.conv1 has 16 filters here and no prunable"):
+            REPrune(*network("resnet20"), example_inputs=X[:2], sparsity=0.5, every=1, until=4).load_state_dict(state)
+        with pytest.raises(RepruneError, match="saved with sparsity=0.5, and this pruner has sparsity=0.6"):
+            REPrune(*network(), example_inputs=X[:2], sparsity=0.6, every=1, until=4).load_state_dict(state)
+        with pytest.raises(RepruneError, match="not a pruner's state_dict"):
+            REPrune(*network(), example_inputs=X[:2], sparsity=0.5, until=4).load_state_dict({"epoch": 1})
+
+    def test_a_model_that_is_being_pruned(self):
+        model, optimizer = network()
+        pruner = prune(model, optimizer)
+        for again in (model, copy.deepcopy(model)):
+            with pytest.raises(RepruneError, match="runs on part of its channels already"):
+                REPrune(again, None, example_inputs=X[:2], sparsity=0.5, until=4)
+        REPrune(pruner.finalize(), optimizer, example_inputs=X[:2], sparsity=0.2, until=4)
+
+    def test_an_optimizer_of_another_model(self):
+        with pytest.raises(RepruneError, match="trains none of this model's parameters"):
+            REPrune(network()[0], network()[1], example_inputs=X[:2], sparsity=0.5, until=4)
