@@ -9,6 +9,7 @@ import sys
 from reprune_triton.errors import RepruneError
 
 COMMANDS = {
+    "demo": "train a network dense and pruned, and compare the two",
     "event": "time one pruning event against SciPy and fastcluster",
 }
 

@@ -132,7 +132,7 @@ def scale_of(points: Tensor) -> int:
 def ward(points: Tensor, linkage: str = "ward", impl: str = "auto") -> Merges:
     """Agglomerative clustering of P problems at once.
 
-    points: (P, n, d) floating point. float64 stays float64, everything else is computed in float32.
+    points: (P, n, d) floating point. Heights are float64 for float64 points, float32 for all others.
     linkage: "ward" (heights in I(A, B) = |A||B| / (|A| + |B|) * ||m_A - m_B||^2, the growth of the within-cluster SSE;
     SciPy's is sqrt(2 I)), or "single", "complete", "average" (Euclidean distance).
     Raises RepruneError for points that are not finite, and for shapes or names that do not fit.

@@ -20,7 +20,7 @@ from reprune_triton.rng import random_bits
 
 INF = float("inf")
 _POINTS_PER_CHUNK = 1 << 15  # Ward: points of the problems that go through the rounds together
-_PAIRS_PER_CHUNK = 1 << 22  # other linkages: entries of the carried distance matrices, 16 MB in float32
+_PAIRS_PER_CHUNK = 1 << 22  # other linkages: entries of the carried distance matrices, 32 MB
 _PAIRS_PER_BLOCK = 1 << 17  # Ward: distances held at any one time; they should fit in a core's cache
 
 # Merge formulas. a and b are the sizes of the clusters A and B.
@@ -66,7 +66,9 @@ def problems_per_chunk(n: int, linkage: str) -> int:
 def forest(points: torch.Tensor, linkage: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Cluster every problem of points (P, n, d): parent (P, n) int32 and height (P, n) in the dtype of the points.
 
-    Heights are I for `ward`, Euclidean distances for the other linkages.
+    Heights are I for `ward`, Euclidean distances for the other linkages. The arithmetic is float64 whatever the points
+    are: in float32 about one problem in ten thousand meets two merges that only rounding tells apart, and takes the
+    other one.
     """
     P, n, d = points.shape
     parent = torch.empty((P, n), dtype=torch.int32, device=points.device)
@@ -75,9 +77,9 @@ def forest(points: torch.Tensor, linkage: str) -> tuple[torch.Tensor, torch.Tens
     for p in range(0, P, step):
         chunk = slice(p, p + step)
         if linkage == "ward" and d == 1:
-            parent[chunk], height[chunk] = sorted_line(points[chunk, :, 0])
+            parent[chunk], height[chunk] = sorted_line(points[chunk, :, 0].double())
         else:
-            parent[chunk], height[chunk] = reciprocal_pairs(points[chunk], linkage)
+            parent[chunk], height[chunk] = reciprocal_pairs(points[chunk].double(), linkage)
     return parent, height
 
 
@@ -113,10 +115,10 @@ def reciprocal_pairs(points: torch.Tensor, linkage: str) -> tuple[torch.Tensor, 
         parent[p, dead], height[p, dead], newest[p, i] = lowest[p, i], top, top
         clusters.merge(p, i, j)
 
-        # Only clusters that merged, or whose nearest neighbour did, need a new search.
+        # Only clusters whose nearest neighbour merged need a new search; that includes those that merged with it.
         merged = gone.clone()
         merged[p, i] = True
-        stale = merged | merged.gather(1, near) | idle
+        stale = merged.gather(1, near) | idle
 
         out = gone | (column >= count)
         count = count - gone.sum(1, keepdim=True)
@@ -147,15 +149,18 @@ def reciprocal_pairs(points: torch.Tensor, linkage: str) -> tuple[torch.Tensor, 
     raise RuntimeError("clustering made no progress; are there NaNs among the points?")
 
 
-class Means:
-    """Ward: a cluster is its mean and size, and distances are computed when they are needed.
+def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances (B, r, m) between the points x (B, r, d) and y (B, m, d), by differences: the shorter way
+    over x^2 + y^2 - 2xy loses all digits for near duplicates or an offset."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
-    Differences are taken first and squared then: x^2 + y^2 - 2xy loses all digits for near duplicates or an offset.
-    """
+
+class Means:
+    """Ward: a cluster is its mean and size, and distances are computed when they are needed."""
 
     def __init__(self, points: torch.Tensor):
-        self.mean = points.transpose(1, 2).contiguous()  # (B, d, m)
-        self.size = torch.ones_like(self.mean[:, 0])  # (B, m)
+        self.mean = points.clone()  # (B, m, d)
+        self.size = torch.ones_like(points[..., 0])  # (B, m)
 
     def nearest(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For each cluster in the columns rows (B, r): the column of the nearest other one (lowest on ties), and I."""
@@ -163,14 +168,9 @@ class Means:
         m = self.size.shape[1]
         for block, span in blocks(rows.shape[0], rows.shape[1], m):
             row = rows[block, span]  # (q, s)
-            size = self.size[block]  # (q, m)
-            squared = self.mean.new_zeros(*row.shape, m)  # (q, s, m)
-            difference = torch.empty_like(squared)  # reused: fresh pages for every coordinate would cost more time
-            for x in self.mean[block].unbind(1):  # one coordinate: (q, m)
-                # Not addcmul: fused in one place and not in another it would round d(i, j) and d(j, i) differently.
-                torch.sub(x.gather(1, row)[:, :, None], x[:, None, :], out=difference)
-                squared += difference.square_()
-            growth = ward_growth(squared, size.gather(1, row)[:, :, None], size[:, None, :])
+            mean, size = self.mean[block], self.size[block]  # (q, m, d), (q, m)
+            own = mean.gather(1, row[:, :, None].expand(-1, -1, mean.shape[2]))
+            growth = ward_growth(distances(own, mean).square_(), size.gather(1, row)[:, :, None], size[:, None, :])
             growth.scatter_(2, row[:, :, None], INF)  # not itself
             dist[block, span], near[block, span] = growth.min(dim=2)  # the first minimum, by torch's documentation
         return near, dist
@@ -178,12 +178,12 @@ class Means:
     def merge(self, p: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> None:
         """Cluster j joins cluster i, in problem p."""
         a, b = self.size[p, i, None], self.size[p, j, None]
-        self.mean[p, :, i] = merged_mean(self.mean[p, :, i], self.mean[p, :, j], a, b)
+        self.mean[p, i] = merged_mean(self.mean[p, i], self.mean[p, j], a, b)
         self.size.index_put_((p, i), b[:, 0], accumulate=True)  # several duplicates may join one cluster
 
     def compact(self, order: torch.Tensor, empty: torch.Tensor) -> None:
-        self.mean = self.mean.gather(2, order[:, None, :].expand(-1, self.mean.shape[1], -1))
-        self.mean.masked_fill_(empty[:, None, :], INF)  # out of everyone's reach
+        self.mean = self.mean.gather(1, order[:, :, None].expand(-1, -1, self.mean.shape[2]))
+        self.mean.masked_fill_(empty[:, :, None], INF)  # out of everyone's reach
         self.size = self.size.gather(1, order)
 
 
@@ -192,10 +192,7 @@ class Distances:
 
     def __init__(self, points: torch.Tensor, formula: Callable[..., torch.Tensor]):
         self.formula = formula
-        squared = points.new_zeros(*points.shape[:2], points.shape[1])  # (B, m, m)
-        for x in points.unbind(2):
-            squared += (x[:, :, None] - x[:, None, :]).square_()
-        self.dist = squared.sqrt_()
+        self.dist = distances(points, points)  # (B, m, m)
         self.dist.diagonal(dim1=1, dim2=2).fill_(INF)  # not itself
         self.size = torch.ones_like(points[..., 0])  # (B, m)
 

@@ -60,6 +60,17 @@ def grid(n: int, d: int, rng: Rng) -> np.ndarray:
     return np.round(rng.standard_normal((n, d)) * 2) / 2
 
 
+def coarse(n: int, d: int, rng: Rng) -> np.ndarray:
+    """Next to the resolution of float32: every mean is rounded by as much as the points differ."""
+    return 2.0**19 + np.round(rng.standard_normal((n, d)) * 6) / 16
+
+
+def simplex(n: int, d: int, rng: Rng) -> np.ndarray:
+    """Groups of points that are all equally far from each other, up to rounding."""
+    rotation = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    return np.tile(rotation, (n // d + 1, 1))[rng.permutation(n)] * rng.choice([1, 1.5, 3], (n, 1))
+
+
 UNIQUE = (
     gaussian, heavy_tailed, clustered, low_rank, offset, tiny, huge, duplicated, half_zero, geometric, all_zero,
 )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from reprune_triton import ops
+from reprune_triton import ops, reference
 from reprune_triton.rng import derive_seed, philox, random_bits
 
 
@@ -99,14 +99,22 @@ def test_same_seed_same_picks():
     assert not torch.equal(first.order, ops.cover(labels, 250, seed=5).order), "the high bits of a seed count"
 
 
-def test_random_ties_use_the_documented_bits():
-    n, keep, seed = 50, 50, 99
+@pytest.mark.parametrize(("n", "keep"), [(50, 50), (700, 200)])  # the second needs more bits than one block holds
+def test_random_ties_use_the_documented_bits(n, keep):
+    seed = 99
     order = ops.cover(torch.arange(n).expand(1, n), keep, seed=seed).order.tolist()
     left = list(range(n))
     for step, choice in enumerate(order):
         bits = random_bits(seed, step * n, n) >> 1
         assert choice == max(left, key=lambda i: (int(bits[i]), -i))
         left.remove(choice)
+
+
+def test_all_31_bits_decide_a_tie(monkeypatch):
+    labels = torch.arange(4).expand(1, 4)
+    for bits, first in (([0, 2, 0, 0], 1), ([0, 0, 1 << 31, 2], 2), ([4, 4, 5, 4], 0), ([4, 4, 6, 6], 2)):
+        monkeypatch.setattr(reference, "random_bits", lambda *given, bits=bits: torch.tensor(bits))
+        assert ops.cover(labels, 1).order.tolist() == [first], bits
 
 
 def test_philox_known_answers():

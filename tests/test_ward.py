@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from families import UNIQUE, gaussian, geometric, grid, half_zero, huge, offset, problems, tiny
+from families import UNIQUE, coarse, gaussian, geometric, grid, half_zero, huge, offset, problems, simplex, tiny
 from scipy.cluster.hierarchy import fcluster, is_monotonic, is_valid_linkage, linkage
 
 from reprune_triton import ops, reference
@@ -180,6 +180,22 @@ def test_problems_do_not_see_each_other(family, d, monkeypatch):
         assert torch.equal(again.parent, together.parent) and torch.equal(again.height, together.height)
 
 
+@pytest.mark.parametrize("method", ops.LINKAGES)
+@pytest.mark.parametrize("family", [coarse, simplex, grid], ids=lambda family: family.__name__)
+def test_rounding_cannot_break_a_forest(family, method):
+    """Where float32 decides who is nearest, the forest is still one, and the same however it is batched."""
+    for n, d in ((200, 1), (60, 4), (120, 9)):
+        seed = seed_of(family.__name__, method, n, d)
+        points = torch.from_numpy(problems(family, 8, n, d, seed)).float()
+        merges = ops.ward(points, method)
+        check_forest(merges)
+        assert all(is_valid_linkage(Z) and is_monotonic(Z) for Z in merges.to_scipy()), f"seed {seed}"
+        for p in range(8):
+            alone = ops.ward(points[p : p + 1], method)
+            assert torch.equal(alone.parent[0], merges.parent[p]), f"seed {seed} problem {p}"
+            assert torch.equal(alone.height[0], merges.height[p]), f"seed {seed} problem {p}"
+
+
 def test_half_zero_kernels_do_not_take_a_round_each(monkeypatch):
     searches = []
     nearest = reference.Means.nearest
@@ -252,3 +268,13 @@ def test_memory_is_bounded():
 def test_geometric_line_is_exact_though_slow():
     points = problems(geometric, 1, 300, 1, 0)
     against_scipy(points, "ward", torch.float64, "geometric")
+
+
+@pytest.mark.parametrize("linkage", ops.LINKAGES)
+@pytest.mark.parametrize("d", [1, 4])
+def test_the_points_are_not_changed(linkage, d):
+    points = torch.randn(3, 20, d, dtype=torch.float64)
+    points[:, 10:15] = points[:, :5]
+    before = points.clone()
+    ops.ward(points, linkage)
+    assert torch.equal(points, before)
