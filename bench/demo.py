@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flops", type=float, default=0.44, help="share of the FLOPs to keep (default: 0.44)")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one dense and one pruned run each")
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, best for 8x8 images)")
     parser.add_argument("--out", default="runs/demo", help="where the pruned networks go (default: runs/demo)")
     parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 

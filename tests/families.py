@@ -61,7 +61,7 @@ def grid(n: int, d: int, rng: Rng) -> np.ndarray:
 
 
 def coarse(n: int, d: int, rng: Rng) -> np.ndarray:
-    """Next to the resolution of float32: every mean is rounded by as much as the points differ."""
+    """Next to the resolution of float32, with many ties: a float32 mean is rounded by as much as points differ."""
     return 2.0**19 + np.round(rng.standard_normal((n, d)) * 6) / 16
 
 

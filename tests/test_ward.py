@@ -183,7 +183,7 @@ def test_problems_do_not_see_each_other(family, d, monkeypatch):
 @pytest.mark.parametrize("method", ops.LINKAGES)
 @pytest.mark.parametrize("family", [coarse, simplex, grid], ids=lambda family: family.__name__)
 def test_rounding_cannot_break_a_forest(family, method):
-    """Where float32 decides who is nearest, the forest is still one, and the same however it is batched."""
+    """Where ties and rounding decide who is nearest, it is still a forest, the same however it is batched."""
     for n, d in ((200, 1), (60, 4), (120, 9)):
         seed = seed_of(family.__name__, method, n, d)
         points = torch.from_numpy(problems(family, 8, n, d, seed)).float()
@@ -194,6 +194,31 @@ def test_rounding_cannot_break_a_forest(family, method):
             alone = ops.ward(points[p : p + 1], method)
             assert torch.equal(alone.parent[0], merges.parent[p]), f"seed {seed} problem {p}"
             assert torch.equal(alone.height[0], merges.height[p]), f"seed {seed} problem {p}"
+
+
+@pytest.mark.parametrize("d", [1, 9])
+def test_heights_stay_in_order_even_if_rounding_is_not(d, monkeypatch):
+    """Exaggerated: with formulas under which merges become cheaper and cheaper."""
+    monkeypatch.setattr(reference, "ward_growth", lambda squared, a, b: squared / (a + b) ** 3)
+    monkeypatch.setitem(reference.LANCE_WILLIAMS, "average", lambda d_a, d_b, a, b: 0.7 * torch.minimum(d_a, d_b))
+    points = torch.from_numpy(problems(gaussian, 6, 50, d, d)).float()
+    for method in ("ward", "average"):
+        merges = ops.ward(points, method)
+        check_forest(merges)
+        assert all(is_valid_linkage(Z) and is_monotonic(Z) for Z in merges.to_scipy())
+
+
+def test_carried_distances_stay_symmetric(monkeypatch):
+    """Bit for bit, or two clusters might each find a third one nearer, round in a circle."""
+    compact = reference.Distances.compact
+
+    def checked(self, order, empty):
+        compact(self, order, empty)
+        assert torch.equal(self.dist, self.dist.transpose(1, 2))
+
+    monkeypatch.setattr(reference.Distances, "compact", checked)
+    for method in reference.LANCE_WILLIAMS:
+        ops.ward(torch.from_numpy(problems(gaussian, 4, 60, 9, 1)).float(), method)
 
 
 def test_half_zero_kernels_do_not_take_a_round_each(monkeypatch):
