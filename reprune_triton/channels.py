@@ -250,6 +250,8 @@ def _layer(
         repeat, rest = divmod(len(indices), conv.out_channels)
         if rest or list(indices) != list(range(len(indices))):
             return f"it writes only some of the channels that {target} reads (a concatenation)"
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+            continue  # one slope for all channels
         if isinstance(module, CHANNELWISE) or is_depthwise(module):
             followers.append(target)
         elif isinstance(module, (nn.Conv2d, nn.Linear)) and reads(dependency.handler):

@@ -92,7 +92,11 @@ class Narrowing:
         for name, part in slices.items():
             module = self._modules[name]
             where = cuts(module, part)
-            shadow = _Shadow(where, len(part.out) if part.out is not None and is_depthwise(module) else None)
+            widths = {}
+            if part.out is not None:  # what forward itself looks at
+                names = ("groups",) if is_depthwise(module) else ("num_features",)
+                widths = {key: (len(part.out), getattr(module, key)) for key in names if hasattr(module, key)}
+            shadow = _Shadow(where, widths)
             self._handles += [
                 module.register_forward_pre_hook(shadow.enter),
                 # always_call: an exception inside forward must not leave the slices in place
@@ -140,18 +144,18 @@ class Narrowing:
 class _Shadow:
     """Lets a module's forward see slices of its tensors: an instance attribute hides the parameter of the same name."""
 
-    def __init__(self, where: dict[str, Cuts], groups: int | None):
-        self.where, self.groups = where, groups
+    def __init__(self, where: dict[str, Cuts], widths: dict[str, tuple[int, int]]):
+        self.where, self.widths = where, widths  # widths: attribute -> (narrow, full)
 
     def enter(self, module: nn.Module, args: object) -> None:
         for name, cut in self.where.items():
             module.__dict__[name] = gather(getattr(module, name), cut)
-        if self.groups is not None:
-            module.__dict__["groups"] = self.groups
+        for name, (narrow, _) in self.widths.items():
+            module.__dict__[name] = narrow
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
-        if self.groups is not None:
-            module.__dict__["groups"] = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+        for name, (_, width) in self.widths.items():
+            module.__dict__[name] = width
         for name, cut in self.where.items():
             part = module.__dict__.pop(name, None)
             full = module._buffers.get(name)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reprune_triton import channels, models
 from reprune_triton.errors import RepruneError
-from reprune_triton.narrow import compact
+from reprune_triton.narrow import Narrowing, compact
 
 
 def names(found):
@@ -140,6 +140,23 @@ def test_flops_are_those_of_the_physical_network(name):
         widths = {layer.name: len(index.get(layer.name, range(layer.n_out))) for layer in found.prunable}
         assert counter.get_total_flops() == 2 * sum(found.macs(widths).values())  # it counts adds and multiplies apart
     assert found.flops({layer.name: layer.n_out for layer in found.prunable}) == 1.0
+
+
+@pytest.mark.parametrize("norm", [
+    nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, track_running_stats=False),
+    nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, affine=True, track_running_stats=True), nn.PReLU(8), nn.PReLU(),
+])  # fmt: skip
+def test_channelwise_modules_follow(norm):
+    net = Net(lambda s, x: s.b(F.relu(s.n(s.a(x)))), a=conv(3, 8, 3), n=norm, b=conv(8, 2)).train()
+    x = torch.randn(4, 3, 8, 8)
+    found = channels.analyse(net, x)
+    assert names(found) == ["a"] and found.reasons["a"] == channels.PRUNABLE
+    has_scale = isinstance(norm, nn.BatchNorm2d) and norm.affine
+    assert found.prunable[0].norm == ("n" if has_scale else None)
+    slim = compact(net, found.slices(halves(found)))
+    Narrowing(net).set(found.slices(halves(found)))
+    assert torch.equal(net(x), slim(x))  # in training mode, with batch statistics
+    assert torch.equal(net.eval()(x), slim.eval()(x))
 
 
 def test_inputs_may_be_a_tuple_or_a_dict():
