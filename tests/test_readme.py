@@ -1,0 +1,47 @@
+"""The README's figures are those of the rows in bench/results/."""
+
+import json
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def rows(name):
+    return [json.loads(line) for line in (ROOT / "bench" / "results" / name).read_text().splitlines()]
+
+
+def line(label, *cells):
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def test_demo_table():
+    found = [row for row in rows("demo.jsonl") if (row["model"], row["data"]) == ("resnet20", "digits")]
+    arms = {arm: sorted((r for r in found if r["arm"] == arm), key=lambda r: r["seed"]) for arm in ("dense", "pruned")}
+    assert len(arms["dense"]) == len(arms["pruned"]) == 3
+
+    def cells(key, form, scale=1.0):
+        return [form.format(statistics.mean(row[key] for row in arms[arm]) * scale) for arm in arms]
+
+    change = [(b["accuracy"] - a["accuracy"]) * 100 for a, b in zip(*arms.values(), strict=True)]
+    spread = f"{statistics.mean(change):+.2f} ± {statistics.stdev(change):.2f} points"
+    assert line("test accuracy, mean of 3 seeds", *cells("accuracy", "{:.2%}")) in README
+    assert f"Paired difference in accuracy: {spread}" in README
+    assert line("multiply-adds per image", *cells("macs", "{:,.0f}")) in README
+    assert line("parameters", *cells("parameters", "{:,.0f}")) in README
+    assert line("forward, batch 256, one CPU thread", *cells("latency_ms_batch256", "{:.1f} ms")) in README
+    events = statistics.mean(row["event_seconds"] / row["events"] for row in arms["pruned"])
+    assert line("one pruning event", "-", f"{events:.2f} s") in README
+    seconds = [f"{statistics.mean(row['train_seconds'] for row in arms[arm]):.0f} s {arm}" for arm in arms]
+    assert ", ".join(seconds) in README
+    assert arms["dense"][0]["cpu"] in README and f"torch {arms['dense'][0]['torch']}" in README
+
+
+def test_event_table():
+    totals = {row["row"]: row for row in rows("event.jsonl") if row["model"] == "resnet50" and row["row"] != "layer"}
+    for part, label in (("1x1", "1x1 convs"), ("KxK", "3x3 convs"), ("total", "all")):
+        row = totals[part]
+        assert row["checked"] and not row["extrapolated"] and row["threads"] == 1
+        times = [row[key] for key in ("cluster_s", "select_s", "scipy_s", "fastcluster_s")]
+        assert line(label, f"{row['problems']:,}", *(f"{seconds:.1f} s" for seconds in times)) in README
