@@ -60,10 +60,13 @@ def cuts(module: nn.Module, part: Slice) -> dict[str, Cuts]:
 
 
 def gather(tensor: Tensor, where: Cuts) -> Tensor:
-    """The slices of `tensor` at `where`; differentiable, the gradient is zero elsewhere."""
+    """The slices of `tensor` at `where`, in its memory format; differentiable, the gradient is zero elsewhere."""
+    part = tensor
     for dim, index in where:
-        tensor = tensor.index_select(dim, index.to(tensor.device))
-    return tensor
+        part = part.index_select(dim, index.to(tensor.device))
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        part = part.contiguous(memory_format=torch.channels_last)
+    return part
 
 
 class Narrowing:

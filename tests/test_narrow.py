@@ -252,6 +252,19 @@ def test_pruned_channels_are_frozen_under_every_optimizer(pruned, make):
     assert not torch.equal(model.state_dict()[weight][pruned_rows[:1]], before[weight][pruned_rows[:1]])
 
 
+def test_channels_last_stays(pruned):
+    model, found, active, x = pruned
+    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    outputs = []
+    for layer in found.prunable:
+        model.get_submodule(layer.name).register_forward_hook(lambda m, a, out: outputs.append(out))
+    Narrowing(model).set(found.slices(active))
+    model(x)
+    slim = compact(model, found.slices(active))
+    tensors = outputs + [slim.get_submodule(layer.name).weight for layer in found.prunable]
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
 def test_a_deep_copy_is_narrow_too_and_trains_apart(pruned):
     model, found, active, x = pruned
     Narrowing(model).set(found.slices(active))
