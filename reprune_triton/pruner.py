@@ -235,8 +235,8 @@ class REPrune:
             assert target is not None
             keep = self._aligned(sparsity.widths_at_sparsity(scales, target))
             width = self._aligned(sparsity.widths_at_sparsity(scales, target - extra))
-        # only what is active now can be chosen
-        return target, {name: min(count, len(self.active[name])) for name, count in keep.items()}, width
+        # Never more than are active now: what is pruned has scale 0, and delta_t only falls.
+        return target, keep, width
 
     def _select(self, keep: sparsity.Widths) -> dict[str, "_Choice"]:
         """Cluster the kernels of every layer's active filters over its active inputs, cut, and cover (SPEC, 2 to 4)."""

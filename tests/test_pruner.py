@@ -201,6 +201,23 @@ def test_the_regrown_come_back_as_they_left_and_without_momentum():
     assert momentum[back].abs().sum() > 0  # they train again
 
 
+def test_the_redrawn_lose_their_momentum(monkeypatch):
+    """A filter that coverage drops and regrowth draws at the same event has left and come back, too."""
+    import reprune_triton.pruner as module
+
+    draws, regrow = [], module.regrow
+    monkeypatch.setattr(module, "regrow", lambda f, kept, n, seed: draws.append(regrow(f, kept, n, seed)) or draws[-1])
+    model, optimizer = network("resnet20")
+    pruner = prune(model, optimizer, epochs=1, regrow=0.4)
+    drawn = dict(zip([x.name for x in pruner.history[0].layers if x.width > x.kept], draws, strict=True))
+    assert len(drawn) > 5
+    for name, back in drawn.items():
+        momentum = optimizer.state[model.get_submodule(name).weight]["momentum_buffer"]
+        assert momentum[back].abs().sum() == 0
+        rest = [i for i in pruner.active[name].tolist() if i not in back.tolist()]
+        assert momentum[rest].abs().sum(dim=(1, 2, 3)).min() > 0
+
+
 def run(epochs, save_after=None, path=None, resume=False, order=("model", "optimizer", "pruner")):
     model, optimizer = network("resnet20", seed=9 if resume else 0)
     options = {"sparsity": 0.5, "every": 2, "until": 6, "example_inputs": X[:2]}
