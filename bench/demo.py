@@ -80,7 +80,7 @@ def _pair(args: argparse.Namespace, seed: int) -> tuple[Row, Row]:
         made.append(
             environment
             | {
-                "bench": "demo", "arm": arm, "model": args.model, "data": args.data, "seed": seed,
+                "benchmark": "demo", "arm": arm, "model": args.model, "data": args.data, "seed": seed,
                 "epochs": options.epochs, "accuracy": result.accuracy,
                 "parameters": sum(p.numel() for p in result.model.parameters()),
                 "macs": sum(cost.macs for cost in channels.analyse(result.model, x[:1]).costs),
