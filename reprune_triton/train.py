@@ -103,8 +103,10 @@ RECIPE_OF = {"digits": "digits", "fashion-mnist": "cifar", "cifar10": "cifar", "
 
 def recipe(data: str = "digits", name: str | None = None, **changes: Any) -> Options:
     """The options of recipe `name` (default: the one that fits `data`), with `changes` on top."""
-    if (name or data) not in {**RECIPES, **RECIPE_OF}:
-        raise RepruneError(f"no recipe for {name or data!r}: there are {', '.join(RECIPES)}")
+    if data not in RECIPE_OF:
+        raise RepruneError(f"unknown data set {data!r}: there are {', '.join(RECIPE_OF)}")
+    if name is not None and name not in RECIPES:
+        raise RepruneError(f"no recipe {name!r}: there are {', '.join(RECIPES)}")
     values = {**RECIPES[name or RECIPE_OF[data]], "data": data, **changes}
     share = values.pop("prune_share")
     if "warmup" not in changes:  # a short trial run is not all warm-up

@@ -218,7 +218,7 @@ def test_divergence_is_an_error_that_spares_the_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "mnist"], "no recipe for 'mnist'"),
+        (["--data", "mnist"], "unknown data set 'mnist': there are digits"),
         (["--data", "cifar10", "--data-dir", "absent"], "cifar10: not found. Looked for"),
         (["--model", "resnet9000"], "unknown model 'resnet9000'"),
         (["--sparsity", "2"], "sparsity must be in"),
