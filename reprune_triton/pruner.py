@@ -6,6 +6,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -209,7 +210,7 @@ class REPrune:
         covers = [choice.cover for choice in chosen.values()]
         return Event(
             epoch=self.epoch,
-            target=target,
+            target=None if target is None else float(target),
             sparsity=1 - sum(widths.values()) / sum(layer.n_out for layer in layers),
             flops=self.channels.flops(widths),
             coverage=sum(cover.covered for cover in covers) / sum(cover.clusters for cover in covers),
@@ -217,26 +218,26 @@ class REPrune:
             layers=layers,
         )
 
-    def _widths(self) -> tuple[float | None, sparsity.Widths, sparsity.Widths]:
+    def _widths(self) -> tuple[float | Fraction | None, sparsity.Widths, sparsity.Widths]:
         """The target sparsity, filters to choose by coverage, and filters to have after regrowth."""
         config = self.config
         assert config.until is not None
         extra = sparsity.regrow_share(self.epoch, config.until, config.regrow)
-        target: float | None = None
         if isinstance(config.sparsity, Mapping):
-            keep, width = self._own_widths(0.0), self._own_widths(extra)
+            return None, self._own_widths(0.0), self._own_widths(extra)
+
+        scales = self._scales()
+        target: float | Fraction
+        if config.flops is None:
+            assert config.sparsity is not None
+            target = config.sparsity
         else:
-            scales = self._scales()
-            if config.flops is None:
-                target = config.sparsity
-            else:
-                cost = lambda widths: self.channels.flops(self._aligned(widths))  # noqa: E731
-                target = sparsity.sparsity_for_flops(scales, config.flops, cost)
-            assert target is not None
-            keep = self._aligned(sparsity.widths_at_sparsity(scales, target))
-            width = self._aligned(sparsity.widths_at_sparsity(scales, target - extra))
-        # Never more than are active now: what is pruned has scale 0, and delta_t only falls.
-        return target, keep, width
+            target = sparsity.sparsity_for_flops(
+                scales, config.flops, lambda widths: self.channels.flops(self._aligned(widths))
+            )
+        # Never more to keep than are active now: what is pruned has scale 0, and delta_t only falls.
+        keep = self._aligned(sparsity.widths_at_sparsity(scales, target))
+        return target, keep, self._aligned(sparsity.widths_at_sparsity(scales, target - extra))
 
     def _select(self, keep: sparsity.Widths) -> dict[str, "_Choice"]:
         """Cluster the kernels of every layer's active filters over its active inputs, cut, and cover (SPEC, 2 to 4)."""

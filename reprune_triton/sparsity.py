@@ -7,6 +7,7 @@ Everything is counted in integers (`ops.keep_count`): `ceil((1 - s) * n)` in flo
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -35,14 +36,14 @@ def widths_at_rank(scales: Mapping[str, Tensor], rank: int) -> Widths:
     return {name: int((scale > threshold).sum()) for name, scale in scales.items()}
 
 
-def widths_at_sparsity(scales: Mapping[str, Tensor], sparsity: float) -> Widths:
+def widths_at_sparsity(scales: Mapping[str, Tensor], sparsity: float | Fraction) -> Widths:
     """Filters per layer at a global channel sparsity; the threshold is inf{g : F(g) >= sparsity} of the pooled scales.
 
     Raises:
         RepruneError: if so many scales are equal that the threshold would take far more than was asked for.
     """
     total = sum(len(scale) for scale in scales.values())
-    rank = total - keep_count(total, max(sparsity, 0.0))
+    rank = total - keep_count(total, max(sparsity, 0))
     widths = widths_at_rank(scales, rank)
     if rank and total - sum(widths.values()) > rank + total // 10:
         pooled = torch.cat(list(scales.values())).sort().values
@@ -55,20 +56,20 @@ def widths_at_sparsity(scales: Mapping[str, Tensor], sparsity: float) -> Widths:
     return widths
 
 
-def sparsity_for_flops(scales: Mapping[str, Tensor], flops: float, cost: Callable[[Widths], float]) -> float:
+def sparsity_for_flops(scales: Mapping[str, Tensor], flops: float, cost: Callable[[Widths], float]) -> Fraction:
     """The smallest global sparsity at which `cost(widths)`, a share of the dense FLOPs, is at most `flops`.
 
     `cost` must not rise when widths fall. Where even the highest sparsity is not enough it is what is returned.
     """
     total = sum(len(scale) for scale in scales.values())
-    low, high = 0, total  # the answer is in [low, high]
+    low, high = 0, total - 1  # the answer is in [low, high]; no layer loses its last filter anyway
     while low < high:
         middle = (low + high) // 2
         if cost(widths_at_rank(scales, middle)) <= flops:
             high = middle
         else:
             low = middle + 1
-    return low / total
+    return Fraction(low, total)  # a float could round up to the next rank
 
 
 def regrow_share(epoch: int, until: int, start: float) -> float:

@@ -149,6 +149,14 @@ def test_flops_budget_is_met():
     assert pruner.history[0].flops > pruner.history[-1].flops
 
 
+def test_the_smallest_flops_budget_leaves_one_group_per_layer():
+    model, optimizer = network("resnet20")
+    least = REPrune(model, None, example_inputs=X[:2], sparsity=0.5, until=4).channels
+    budget = least.flops({layer.name: 4 for layer in least.prunable})
+    pruner = prune(model, optimizer, sparsity=None, flops=budget, round_to=4)
+    assert {layer.width for layer in pruner.history[-1].layers} == {4}
+
+
 def test_widths_are_aligned_and_floored():
     model, optimizer = network("resnet20")
     pruner = prune(model, optimizer, sparsity=0.9, round_to=8, min_keep=10)

@@ -1,6 +1,7 @@
 """How many filters each layer keeps, in exact integers."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -50,16 +51,16 @@ def test_alignment_and_floor(width, n_out, round_to, min_keep, expected):
 
 def test_flops_budget_is_met_as_closely_as_ranks_allow():
     generator = torch.Generator().manual_seed(0)
-    scales = {"a": torch.rand(32, generator=generator), "b": torch.rand(48, generator=generator)}
+    scales = {"a": torch.rand(32, generator=generator), "b": torch.rand(47, generator=generator)}
 
     def cost(w):
-        return (w["a"] + w["a"] * w["b"] + w["b"]) / (32 + 32 * 48 + 48)
+        return (w["a"] + w["a"] * w["b"] + w["b"]) / (32 + 32 * 47 + 47)
 
-    for budget in (1.0, 0.7, 0.44, 0.1):
+    for rank in range(79):  # every rank is the answer to its own cost
+        budget = cost(sparsity.widths_at_rank(scales, rank))
         s = sparsity.sparsity_for_flops(scales, budget, cost)
-        rank = round(s * 80)
-        assert cost(sparsity.widths_at_sparsity(scales, s)) <= budget
-        assert rank == 0 or cost(sparsity.widths_at_rank(scales, rank - 1)) > budget
+        assert s == Fraction(rank, 79)
+        assert sparsity.widths_at_sparsity(scales, s) == sparsity.widths_at_rank(scales, rank)
 
 
 def test_regrowth_follows_the_cosine():
