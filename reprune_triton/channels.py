@@ -18,6 +18,7 @@ from .errors import RepruneError
 from .narrow import CHANNELWISE, Narrowing, Slice, Slices, check_whole, is_depthwise
 
 PRUNABLE = "prunable"
+_READ = ("in_channels", "in_features", "num_features", "num_parameters")  # attributes: how many channels a module reads
 
 
 class Reader(NamedTuple):
@@ -131,7 +132,21 @@ def analyse(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = ()) -
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise RepruneError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to prune")
     check_whole(model)
-    twin = copy.deepcopy(model).eval()
+    with torch.inference_mode(False):
+        return _analyse(_twin(model), example_inputs, ignore)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:
+        raise RepruneError(
+            f"{type(model).__name__} cannot be copied, which the analysis does first ({error}). Remove weight norm or "
+            "pruning of the old kind (hooks), and attributes such as locks and open files."
+        ) from error
+
+
+def _analyse(twin: nn.Module, example_inputs: Any, ignore: Sequence[str]) -> Channels:
     for parameter in twin.parameters():
         parameter.requires_grad_(True)  # the analysis follows autograd's graph, through frozen layers too
     costs, calls = _costs(twin, example_inputs)
@@ -224,7 +239,7 @@ def _dependencies(
             group = graph.get_pruning_group(
                 conv, torch_pruning.prune_conv_out_channels, idxs=list(range(conv.out_channels))
             )
-            found = _layer(name, conv, group, names, graph.is_in_channel_pruning_fn)
+            found = _layer(name, conv, group, names, owners, graph.is_in_channel_pruning_fn)
             reasons[name] = found if isinstance(found, str) else PRUNABLE
             if isinstance(found, Prunable):
                 layers.append(replace(found, norm=_norm(graph.module2node[conv], names)))
@@ -232,8 +247,9 @@ def _dependencies(
 
 
 def _layer(
-    name: str, conv: nn.Conv2d, group: Any, names: dict[nn.Module, str], reads: Callable[[Any], bool]
-) -> Prunable | str:
+    name: str, conv: nn.Conv2d, group: Any, names: dict[nn.Module, str], owners: dict[int, list[str]],
+    reads: Callable[[Any], bool],
+) -> Prunable | str:  # fmt: skip
     """What goes with the output channels of `conv`; a string says why they cannot go."""
     followers, readers = [], []
     for dependency, indices in group:
@@ -252,6 +268,14 @@ def _layer(
             return f"it writes only some of the channels that {target} reads (a concatenation)"
         if isinstance(module, nn.PReLU) and module.num_parameters == 1:
             continue  # one slope for all channels
+        for parameter in module._parameters.values():
+            others = [other for other in owners.get(id(parameter), []) if other != target]
+            if others:
+                return f"{target} shares a parameter with {', '.join(others)}"
+        width = next((getattr(module, key) for key in _READ if hasattr(module, key)), len(indices))
+        takes = isinstance(module, CHANNELWISE) or is_depthwise(module) or reads(dependency.handler)
+        if takes and len(indices) != width:
+            return f"an operation on the way to {target} moves or joins channels"
         if isinstance(module, CHANNELWISE) or is_depthwise(module):
             followers.append(target)
         elif isinstance(module, (nn.Conv2d, nn.Linear)) and reads(dependency.handler):
@@ -284,35 +308,68 @@ def _norm(node: Any, names: dict[nn.Module, str]) -> str | None:
 
 def _proved(twin: nn.Module, inputs: Any, channels: Channels) -> Channels:
     """Refuse every layer for which running narrow and masking disagree, however convincing the graph looked."""
-    twin, inputs = twin.double(), _doubled(inputs)
-    generator = torch.Generator().manual_seed(0)
-    for module in twin.modules():  # make every path count: a zero-initialised scale would hide what stands before it
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor, low, high in (
-                (module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5), (module.running_mean, -0.5, 0.5),
-                (module.running_var, 0.5, 1.5),
-            ):  # fmt: skip
-                if tensor is not None:
-                    tensor.data.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
-    if not channels.prunable or not _disagrees(twin, inputs, channels, channels.prunable):
-        return channels
-    guilty = {layer.name for layer in channels.prunable if _disagrees(twin, inputs, channels, (layer,))}
-    why = "dropping its channels changes more than masking them would: an operation mixes channels"
-    return channels.only(lambda layer: why if layer.name in guilty else None)
+    dtype = next(p.dtype for p in twin.parameters() if p.is_floating_point())
+    tolerance = 1e-6
+    try:
+        with torch.no_grad():
+            call(twin.double(), _doubled(inputs))
+        inputs = _doubled(inputs)
+    except Exception:  # the model casts to a type of its own
+        twin, tolerance = twin.to(dtype), 1e-2
+    _randomize(twin)
+    for training in (False, True):
+        twin.train(training)
+        for module in twin.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()  # narrow and masked activations cannot draw the same mask
+        guilty = set()
+        if _disagrees(twin, inputs, channels, channels.prunable, tolerance):
+            guilty = {x.name for x in channels.prunable if _disagrees(twin, inputs, channels, (x,), tolerance)}
+            guilty = guilty or {x.name for x in channels.prunable}  # together only: none can be trusted
+        why = "dropping its channels changes more than masking them would: an operation mixes channels"
+        if training:
+            why += " while training"
+        channels = channels.only(lambda layer, guilty=guilty, why=why: why if layer.name in guilty else None)  # type: ignore[misc]
+    return channels
 
 
 @torch.no_grad()
-def _disagrees(twin: nn.Module, inputs: Any, channels: Channels, layers: Sequence[Prunable]) -> bool:
+def _randomize(twin: nn.Module) -> None:
+    """Make every path count: a zero-initialised layer or scale would hide what stands before it."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in twin.parameters():
+        if tensor.is_floating_point() and tensor.dim() > 1:
+            values = torch.randn(tensor.shape, generator=generator) / (tensor.numel() / len(tensor)) ** 0.5
+        else:
+            values = torch.rand(tensor.shape, generator=generator) + 0.5
+        if tensor.is_floating_point():
+            tensor.copy_(values)
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.running_mean.copy_(torch.rand(module.running_mean.shape, generator=generator) - 0.5)
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _disagrees(
+    twin: nn.Module, inputs: Any, channels: Channels, layers: Sequence[Prunable], tolerance: float
+) -> bool:  # fmt: skip
     """Drop every second channel of `layers`: are the outputs not those with these channels masked at their readers?"""
     active = {layer.name: torch.arange(layer.n_out) for layer in channels.prunable}
     active |= {layer.name: torch.arange(0, layer.n_out, 2) for layer in layers}
     slices = channels.slices(active)
+    if not slices:
+        return False
     handles = []
     for layer in layers:
         for name, _ in layer.readers:
-            handles.append(twin.get_submodule(name).register_forward_pre_hook(_masking(slices[name].in_)))
+            hook = _masking(slices[name].in_)
+            handles.append(twin.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        masked = _outputs(call(twin, inputs))
+        masked, again = (_outputs(call(twin, inputs)) for _ in range(2))
+    except Exception:
+        # In training BatchNorm refuses a batch of one value a channel: there is nothing to compare with.
+        return not twin.training
     finally:
         for handle in handles:
             handle.remove()
@@ -324,21 +381,28 @@ def _disagrees(twin: nn.Module, inputs: Any, channels: Channels, layers: Sequenc
         return True
     finally:
         narrowing.close()
-    return len(masked) != len(narrow) or any(
-        a.shape != b.shape or not torch.allclose(a, b, rtol=1e-6, atol=1e-9 * float(a.abs().max()))
+    if [x.shape for x in masked] != [x.shape for x in narrow] or not masked:
+        return True
+    random = twin.training and not all(torch.equal(a, b) for a, b in zip(masked, again, strict=True))
+    return not random and any(
+        not torch.allclose(a, b, rtol=tolerance, atol=1e-3 * tolerance * float(a.abs().max()))
         for a, b in zip(masked, narrow, strict=True)
+        if a.numel()
     )
 
 
 def _masking(index: Tensor | None) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = args[0] if args else kwargs["input"]
         dim = 1 if isinstance(module, nn.Conv2d) else x.dim() - 1
         mask = x.new_zeros(x.shape[dim])
         mask[index] = 1
         shape = [1] * x.dim()
         shape[dim] = -1
-        return (x * mask.view(shape), *args[1:])
+        x = x * mask.view(shape)
+        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
 
     return hook
 

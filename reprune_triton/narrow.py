@@ -11,6 +11,7 @@ This equals training the full network with the mask applied after BatchNorm and 
 """
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,11 @@ CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instanc
 # The attributes that state a width, per direction.
 _OUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
 _IN_WIDTHS = ("in_channels", "in_features")
+# What torch's optimizers call their running averages of gradients. Other state (averaged weights, step sizes) stays.
+AVERAGES = (
+    "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf",
+    "square_avg", "grad_avg", "acc_delta", "sum",
+)  # fmt: skip
 
 
 class Slice(NamedTuple):
@@ -110,6 +116,9 @@ class Narrowing:
                 if parameter is not None:
                     self._frozen += [(parameter, dim, _others(index, parameter.shape[dim])) for dim, index in cut]
         self._forget()
+        # Compiled code does not look at hooks that come after it: without this it would go on with the old channels.
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
 
     def close(self, optimizer_only: bool = False) -> None:
         """Take the hooks out again: all of them, or only those on the optimizer."""
@@ -139,8 +148,8 @@ class Narrowing:
         """Zero what the optimizer remembers (momentum) of frozen channels."""
         for parameter, dim, index in self._frozen:
             if self._optimizer is not None and parameter in self._optimizer.state:
-                for value in self._optimizer.state[parameter].values():
-                    if torch.is_tensor(value) and value.shape == parameter.shape:
+                for key, value in self._optimizer.state[parameter].items():
+                    if key in AVERAGES and torch.is_tensor(value) and value.shape == parameter.shape:
                         value.index_fill_(dim, index.to(value.device), 0)
 
 
@@ -178,6 +187,12 @@ def check_whole(model: nn.Module) -> None:
 
 def compact(model: nn.Module, slices: Slices) -> nn.Module:
     """A physically narrow copy of `model`: an ordinary module with smaller parameters and no hooks of ours."""
+    absent = set(slices) - {name for name, _ in model.named_modules()}
+    if absent:
+        raise RepruneError(
+            f"this {type(model).__name__} has no module {min(absent)}: give a model of the structure that is pruned "
+            "(of a wrapper the module inside, such as ema.module)"
+        )
     slim = copy.deepcopy(model)
     for name, module in slim.named_modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -213,6 +228,13 @@ def carry_optimizer(optimizer: Optimizer, model: nn.Module, slim: nn.Module, sli
     for name, part in slices.items():
         prefix = f"{name}." if name else ""
         where |= {prefix + key: cut for key, cut in cuts(model.get_submodule(name), part).items()}
+    for name, old in model.named_parameters():
+        for key, value in optimizer.state.get(old, {}).items():
+            if name in where and torch.is_tensor(value) and value.numel() > 1 and value.shape != old.shape:
+                raise RepruneError(
+                    f"{type(optimizer).__name__} keeps a state {key} {tuple(value.shape)} for {name} "
+                    f"{tuple(old.shape)}, which cannot be made narrow: use an optimizer that works entry by entry"
+                )
     replaced = {old: (new[name], where.get(name, [])) for name, old in model.named_parameters()}
     for group in optimizer.param_groups:
         group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]

@@ -1,6 +1,6 @@
 """REPrune while training (Park et al., AAAI 2024): when to prune, and the story of one event, top to bottom.
 
-    widths (sparsity.py) -> merges -> cut -> cover (ops.py) -> regrow (regrow.py) -> run narrow (narrow.py)
+widths (sparsity.py) -> merges -> cut -> cover (ops.py) -> regrow (regrow.py) -> run narrow (narrow.py)
 """
 
 import time
@@ -129,7 +129,7 @@ class REPrune:
     An event happens at every epoch t with t mod every == 0, and at t == until (so that the last one meets the target).
 
     Args:
-        model: the network; DistributedDataParallel is unwrapped.
+        model: the network; DistributedDataParallel and torch.compile are unwrapped.
         optimizer: the optimizer that trains it; pruned channels are frozen through its step hooks. None to prune
             without training.
         example_inputs: what the model's forward takes, a batch of 1 or 2 (see `channels.analyse`).
@@ -146,8 +146,7 @@ class REPrune:
                 f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in fields(Config))}"
             )
         config = Config(**options)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        model = _unwrapped(model)
         self._check_optimizer(model, optimizer)
         on_cuda = any(p.is_cuda for p in model.parameters())
         self.config = replace(config, round_to=config.round_to or (16 if on_cuda else 1))
@@ -159,6 +158,7 @@ class REPrune:
             layer.name: torch.arange(layer.n_out, device=self._weight(layer).device) for layer in self.channels.prunable
         }
         self._check_budget()
+        self._check_trained()
         self._narrowing = narrow.Narrowing(model, optimizer)
         self._finished = False
 
@@ -173,7 +173,11 @@ class REPrune:
         due = self.epoch % self.config.every == 0 or self.epoch == self.config.until
         if not due or self.epoch > self.config.until:
             return None
-        self.history.append(self._event())
+        try:
+            self.history.append(self._event())
+        except Exception:
+            self.epoch -= 1  # put right what the error names, and call step() again
+            raise
         return self.history[-1]
 
     @torch.no_grad()
@@ -332,7 +336,8 @@ class REPrune:
     def compact(self, model: nn.Module | None = None) -> nn.Module:
         """A physically narrow copy of `model` (default: the one in training), for instance of its EMA: same structure,
         the channels that are active now."""
-        return narrow.compact(model or self.model, self.channels.slices(self.active))
+        model = self.model if model is None else _unwrapped(model)
+        return narrow.compact(model, self.channels.slices(self.active))
 
     def finalize(self) -> nn.Module:
         """End pruning: an ordinary, physically narrow module with the active channels.
@@ -413,7 +418,11 @@ class REPrune:
                 )
         mine = _plain(asdict(self.config))
         for option, value in state["config"].items():
-            if mine.get(option) != value:
+            here_value = mine.get(option)
+            same = here_value == value
+            if same and isinstance(value, Mapping) and isinstance(here_value, Mapping):
+                same = list(here_value) == list(value)  # the first pattern that fits wins, so their order counts
+            if not same:
                 raise RepruneError(
                     f"this state was saved with {option}={value!r}, and this pruner has {option}={mine.get(option)!r}: "
                     "give the same options to go on"
@@ -431,6 +440,14 @@ class REPrune:
 
     def _restricted(self, found: Channels) -> Channels:
         """Leave out the layers whose width nothing decides, and refuse a model in which none is left."""
+        named = self.config.sparsity if isinstance(self.config.sparsity, Mapping) else ()
+        for option, patterns in (("ignore", self.config.ignore), ("sparsity", named)):
+            for pattern in patterns:
+                if not any(channel_analysis.matches(name, (pattern,)) for name in found.reasons):
+                    raise RepruneError(
+                        f"{option}= names {pattern!r}, which fits no conv of this {type(self.model).__name__}; "
+                        f"its convs are {', '.join(found.reasons)}"
+                    )
         if isinstance(self.config.sparsity, Mapping):
             own = self.config.sparsity
             found = found.only(lambda x: None if _matching(x.name, own) else "sparsity= names no ratio for it")
@@ -468,6 +485,25 @@ class REPrune:
             own = set(model.parameters())
             if not any(p in own for group in optimizer.param_groups for p in group["params"]):
                 raise RepruneError("the optimizer trains none of this model's parameters: give the one that does")
+            if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Adafactor)):
+                raise RepruneError(
+                    f"{type(optimizer).__name__} keeps state that is not in the shape of its parameters and cannot "
+                    "follow channels: use SGD, AdamW or another optimizer that works entry by entry"
+                )
+
+    def _check_trained(self) -> None:
+        """All that is frozen or made narrow must be the optimizer's: another one would go on changing it."""
+        if self.optimizer is None:
+            return
+        own = {p for group in self.optimizer.param_groups for p in group["params"]}
+        for layer in self.channels.prunable:
+            for name in (layer.name, *layer.followers, *(reader.name for reader in layer.readers)):
+                for key, p in self.model.get_submodule(name).named_parameters(recurse=False):
+                    if p.requires_grad and p not in own:
+                        raise RepruneError(
+                            f"the optimizer does not train {name}.{key}, so it could not be frozen while pruned: "
+                            f"put all parameters into one optimizer, ignore {layer.name}, or set requires_grad_(False)"
+                        )
 
     def _check_finite(self) -> None:
         for layer in self.channels.prunable:
@@ -485,6 +521,17 @@ class _Choice:
     cover: ops.Cover
     h: float
     ms: float
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, AveragedModel (EMA) and torch.compile."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def _is_number(value: object) -> bool:

@@ -51,7 +51,8 @@ def widths_at_sparsity(scales: Mapping[str, Tensor], sparsity: float | Fraction)
             raise RepruneError(
                 f"{int((pooled == pooled[rank - 1]).sum())} of {total} BatchNorm scales are equal "
                 f"({float(pooled[rank - 1]):g}), so they do not rank the channels. Train before the first pruning "
-                "event, or give sparsity per layer: sparsity={'layer1.*': 0.5, ...}."
+                "event (bf16 scales hardly move: keep BatchNorm in float32), or give sparsity per layer: "
+                "sparsity={'layer1.*': 0.5, ...}."
             )
     return widths
 
@@ -69,7 +70,9 @@ def sparsity_for_flops(scales: Mapping[str, Tensor], flops: float, cost: Callabl
             high = middle
         else:
             low = middle + 1
-    return Fraction(low, total)  # a float could round up to the next rank
+    # Ties and what is pruned already go together, so more than `low` may be at or under the threshold. A fraction,
+    # because a float could round up to the next rank.
+    return Fraction(min(total - sum(widths_at_rank(scales, low).values()), total - 1), total)
 
 
 def regrow_share(epoch: int, until: int, start: float) -> float:

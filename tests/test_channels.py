@@ -95,6 +95,18 @@ REFUSED = {
 }  # fmt: skip
 
 
+REFUSED |= {
+    "pixel shuffle": (Net(lambda s, x: s.b(F.pixel_shuffle(s.a(x), 2)), a=conv(3, 8), b=conv(2, 2)), "moves or joins"),
+    "glu": (Net(lambda s, x: s.b(F.glu(s.a(x), 1)), a=conv(3, 8), b=conv(4, 2)), "moves or joins"),
+    "aux head": (Net(lambda s, x: [y := s.a(x), s.b(y), *([s.c(y.mean((2, 3)))] if s.training else [])][1:],
+                     a=conv(3, 8), b=conv(8, 2), c=nn.Linear(8, 2)), "while training"),
+    "feature": (Net(lambda s, x: [y := s.a(x), s.b(y), *([y] if s.training else [])][1:], a=conv(3, 8), b=conv(8, 2)),
+                "while training"),
+    "zero head": (Net(lambda s, x: s.c(s.b(s.a(x).flip(1))), a=conv(3, 8), b=conv(8, 4), c=conv(4, 2)), "mixes"),
+}  # fmt: skip
+nn.init.zeros_(REFUSED["zero head"][0].c.weight)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_go_says_why(case):
     net, reason = REFUSED[case]
@@ -107,6 +119,20 @@ def test_shared_weights_stay():
     net = Net(lambda s, x: s.c(s.b(s.a(x))), a=conv(3, 3), b=conv(3, 3), c=conv(3, 2))
     net.b.weight = net.a.weight
     assert "shares its weight with b" in channels.analyse(net, torch.randn(2, 3, 8, 8)).reasons["a"]
+
+
+def test_a_reader_or_follower_that_shares_a_parameter_stays():
+    net = Net(lambda s, x: s.c(s.b(s.a(x)).relu()), a=conv(3, 8), b=conv(8, 8), c=conv(8, 8))
+    net.c.weight = net.b.weight
+    assert "b shares a parameter with c" in channels.analyse(net, torch.randn(2, 3, 8, 8)).reasons["a"]
+
+
+def test_odd_but_good_models_are_understood():
+    cast = Net(lambda s, x: s.b(s.a(x.float()).relu()), a=conv(3, 8), b=conv(8, 2))
+    keyword = Net(lambda s, x: s.b(input=s.a(x).relu()), a=conv(3, 8), b=conv(8, 2))
+    dropout = Net(lambda s, x: s.b(F.dropout(s.a(x), 0.5, s.training)), a=conv(3, 8), b=conv(8, 2))
+    for net in (cast, keyword, dropout):
+        assert names(channels.analyse(net, torch.randn(2, 3, 8, 8))) == ["a"]
 
 
 def test_ignore_takes_names_and_patterns():

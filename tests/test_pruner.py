@@ -146,6 +146,7 @@ def test_flops_budget_is_met():
     model, optimizer = network("resnet20")
     pruner = prune(model, optimizer, sparsity=None, flops=0.44)
     assert 0.44 - 0.02 < pruner.history[-1].flops <= 0.44
+    assert all(0.2 < event.target < 0.7 for event in pruner.history)
     assert pruner.history[0].flops > pruner.history[-1].flops
 
 
@@ -345,7 +346,71 @@ def test_the_narrow_network_saves_loads_and_exports(tmp_path):
     assert np.allclose(found, expected.detach().numpy(), atol=1e-4)
 
 
+def test_a_compiled_model_follows_every_event():
+    model, optimizer = network()
+    compiled = torch.compile(model, backend="eager")
+    train(compiled, optimizer)  # compiled before anything is narrow
+    pruner = REPrune(compiled, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=2)
+    for _ in range(2):
+        train(compiled, optimizer, 1)
+        pruner.step()
+        model.eval()
+        assert torch.equal(compiled(X), model(X))
+        model.train()
+
+
+def test_an_ema_wrapper_is_unwrapped():
+    model, optimizer = network()
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    pruner = prune(model, optimizer)
+    ema.update_parameters(model)
+    assert pruner.compact(ema).state_dict().keys() == model.state_dict().keys()
+    assert sum(p.numel() for p in pruner.compact(ema).parameters()) < sum(p.numel() for p in model.parameters())
+    with pytest.raises(RepruneError, match="has no module stage1.0.bn1"):
+        pruner.compact(nn.Sequential(model))
+
+
+def test_an_event_that_fails_can_be_repeated():
+    model, optimizer = network()
+    pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=1)
+    train(model, optimizer)
+    weight = model.get_submodule("stage1.0.conv1").weight
+    good = weight.detach().clone()
+    weight.data[0] = float("inf")
+    with pytest.raises(RepruneError, match="holds NaN or inf at epoch 1"):
+        pruner.step()
+    weight.data.copy_(good)
+    assert pruner.step().epoch == 1
+
+
+def test_only_averages_of_gradients_are_zeroed():
+    model, _ = network()
+    optimizer = torch.optim.ASGD(model.parameters(), lr=0.01)
+    pruner = prune(model, optimizer, regrow=0.0)
+    layer = pruner.channels.prunable[0]
+    gone = [i for i in range(layer.n_out) if i not in pruner.active[layer.name].tolist()]
+    average = optimizer.state[model.get_submodule(layer.norm).weight]["ax"]
+    assert average[gone].abs().min() > 0
+
+
 class TestErrors:
+    def test_optimizers_that_cannot_follow(self):
+        model, _ = network()
+        for kind in (torch.optim.LBFGS, torch.optim.Adafactor):
+            with pytest.raises(RepruneError, match="use SGD, AdamW"):
+                REPrune(model, kind(model.parameters()), example_inputs=X[:2], sparsity=0.5, until=4)
+        part = torch.optim.SGD([p for p in model.parameters() if p.dim() > 1], 0.1)
+        with pytest.raises(RepruneError, match="does not train stage1.0.bn1.weight"):
+            REPrune(model, part, example_inputs=X[:2], sparsity=0.5, until=4)
+
+    def test_the_order_of_patterns_counts(self):
+        options = {"example_inputs": X[:2], "every": 1, "until": 4}
+        a, b = {"stage1.*": 0.25, "*": 0.5}, {"*": 0.5, "stage1.*": 0.25}
+        state = REPrune(*network(), sparsity=a, **options).state_dict()
+        with pytest.raises(RepruneError, match="saved with sparsity"):
+            REPrune(*network(), sparsity=b, **options).load_state_dict(state)
+        REPrune(*network(), sparsity=a, **options).load_state_dict(state)
+
     @pytest.mark.parametrize("options, message", [
         ({}, "give one of sparsity= .* and flops="),
         ({"sparsity": 0.5, "flops": 0.5}, "give one of"),
@@ -354,7 +419,7 @@ class TestErrors:
         ({"sparsity": float("nan")}, "sparsity must be in"),
         ({"sparsity": "half"}, "sparsity must be in"),
         ({"sparsity": {"stage1.*": 1.5}}, r"sparsity of stage1.\* must be"),
-        ({"sparsity": {"nowhere": 0.5}}, "match none of the prunable convs"),
+        ({"sparsity": {"nowhere": 0.5}}, "sparsity= names 'nowhere', which fits no conv"),
         ({"flops": 0.0}, r"flops must be in \(0, 1\]"),
         ({"flops": 1.5}, "flops must be in"),
         ({"flops": 0.01}, "out of reach: .*still has 0.09"),
@@ -367,6 +432,7 @@ class TestErrors:
         ({"sparsity": 0.5, "linkage": "centroid"}, "linkage must be one of ward, .*got 'centroid'"),
         ({"sparsity": 0.5, "tie": "first"}, "tie must be one of random, "),
         ({"sparsity": 0.5, "impl": "cuda"}, "impl must be one of auto, "),
+        ({"sparsity": 0.5, "ignore": ["stage1.0.conv1", "stage.1"]}, "ignore= names 'stage.1', which fits no conv"),
         ({"sparsity": 0.5, "ration": 1}, "unknown option ration; there are sparsity, flops"),
         ({"sparsity": 0.5, "ignore": "*"}, r"nothing to prune in CifarResNet(.|\n)*stage1.0.conv1: ignored, as asked"),
     ])  # fmt: skip
