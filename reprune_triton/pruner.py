@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from . import channels as channel_analysis
 from . import narrow, ops, sparsity
-from .channels import PRUNABLE, Channels, Prunable
+from .channels import Channels, Prunable
 from .errors import RepruneError
 from .regrow import regrow
 from .rng import derive_seed
@@ -551,6 +551,3 @@ def _matching(name: str, own: Mapping[str, float]) -> list[str]:
 
 def _own_sparsity(name: str, own: Mapping[str, float]) -> float:
     return own[_matching(name, own)[0]]  # the first pattern that fits wins
-
-
-__all__ = ["PRUNABLE", "Config", "Event", "LayerEvent", "REPrune"]
