@@ -1,4 +1,4 @@
-"""The operations of one pruning event: ward, cut, cover, and select_filters, which chains them for one layer.
+"""The operations of one pruning event: ward, cut, cover; ward_network and cluster_network for all layers at once.
 
 This is where input is checked and where an implementation is chosen. What the operations compute is defined by
 `reprune_triton.reference`; every implementation must give the same answer.
@@ -9,6 +9,7 @@ Park et al., "REPrune: Channel Pruning via Kernel Representative Selection", AAA
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -21,9 +22,43 @@ from reprune_triton.errors import RepruneError
 from reprune_triton.reference import LINKAGES, TIES
 
 IMPLS = ("auto", "reference", "triton")
+ALGORITHMS = ("auto", "chain", "reciprocal")
 MAX_FILTERS = 1 << reference.INDEX_BITS  # the sort key of `cover` has this many bits for the index
 _MAX_CHANNELS = 1 << (63 - reference.INDEX_BITS - reference.TIE_BITS)  # ... and for the gain
 _SAFE_EXPONENTS = {torch.float32: (-40, 50), torch.float64: (-400, 400)}  # of max|x|: squares stay normal numbers
+
+
+class Layer(NamedTuple):
+    """A conv weight whose kernels are to be clustered, one problem for every active input channel."""
+
+    weight: Tensor  # (n_out, n_in, kh, kw), any strides
+    filters: Tensor | None = None  # (n,) the active filters; None: all
+    inputs: Tensor | None = None  # (P,) the active input channels; None: all
+    name: str = "weight"  # for messages
+
+    @property
+    def n(self) -> int:
+        """Points of every problem: active filters."""
+        return len(self.weight if self.filters is None else self.filters)
+
+    @property
+    def columns(self) -> int:
+        """Problems: active input channels."""
+        return self.weight.shape[1] if self.inputs is None else len(self.inputs)
+
+    @property
+    def d(self) -> int:
+        """Dimensions of the points: kh * kw."""
+        return self.weight.shape[2] * self.weight.shape[3]
+
+    def points(self) -> Tensor:
+        """The clustering problems, copied if only some are active: (P, n, d)."""
+        weight = self.weight.detach()
+        if self.filters is not None:
+            weight = weight[self.filters]
+        if self.inputs is not None:
+            weight = weight[:, self.inputs]
+        return kernel_points(weight)
 
 
 class Merges(NamedTuple):
@@ -129,49 +164,143 @@ def scale_of(points: Tensor) -> int:
     return 0 if largest == 0 or not math.isfinite(largest) or low <= exponent <= high else exponent
 
 
-def ward(points: Tensor, linkage: str = "ward", impl: str = "auto") -> Merges:
-    """Agglomerative clustering of P problems at once.
+def ward(points: Tensor, linkage: str = "ward", impl: str = "auto", algorithm: str = "auto") -> Merges:
+    """Agglomerative clustering of P problems at once: `ward_network` for one layer.
 
     points: (P, n, d) floating point. Heights are float64 for float64 points, float32 for all others.
-    linkage: "ward" (heights in I(A, B) = |A||B| / (|A| + |B|) * ||m_A - m_B||^2, the growth of the within-cluster SSE;
-    SciPy's is sqrt(2 I)), or "single", "complete", "average" (Euclidean distance).
-    Raises RepruneError for points that are not finite, and for shapes or names that do not fit.
     """
-    _one_of("linkage", linkage, LINKAGES)
     if points.dim() != 3:
         raise RepruneError(f"points have shape {tuple(points.shape)}; they must be (problems, points, dimensions).")
-    if 0 in points.shape:
-        raise RepruneError(f"points have shape {tuple(points.shape)}; at least one of each is needed to cluster.")
-    dtype = _working_dtype(points)
-    points = points.detach()
-    finite = points.isfinite().flatten(1).all(dim=1)
-    if not finite.all():
-        bad = (~finite).nonzero().squeeze(1)
-        raise RepruneError(
-            f"points have NaN or infinity in problem {int(bad[0])} ({len(bad)} of {len(points)} problems). "
-            "Look for a diverged layer: lower the learning rate or load an earlier checkpoint."
-        )
-    exponent = scale_of(points)
-    if exponent:
-        if abs(exponent) > 500:
-            raise RepruneError("points are beyond 1e-150 or 1e+150, where squares leave float64; rescale them first.")
-        points = points.double() * 2.0**-exponent  # exact
-    points = points.to(dtype)
-    _implementation(impl, points)
-    parent, height = reference.forest(points, linkage)
-    scale = 2.0 ** (2 * exponent if linkage == "ward" else exponent)
-    return Merges(parent, height, linkage, scale)
+    layer = Layer(points.transpose(0, 1).unsqueeze(2), name="points")
+    return ward_network([layer], linkage, impl, algorithm)[0]
 
 
-def cut(merges: Merges, keep: int) -> Clusters:
+def ward_network(
+    layers: Sequence[Layer], linkage: str = "ward", impl: str = "auto", algorithm: str = "auto"
+) -> list[Merges]:
+    """Agglomerative clustering of all kernels of a network: one problem per layer and active input channel.
+
+    linkage: "ward" (heights in I(A, B) = |A||B| / (|A| + |B|) * ||m_A - m_B||^2, the growth of the within-cluster SSE;
+    SciPy's is sqrt(2 I)), or "single", "complete", "average" (Euclidean distance).
+    impl: "auto" is Triton for weights on a GPU in float32, float16 or bfloat16 (at most 4096 filters of 121 numbers),
+    else the plain reference. The reference computes in float64, Triton in float32: where two merges are closer than
+    float32 can tell, they may take the other one.
+    algorithm, of Triton only: "chain" (nearest-neighbour chain) or "reciprocal" (all reciprocal nearest neighbours at
+    once, Ward only); "auto" is the quicker one for the size. For 1x1 kernels and Ward, "auto" sorts instead.
+    The device is waited for once.
+    Raises RepruneError, with the name of the layer, for weights that are not finite, and for shapes, names or an impl
+    that do not fit.
+    """
+    return [merges for merges, _ in _network(layers, None, linkage, impl, algorithm)]
+
+
+def cluster_network(
+    layers: Sequence[Layer], keeps: Sequence[int], linkage: str = "ward", impl: str = "auto", algorithm: str = "auto"
+) -> list[tuple[Merges, Clusters]]:
+    """`ward_network` and then `cut`, each layer to at most keeps[l] clusters, still waiting for the device once."""
+    if len(keeps) != len(layers):
+        raise RepruneError(f"there are {len(layers)} layers and {len(keeps)} numbers to keep; give one for each.")
+    for layer, keep in zip(layers, keeps, strict=True):
+        _check_keep(keep, layer.n)
+    return [(merges, clusters) for merges, clusters in _network(layers, keeps, linkage, impl, algorithm) if clusters]
+
+
+def cut(merges: Merges, keep: int, impl: str = "auto") -> Clusters:
     """Cut all problems of one layer at the lowest height that leaves each at most `keep` clusters.
 
     With c = n - keep: h is the largest, over the problems, of the c-th smallest height; merges up to h (included)
     happen. With c = 0 nothing merges: every kernel is its own cluster and h = 0.
     """
     _check_keep(keep, merges.parent.shape[1])
-    labels, h = reference.cut(merges.parent, merges.height, keep)
-    return Clusters(labels.to(torch.int32), h * merges.scale)
+    if _cut_by_triton(merges, impl):
+        from reprune_triton.kernels import launch
+
+        labels, h = launch.cut_layer(merges.parent, merges.height, merges.parent.shape[1] - keep)
+    else:
+        labels, h = reference.cut(merges.parent, merges.height, keep)
+        labels = labels.to(torch.int32)
+    return Clusters(labels, h * merges.scale)
+
+
+def _network(
+    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, impl: str, algorithm: str
+) -> list[tuple[Merges, Clusters | None]]:
+    """Merges of every layer, and its clusters if keeps are given."""
+    _one_of("linkage", linkage, LINKAGES)
+    _one_of("impl", impl, IMPLS)
+    _one_of("algorithm", algorithm, ALGORITHMS)
+    if algorithm == "reciprocal" and linkage != "ward":
+        raise RepruneError(f'algorithm="reciprocal" is for Ward; for linkage="{linkage}" use "auto" or "chain".')
+    layers = [_checked(layer) for layer in layers]
+    triton = [number for number, layer in enumerate(layers) if _by_triton(layer, impl)]
+    if algorithm != "auto" and len(triton) < len(layers):
+        raise RepruneError(f'algorithm="{algorithm}" is for impl="triton"; the reference has one algorithm.')
+    found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
+    others = [number for number in range(len(layers)) if number not in set(triton)]
+    for numbers, implementation in ((triton, _triton_network), (others, _reference_network)):
+        if numbers:
+            mine, own_keeps = [layers[i] for i in numbers], None if keeps is None else [keeps[i] for i in numbers]
+            for number, result in zip(numbers, implementation(mine, own_keeps, linkage, algorithm), strict=True):
+                found[number] = result
+    return found
+
+
+def _reference_network(
+    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
+) -> list[tuple[Merges, Clusters | None]]:
+    """Layers of one shape are clustered together, unless their magnitudes need different scaling."""
+    groups: dict[tuple[int, int, int, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    for number, layer in enumerate(layers):
+        points = layer.points()
+        _check_finite(layer.name, points)
+        exponent = scale_of(points)
+        if abs(exponent) > 500:
+            raise RepruneError(f"{layer.name}: beyond 1e-150 or 1e+150 squares leave float64; rescale it first.")
+        key = layer.n, layer.d, exponent, _working_dtype(points), points.device
+        groups.setdefault(key, []).append((number, points))
+    found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
+    for (_, _, exponent, dtype, _), group in groups.items():
+        points = torch.cat([points for _, points in group])
+        if exponent:
+            points = points.double() * 2.0**-exponent  # exact
+        parent, height = reference.forest(points.to(dtype), linkage)
+        merges = Merges(parent, height, linkage, 2.0 ** (2 * exponent if linkage == "ward" else exponent))
+        start = 0
+        for number, points in group:
+            own = merges.problems(start, start + len(points))
+            found[number] = own, None if keeps is None else cut(own, keeps[number])
+            start += len(points)
+    return found
+
+
+def _triton_network(
+    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
+) -> list[tuple[Merges, Clusters | None]]:
+    """All launches, then one wait for the device: for the report of what went wrong, the scales and the cuts."""
+    from reprune_triton.kernels import launch
+
+    forests = launch.cluster(layers, linkage, algorithm)
+    labels = None
+    if keeps is not None:
+        labels, _ = launch.cut_forests(forests, [layer.n - keep for layer, keep in zip(layers, keeps, strict=True)])
+    found: list[tuple[Merges, Clusters | None]] = []
+    start = 0
+    for layer, report in zip(layers, launch.read_report(forests), strict=True):
+        if not report.clustered:
+            _check_indices(layer)
+            _check_finite(layer.name, layer.points())
+        if not report.finished:
+            raise RepruneError(
+                f"{layer.name}: the clustering did not come to an end. This is a defect in the kernels; please "
+                'report it. impl="reference" goes on without them.'
+            )
+        shape, stop = (layer.columns, layer.n), start + layer.columns * layer.n
+        scale = 2.0 ** (2 * report.exponent if linkage == "ward" else report.exponent)
+        parent, height = forests.parent[start:stop].view(shape), forests.height[start:stop].view(shape)
+        clusters = None if labels is None else Clusters(labels[start:stop].view(shape), report.h * scale)
+        found.append((Merges(parent, height, linkage, scale), clusters))
+        start = stop
+    return found
 
 
 def cover(
@@ -209,7 +338,9 @@ def cover(
         if not score.isfinite().all():
             raise RepruneError("score has NaN or infinity; the layer has diverged.")
         score = score.detach().to(labels.device)
-    _implementation(impl, labels)
+    _one_of("impl", impl, IMPLS)
+    if impl == "triton":
+        raise RepruneError('impl="triton" has no kernel for this operation yet; use impl="auto" or "reference".')
     order, gains, covered, clusters = reference.cover(labels, keep, tie, seed, score)
     return Cover(order.to(torch.int32), gains.to(torch.int32), covered, clusters)
 
@@ -226,29 +357,76 @@ def select_filters(
 ) -> tuple[Cover, Clusters]:
     """Choose `keep` filters of one conv weight (n_out, n_in, kh, kw): cluster, cut and cover.
 
+    impl: of clustering and cut.
     score is needed for tie="gamma" (|gamma| of the BatchNorm that follows); for "norm" it is computed.
     """
-    points = kernel_points(weight)
+    kernel_points(weight)  # refuses other shapes
     if len(weight) == 0:
         raise RepruneError("weight has no filters; there is nothing to select.")
-    _check_keep(keep, len(weight))
     if tie == "norm" and score is None:
         score = filter_norms(weight)
-    clusters = cut(ward(points, linkage, impl), keep)
-    return cover(clusters.labels, keep, tie, seed, impl, score), clusters
+    ((_, clusters),) = cluster_network([Layer(weight)], [keep], linkage, impl)
+    return cover(clusters.labels, keep, tie, seed, "auto", score), clusters
 
 
-def _implementation(impl: str, tensor: Tensor) -> str:
+def _by_triton(layer: Layer, impl: str) -> bool:
     """Which implementation runs: the one asked for, never another one in silence."""
+    if impl == "reference" or (impl == "auto" and layer.weight.device.type != "cuda"):
+        return False
+    try:
+        from reprune_triton.kernels import launch
+    except ImportError:
+        reason: str | None = "Triton is not installed (it comes with torch on Linux; pip install triton)"
+    else:
+        reason = launch.why_not(layer)
+    if reason and impl == "triton":
+        raise RepruneError(f'impl="triton" cannot cluster {layer.name}: {reason}. Or use impl="auto" or "reference".')
+    return not reason
+
+
+def _cut_by_triton(merges: Merges, impl: str) -> bool:
     _one_of("impl", impl, IMPLS)
-    if impl == "triton":
-        raise RepruneError('impl="triton" has no kernel for this operation yet; use impl="auto" or "reference".')
-    return "reference"
+    if impl == "reference" or (impl == "auto" and merges.parent.device.type != "cuda"):
+        return False
+    like = Layer(merges.height[:, :, None, None].transpose(0, 1), name="the dendrogram")
+    return _by_triton(like, impl)
 
 
-def _working_dtype(points: Tensor) -> torch.dtype:
+def _checked(layer: Layer) -> Layer:
+    """The layer with int64 index lists, if it can be clustered at all."""
+    weight, name = layer.weight, layer.name
+    if weight.dim() != 4:
+        raise RepruneError(f"{name} has shape {tuple(weight.shape)}; it must be (n_out, n_in, kh, kw).")
+    if 0 in (layer.n, layer.columns, layer.d):
+        raise RepruneError(f"{name} has {layer.n} filters, {layer.columns} inputs and kernels of {layer.d} numbers; "
+                           "at least one of each is needed to cluster.")  # fmt: skip
+    _working_dtype(weight, name)
+    indices = [i if i is None else i.to(weight.device, torch.int64).contiguous() for i in (layer.filters, layer.inputs)]
+    layer = Layer(weight.detach(), indices[0], indices[1], name)
+    if weight.device.type == "cpu":
+        _check_indices(layer)  # on a GPU the kernels do it
+    return layer
+
+
+def _check_indices(layer: Layer) -> None:
+    for what, index, size in zip(("filters", "inputs"), layer[1:3], layer.weight.shape, strict=False):
+        if index is not None and not ((index >= 0) & (index < size)).all():
+            raise RepruneError(f"{layer.name}: {what} has an index outside 0 .. {size - 1}.")
+
+
+def _check_finite(name: str, points: Tensor) -> None:
+    finite = points.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        bad = (~finite).nonzero().squeeze(1)
+        raise RepruneError(
+            f"{name} has NaN or infinity in problem {int(bad[0])} ({len(bad)} of {len(points)} problems). "
+            "Look for a diverged layer: lower the learning rate or load an earlier checkpoint."
+        )
+
+
+def _working_dtype(points: Tensor, name: str = "points") -> torch.dtype:
     if not points.dtype.is_floating_point:
-        raise RepruneError(f"points are {points.dtype}; convert them to a floating-point type first.")
+        raise RepruneError(f"{name}: the type is {points.dtype}; convert to a floating-point type first.")
     return torch.float64 if points.dtype == torch.float64 else torch.float32
 
 

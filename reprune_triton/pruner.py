@@ -41,7 +41,7 @@ class Config:
         min_keep: no layer keeps fewer channels.
         ignore: convs to leave alone, by name or pattern ("layer1.*").
         seed: decides every random choice here, whatever else the program draws.
-        impl: "auto", "reference" or "triton", see `ops`.
+        impl: of clustering and cut: "auto", "reference" or "triton", see `ops.ward_network`.
     Raises:
         RepruneError: if an option is out of its range.
     """
@@ -100,7 +100,7 @@ class LayerEvent:
     coverage: float  # covered clusters / all clusters, after the choice and before regrowth (paper, Fig. 3)
     h: float  # height of the cut
     flops: float  # share of this conv's dense FLOPs
-    ms: float
+    ms: float  # for the choice among its filters
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class Event:
     sparsity: float  # of all prunable channels, after regrowth
     flops: float  # share of the dense network's FLOPs
     coverage: float
-    ms: float
+    ms: float  # the whole event
+    cluster_ms: float  # of that: clustering and cut, all layers together
     layers: tuple[LayerEvent, ...]
 
 
@@ -185,7 +186,7 @@ class REPrune:
         started = time.perf_counter()
         self._check_finite()
         target, keep, width = self._widths()
-        chosen = self._select(keep)
+        chosen, cluster_ms = self._select(keep)
 
         kept = {name: self.active[name][choice.cover.order.long()].sort().values for name, choice in chosen.items()}
         self._narrowing.set(self.channels.slices(kept))  # everything else loses its momentum here
@@ -219,6 +220,7 @@ class REPrune:
             flops=self.channels.flops(widths),
             coverage=sum(cover.covered for cover in covers) / sum(cover.clusters for cover in covers),
             ms=(time.perf_counter() - started) * 1e3,
+            cluster_ms=cluster_ms,
             layers=layers,
         )
 
@@ -243,35 +245,30 @@ class REPrune:
         keep = self._aligned(sparsity.widths_at_sparsity(scales, target))
         return target, keep, self._aligned(sparsity.widths_at_sparsity(scales, target - extra))
 
-    def _select(self, keep: sparsity.Widths) -> dict[str, "_Choice"]:
-        """Cluster the kernels of every layer's active filters over its active inputs, cut, and cover (SPEC, 2 to 4)."""
+    def _select(self, keep: sparsity.Widths) -> tuple[dict[str, "_Choice"], float]:
+        """Cluster the kernels of every layer's active filters over its active inputs, cut, and cover (SPEC, 2 to 4).
+        Also the milliseconds for clustering and cut."""
+        started = time.perf_counter()
         inputs = self.channels.inputs(self.active)
+        layers = [
+            ops.Layer(self._weight(layer), self.active[layer.name], inputs[layer.name], layer.name)
+            for layer in self.channels.prunable
+        ]
+        keeps = [keep[layer.name] for layer in self.channels.prunable]
+        clustered = ops.cluster_network(layers, keeps, self.config.linkage, self.config.impl)
+        clustering = (time.perf_counter() - started) * 1e3
         chosen: dict[str, _Choice] = {}
-        batches: dict[tuple[int, int, float], list[tuple[int, Prunable, Tensor]]] = {}
-        for number, layer in enumerate(self.channels.prunable):
-            points = self._points(layer, inputs[layer.name])  # (n_in, n, d)
-            # layers of one shape go in one call, unless their magnitudes need different scaling
-            shape = (points.shape[1], points.shape[2], ops.scale_of(points))
-            batches.setdefault(shape, []).append((number, layer, points))
-        for batch in batches.values():
+        for number, (layer, (_, clusters)) in enumerate(zip(self.channels.prunable, clustered, strict=True)):
             started = time.perf_counter()
-            merges = ops.ward(torch.cat([points for _, _, points in batch]), self.config.linkage, self.config.impl)
-            clustering = (time.perf_counter() - started) / len(batch)
-            first = 0
-            for number, layer, points in batch:
-                started = time.perf_counter()
-                clusters = ops.cut(merges.problems(first, first + len(points)), keep[layer.name])
-                cover = ops.cover(
-                    clusters.labels,
-                    keep[layer.name],
-                    tie=self.config.tie,
-                    seed=derive_seed(self.config.seed, self.epoch, number, 0),
-                    impl=self.config.impl,
-                    score=self._score(layer, points),
-                )
-                chosen[layer.name] = _Choice(cover, clusters.h, (clustering + time.perf_counter() - started) * 1e3)
-                first += len(points)
-        return chosen
+            cover = ops.cover(
+                clusters.labels,
+                keep[layer.name],
+                tie=self.config.tie,
+                seed=derive_seed(self.config.seed, self.epoch, number, 0),
+                score=self._score(layer, layers[number]),
+            )
+            chosen[layer.name] = _Choice(cover, clusters.h, (time.perf_counter() - started) * 1e3)
+        return chosen, clustering
 
     def _regrown(self, number: int, layer: Prunable, kept: Tensor, width: int) -> Tensor:
         """The kept filters and those that come back, to `width` in all (SPEC, 6)."""
@@ -291,11 +288,6 @@ class REPrune:
     def _into(index: Tensor | None) -> narrow.Cuts:
         return [] if index is None else [(1, index)]
 
-    def _points(self, layer: Prunable, inputs: Tensor | None) -> Tensor:
-        """The kernels of the active filters over the active inputs: (n_in, n, kh * kw)."""
-        weight = narrow.gather(self._weight(layer), [(0, self.active[layer.name]), *self._into(inputs)])
-        return weight.flatten(2).transpose(0, 1).contiguous()
-
     def _scales(self) -> dict[str, Tensor]:
         """|gamma| of every prunable layer, 0 where pruned: (n_out,) float on the CPU."""
         scales = {}
@@ -308,9 +300,9 @@ class REPrune:
         assert layer.norm is not None
         return self.model.get_submodule(layer.norm)._parameters["weight"]  # type: ignore[return-value]
 
-    def _score(self, layer: Prunable, points: Tensor) -> Tensor | None:
+    def _score(self, layer: Prunable, kernels: ops.Layer) -> Tensor | None:
         if self.config.tie == "norm":
-            return points.float().square().sum((0, 2)).sqrt()
+            return kernels.points().float().square().sum((0, 2)).sqrt()
         if self.config.tie == "gamma":
             return self._gamma(layer).abs()[self.active[layer.name]]
         return None
@@ -365,15 +357,16 @@ class REPrune:
         """Print the events so far, and the layers at the last one."""
         console = console or Console()
         table = Table(title="Pruning events")
-        for heading in ("epoch", "sparsity", "FLOPs", "coverage", "ms"):
+        for heading in ("epoch", "sparsity", "FLOPs", "coverage", "ms", "clustering, ms"):
             table.add_column(heading, justify="right")
         for e in self.history:
-            table.add_row(str(e.epoch), f"{e.sparsity:.1%}", f"{e.flops:.1%}", f"{e.coverage:.1%}", f"{e.ms:.1f}")
+            shares = (f"{share:.1%}" for share in (e.sparsity, e.flops, e.coverage))
+            table.add_row(str(e.epoch), *shares, f"{e.ms:.1f}", f"{e.cluster_ms:.1f}")
         console.print(table)
         if self.history:
             table = Table(title=f"Layers at epoch {self.history[-1].epoch}")
             table.add_column("layer", no_wrap=True)
-            for heading in ("filters", "kept", "active", "sparsity", "coverage", "h", "FLOPs", "ms"):
+            for heading in ("filters", "kept", "active", "sparsity", "coverage", "h", "FLOPs", "choice, ms"):
                 table.add_column(heading, justify="right")
             for x in self.history[-1].layers:
                 table.add_row(

@@ -70,12 +70,12 @@ def install(python, *what):
 def check(python, cwd, inside, **env):
     """Both parts can be imported from `cwd`, and come from the folder `inside`."""
     code = (
-        "import importlib.util as u, reprune_triton.kernels.gather as g, reprune_triton.bench\n"
-        "print(g.__file__, u.find_spec('reprune_triton.bench.__main__').origin, sep='\\n')"
+        "import importlib.util as u, reprune_triton.kernels.launch as k, reprune_triton.bench\n"
+        "print(k.__file__, u.find_spec('reprune_triton.bench.__main__').origin, sep='\\n')"
     )
     cwd.mkdir(exist_ok=True)
-    gather, bench = run([python, "-c", code], cwd, **env).splitlines()
-    for found in (gather, bench):
+    kernels, bench = run([python, "-c", code], cwd, **env).splitlines()
+    for found in (kernels, bench):
         assert Path(found).resolve().is_relative_to(inside.resolve()), found
     assert "reprune_triton.bench" in run([python, "-m", "reprune_triton.bench", "--help"], cwd, **env)
     assert "--sparsity" in run([python, "-m", "reprune_triton.train", "--help"], cwd, **env)
@@ -123,21 +123,3 @@ def test_a_package_called_kernels_wins_over_our_folder(tmp_path):
     # -c puts the folder it runs in, here the root of the repository, first on the path.
     assert run([sys.executable, "-c", code], ROOT, PYTHONPATH=str(tmp_path)) == "someone else\n"
     assert run([sys.executable, "-c", code], ROOT, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}") == "someone else\n"
-
-
-def test_the_kernel_runs_through_the_link():
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("triton")
-    from reprune_triton.errors import RepruneError
-    from reprune_triton.kernels.gather import gather
-
-    device = "cuda" if os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((7, 5, 3, 3), (16, 300, 1, 1), (4, 6)):
-        weight = torch.randn(shape, generator=generator).to(device)
-        rows = torch.randperm(shape[0], generator=generator)[: shape[0] // 2].to(device)
-        cols = torch.randperm(shape[1], generator=generator)[: shape[1] - 1].to(device)
-        assert torch.equal(gather(weight, rows, cols), weight[rows][:, cols])
-    assert gather(weight, rows[:0], cols).shape == (0, 5)
-    with pytest.raises(RepruneError, match="contiguous"):
-        gather(torch.ones(3, 3, 3, 3, device=device).transpose(0, 2), rows, cols)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import triton
 
 from reprune_triton import ops
 from reprune_triton.errors import RepruneError
+from reprune_triton.kernels import launch
 
 POINTS = torch.randn(3, 6, 4)
 LABELS = torch.zeros(3, 6, dtype=torch.int64)
@@ -24,10 +26,19 @@ def with_value(value: float) -> torch.Tensor:
         (lambda: ops.ward(with_value(float("-inf"))), "NaN or infinity in problem 1 .*diverged"),
         (lambda: ops.ward(POINTS[0]), "must be .problems, points, dimensions"),
         (lambda: ops.ward(POINTS[:, :0]), "at least one of each"),
-        (lambda: ops.ward(POINTS.int()), "int32; convert them to a floating-point type"),
+        (lambda: ops.ward(POINTS.int()), "int32; convert to a floating-point type"),
         (lambda: ops.ward(POINTS, "centroid"), "'centroid'; it must be one of ward, single, complete, average"),
         (lambda: ops.ward(POINTS, impl="cuda"), "one of auto, reference, triton"),
         (lambda: ops.ward(POINTS.double() * 1e300), "rescale"),
+        (lambda: ops.ward(POINTS, "single", algorithm="reciprocal"), "is for Ward; .* use"),
+        (lambda: ops.ward(POINTS, algorithm="chain"), "is for impl=.triton"),
+        (lambda: ops.ward(POINTS, algorithm="fast"), "one of auto, chain, reciprocal"),
+        (lambda: ops.ward_network([ops.Layer(WEIGHT, torch.tensor([0, 6]), name="stem")]), "stem: filters .* 0 .. 5"),
+        (lambda: ops.ward_network([ops.Layer(WEIGHT, None, torch.tensor([-1]))]), "inputs has an index outside 0 .. 2"),
+        (lambda: ops.ward_network([ops.Layer(WEIGHT, torch.tensor([]).long())]), "0 filters.* at least one of each"),
+        (lambda: ops.ward_network([ops.Layer(WEIGHT), ops.Layer(WEIGHT / 0, name="fc")]), "fc has NaN or infinity"),
+        (lambda: ops.cluster_network([ops.Layer(WEIGHT)], []), "1 layers and 0 numbers to keep"),
+        (lambda: ops.cluster_network([ops.Layer(WEIGHT)], [7]), "keep is 7; it must be a whole number from 1 to 6"),
         (lambda: ops.cut(ops.ward(POINTS), 0), "keep is 0; it must be a whole number from 1 to 6"),
         (lambda: ops.cut(ops.ward(POINTS), 7), "keep is 7"),
         (lambda: ops.cut(ops.ward(POINTS), 2.0), "keep is 2.0"),
@@ -62,8 +73,19 @@ def test_the_largest_layer_that_fits():
     assert ops.cover(labels, 3, "index").order.tolist() == [0, 1, 2]
 
 
-def test_triton_is_never_replaced_in_silence():
-    """On a machine where the kernels cannot run, asking for them by name must not run something else."""
-    for call in (lambda: ops.ward(POINTS, impl="triton"), lambda: ops.cover(LABELS, 2, impl="triton")):
-        with pytest.raises(RepruneError, match="triton"):
+def test_triton_is_never_replaced_in_silence(monkeypatch):
+    """Where the kernels cannot run, asking for them by name must not run something else."""
+    with pytest.raises(RepruneError, match="points: it is torch.float64, and the kernels read float32"):
+        ops.ward(POINTS.double(), impl="triton")
+    with pytest.raises(RepruneError, match="4097 filters of 4 numbers"):
+        ops.ward(torch.zeros(1, 4097, 4), impl="triton")
+    with pytest.raises(RepruneError, match="5 filters of 122 numbers"):
+        ops.ward(torch.zeros(1, 5, 122), impl="triton")
+    with pytest.raises(RepruneError, match="float64"):
+        ops.cut(ops.ward(POINTS.double()), 2, impl="triton")
+    with pytest.raises(RepruneError, match="triton"):
+        ops.cover(LABELS, 2, impl="triton")
+    monkeypatch.setattr(launch.chain, "chain_kernel", object.__new__(triton.JITFunction))  # as if not interpreted
+    for call in (lambda: ops.ward(POINTS, impl="triton"), lambda: ops.cut(ops.ward(POINTS), 2, impl="triton")):
+        with pytest.raises(RepruneError, match="on cpu, and the kernels run on a GPU .* Or use impl="):
             call()

@@ -1,0 +1,90 @@
+"""Kernels compiled without a GPU at hand: what the launcher can choose, and what the machine code of it costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from reprune_triton.errors import RepruneError
+from reprune_triton.kernels.launch import Configuration
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_INT64, _FLOAT = ("table_ptr", "owner_ptr"), ("height_ptr", "floats_ptr")
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Resources(NamedTuple):
+    """What one program takes."""
+
+    registers: int  # per thread
+    spills: int  # loads and stores of spilled registers, in the machine code
+    shared: int  # bytes of shared memory
+    barriers: int  # in the machine code
+    instructions: int
+
+
+def build(config: Configuration, target: str) -> Any:
+    """Compile, as a launch on that GPU would: no pointer or number is specialised."""
+    if not isinstance(config.kernel, triton.JITFunction):
+        raise RepruneError("Triton interprets kernels in this process: unset TRITON_INTERPRET to compile them.")
+    constants = dict(config.constants)
+    signature = {
+        name: "constexpr" if name in constants else "*i64" if name in _INT64 else "*fp32" if name in _FLOAT else "*i32"
+        for name in config.kernel.arg_names
+    }
+    options = config.options()
+    if target.startswith("gfx"):
+        options.pop("maxnreg", None)
+    source = ASTSource(config.kernel, signature, constexprs=constants)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def resources(compiled: Any) -> Resources:
+    """Read the machine code."""
+    if "hsaco" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+
+        def count(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+
+        instructions = len(re.findall(r"^\t[sv]_|^\t(?:global|flat|ds|buffer)_", text, re.M))
+        return Resources(
+            count("vgpr_count"), count("vgpr_spill_count") + count("sgpr_spill_count"), compiled.metadata.shared,
+            len(re.findall(r"s_barrier", text)), instructions,
+        )  # fmt: skip
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+    code = machine_code(compiled)
+    found = re.search(r"REG:(\d+)", usage)
+    assert found, usage
+    spills = sum(bool(re.match(r"(STL|LDL)\b", line)) for line in code)
+    barriers = sum(line.startswith("BAR.") for line in code)
+    return Resources(int(found[1]), spills, compiled.metadata.shared, barriers, len(code))
+
+
+def machine_code(compiled: Any) -> list[str]:
+    """The instructions of an NVIDIA binary, without predicates, and labels as 'LABEL:'."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = _tool("nvdisasm", "-c", file.name)
+    found = re.findall(r"^(\.L_x_\d+:)|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text, re.M)
+    return [label or instruction for label, instruction in found]
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
