@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from reprune_triton.kernels import chain, cut, line, magnitude, reciprocal, table
+from reprune_triton.kernels import chain, level, line, magnitude, reciprocal, table
 
 if TYPE_CHECKING:
     from reprune_triton.ops import Layer
@@ -47,8 +47,8 @@ class Configuration(NamedTuple):
 
 
 MAGNITUDE = Configuration(magnitude.magnitude_kernel, (("BLOCK", 1024),), 4)
-LEVEL = Configuration(cut.level_kernel, (("BLOCK", 128),), 1)
-LABEL = Configuration(cut.label_kernel, (("BLOCK", 128),), 1)
+LEVEL = Configuration(level.level_kernel, (("BLOCK", 128),), 1)
+LABEL = Configuration(level.label_kernel, (("BLOCK", 128),), 1)
 
 
 def configuration(n: int, d: int, linkage: str = "ward", algorithm: str = "auto") -> Configuration:
@@ -101,18 +101,6 @@ def why_not(layer: Layer) -> str | None:
     return None
 
 
-def _fields(layer: Layer) -> dict[str, int]:
-    w = layer.weight
-    return {
-        "weight": w.data_ptr(), "kind": table.KINDS[w.dtype],
-        "filters": 0 if layer.filters is None else layer.filters.data_ptr(),
-        "inputs": 0 if layer.inputs is None else layer.inputs.data_ptr(),
-        "stride_out": w.stride(0), "stride_in": w.stride(1), "stride_h": w.stride(2), "stride_w": w.stride(3),
-        "kernel_w": w.shape[3], "n_out": w.shape[0], "n_in": w.shape[1],
-        "n": layer.n, "d": layer.d, "columns": layer.columns,
-    }  # fmt: skip
-
-
 class Forests(NamedTuple):
     """The dendrograms of all layers, one after the other. Layer l has columns[l] problems of n[l] points."""
 
@@ -120,7 +108,8 @@ class Forests(NamedTuple):
     height: Tensor  # (points,) float32, in units of the layer's scale
     report: Tensor  # (layers, REPORT) int32: see kernels/table.py
     work: Tensor  # (problems, 2) int32: rounds (chain: searches), and tiles (line, chain: blocks) of distances
-    shapes: list[tuple[int, int]]  # (columns, n)
+    table: Tensor  # the event's table
+    problems: Tensor  # the owner array of all problems
 
 
 class Report(NamedTuple):
@@ -132,106 +121,125 @@ class Report(NamedTuple):
     h: float  # height of the cut, in those units; 0 without one
 
 
-def read_report(forests: Forests) -> list[Report]:
-    """Wait for the device, and read the report: the only transfer of an event."""
-    found = []
-    for row in forests.report.tolist():
-        magnitude, unfinished, over = (row[field.value] for field in (table.MAGNITUDE, table.UNFINISHED, table.CUT))
-        h = struct.unpack("f", struct.pack("i", over - 1))[0] if over else 0.0
-        found.append(Report(magnitude < table.INFINITY_BITS.value, not unfinished, table.exponent(magnitude), h))
-    return found
+class Launch(NamedTuple):
+    """A launch of one configuration: the problems begins[i] .. ends[i] - 1 of each rows[i] of the table."""
 
-
-class _Launch(NamedTuple):
     configuration: Configuration
-    rows: table.Rows
-    floats: int
+    rows: list[int]
+    begins: list[int]
+    ends: list[int]
+    floats: int  # scratch memory
     ints: int
 
 
-def _plan(layers: Sequence[Layer], linkage: str, algorithm: str) -> list[_Launch]:
-    """Launches for all layers: one per kernel area and size bucket, largest problems first, cut where the scratch
-    memory of a launch would pass its bound."""
-    groups: dict[tuple[Configuration, int], list[tuple[Layer, dict[str, int]]]] = {}
+def plan(
+    layers: Sequence[Layer], linkage: str = "ward", algorithm: str = "auto", merges: Sequence[int] | None = None
+) -> tuple[list[list[int]], list[Launch]]:
+    """The table, with a row for every layer, and the launches that cluster them: one per kernel area and size bucket,
+    largest problems first, in parts where the scratch memory would pass its bound (such a layer has more rows)."""
+    table_rows: list[list[int]] = []
+    groups: dict[tuple[Configuration, int], list[tuple[int, int, int]]] = {}  # n, number and columns of the layers
     problem = forest = 0
     for number, layer in enumerate(layers):
-        key = configuration(layer.n, layer.d, linkage, algorithm), layer.d
-        fields = _fields(layer) | {"layer": number, "problem": problem, "forest": forest}
-        groups.setdefault(key, []).append((layer, fields))
-        problem += layer.columns
-        forest += layer.columns * layer.n
+        weight, n, d, columns = layer.weight, layer.n, layer.d, layer.columns
+        config = configuration(n, d, linkage, algorithm)
+        table_rows.append([
+            weight.data_ptr(), table.KINDS[weight.dtype],
+            0 if layer.filters is None else layer.filters.data_ptr(),
+            0 if layer.inputs is None else layer.inputs.data_ptr(),
+            *weight.stride(), weight.shape[3], *weight.shape[:2], n, d, columns,
+            number, problem, forest, 0 if merges is None else merges[number],
+            0, 0, *scratch(config.kernel, n, d, linkage),
+        ])  # fmt: skip
+        groups.setdefault((config, d), []).append((n, number, columns))
+        problem += columns
+        forest += columns * n
 
     launches = []
     for (config, _), group in groups.items():
-        rows, floats, ints = table.Rows(), 0, 0
-        for layer, fields in sorted(group, key=lambda pair: -pair[0].n):
-            floats_each, ints_each = scratch(config.kernel, layer.n, layer.d, linkage)
-            column = 0
-            while column < layer.columns:
-                room = (SCRATCH_BYTES // 4 - floats - ints) // (floats_each + ints_each)
-                if room < 1 and rows.programs:
-                    launches.append(_Launch(config, rows, floats, ints))
-                    rows, floats, ints = table.Rows(), 0, 0
+        launch = Launch(config, [], [], [], 0, 0)
+        for _, number, columns in sorted(group, key=lambda entry: -entry[0]):
+            floats_each, ints_each = table_rows[number][-2:]
+            begin, row = 0, number
+            while begin < columns:
+                room = (SCRATCH_BYTES // 4 - launch.floats - launch.ints) // (floats_each + ints_each)
+                if room < 1 and launch.rows:
+                    launches.append(launch)
+                    launch = Launch(config, [], [], [], 0, 0)
                     continue
-                count = min(layer.columns - column, max(room, 1))
-                part = {
-                    "column": column, "problem": fields["problem"] + column,
-                    "forest": fields["forest"] + column * layer.n,
-                    "floats": floats, "ints": ints, "floats_each": floats_each, "ints_each": ints_each,
-                }  # fmt: skip
-                rows.add(count, fields | part)
-                floats, ints, column = floats + count * floats_each, ints + count * ints_each, column + count
-        launches.append(_Launch(config, rows, floats, ints))
-    return launches
+                end = min(columns, begin + max(room, 1))
+                if begin > 0:
+                    row = len(table_rows)
+                    table_rows.append(list(table_rows[number]))
+                table_rows[row][-4:-2] = launch.floats - begin * floats_each, launch.ints - begin * ints_each
+                launch = launch._replace(
+                    rows=[*launch.rows, row], begins=[*launch.begins, begin], ends=[*launch.ends, end],
+                    floats=launch.floats + (end - begin) * floats_each, ints=launch.ints + (end - begin) * ints_each,
+                )  # fmt: skip
+                begin = end
+        launches.append(launch)
+    return table_rows, launches
 
 
-def cluster(layers: Sequence[Layer], linkage: str = "ward", algorithm: str = "auto") -> Forests:
-    """Cluster every layer, all on one device and such as `why_not` has nothing against."""
+def cluster(
+    layers: Sequence[Layer], linkage: str = "ward", algorithm: str = "auto", merges: Sequence[int] | None = None
+) -> Forests:
+    """Cluster every layer, all on one device and such as `why_not` has nothing against.
+
+    merges: for `cut`, how many merges it is to make at least in every problem of each layer.
+    """
     device = layers[0].weight.device
-    shapes = [(layer.columns, layer.n) for layer in layers]
-    points, problems = sum(columns * n for columns, n in shapes), sum(columns for columns, _ in shapes)
+    ns, columns = [layer.n for layer in layers], [layer.columns for layer in layers]
+    points, problems = sum(n * count for n, count in zip(ns, columns, strict=True)), sum(columns)
     parent = torch.empty(points, dtype=torch.int32, device=device)
     height = torch.empty(points, dtype=torch.float32, device=device)
     work = torch.empty(problems, 2, dtype=torch.int32, device=device)
     report = torch.zeros(len(layers), table.REPORT.value, dtype=torch.int32, device=device)
 
-    filters = table.Rows()
-    for number, layer in enumerate(layers):
-        filters.add(layer.n, _fields(layer) | {"layer": number})
-    launches = _plan(layers, linkage, algorithm)
-    tables = table.to_device([filters, *(launch.rows for launch in launches)], device)
-    MAGNITUDE.run(filters.programs, *tables[0], report)
+    rows, launches = plan(layers, linkage, algorithm, merges)
+    everyone, first = range(len(layers)), [0] * len(layers)
+    arrays = [table.owners(everyone, first, columns), table.owners(everyone, first, ns)]
+    arrays += [table.owners(launch.rows, launch.begins, launch.ends) for launch in launches]
+    own_table, of_problems, of_filters, *owners = table.to_device(rows, arrays, device)
+    MAGNITUDE.run(len(of_filters), own_table, of_filters, report)
     # Launches follow each other on one stream, so they can share their scratch memory.
     floats = torch.empty(max(launch.floats for launch in launches), dtype=torch.float32, device=device)
     ints = torch.empty(max(launch.ints for launch in launches), dtype=torch.int32, device=device)
-    for launch, own_table in zip(launches, tables[1:], strict=True):
-        launch.configuration.run(launch.rows.programs, *own_table, report, parent, height, work, floats, ints)
-    return Forests(parent, height, report, work, shapes)
+    for launch, owner in zip(launches, owners, strict=True):
+        launch.configuration.run(len(owner), own_table, owner, report, parent, height, work, floats, ints)
+    return Forests(parent, height, report, work, own_table, of_problems)
+
+
+def cut(forests: Forests) -> tuple[Tensor, Tensor]:
+    """Cut every layer at the lowest height that gives all its problems the merges that `cluster` was told.
+
+    Returns labels (points,) and how many clusters each problem has (problems,), both int32. h is in the report.
+    """
+    parent, height, report, _, own_table, owner = forests
+    labels = torch.empty_like(parent)
+    clusters = torch.empty(len(owner), dtype=torch.int32, device=parent.device)
+    LEVEL.run(len(owner), own_table, owner, report, height)
+    LABEL.run(len(owner), own_table, owner, report, parent, height, labels, clusters)
+    return labels, clusters
 
 
 def cut_layer(parent: Tensor, height: Tensor, merges: int) -> tuple[Tensor, float]:
     """Cut the problems (P, n) of one layer: labels (P, n) int32, and h in the units of height. Waits for the device."""
     parent, height = parent.contiguous(), height.contiguous()
+    columns, n = parent.shape
+    row = [{"n": n, "merges": merges}.get(name, 0) for name in table.NAMES]
+    tables = table.to_device([row], [table.owners([0], [0], [columns])], parent.device)
     report = torch.zeros(1, table.REPORT.value, dtype=torch.int32, device=parent.device)
-    forests = Forests(parent.view(-1), height.view(-1), report, report, [(len(parent), parent.shape[1])])
-    labels, _ = cut_forests(forests, [merges])
-    return labels.view_as(parent), read_report(forests)[0].h
+    forests = Forests(parent.view(-1), height.view(-1), report, report, *tables)
+    labels, _ = cut(forests)
+    return labels.view_as(parent), read_report(report)[0].h
 
 
-def cut_forests(forests: Forests, merges: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Cut every layer of the network at the lowest height that gives all its problems merges[l] merges or more.
-
-    Returns labels (points,) and how many clusters each problem has (problems,), both int32. h is in the report.
-    """
-    rows = table.Rows()
-    problem = forest = 0
-    for number, ((columns, n), wanted) in enumerate(zip(forests.shapes, merges, strict=True)):
-        rows.add(columns, {"n": n, "layer": number, "problem": problem, "forest": forest, "merges": wanted})
-        problem += columns
-        forest += columns * n
-    (own_table,) = table.to_device([rows], forests.parent.device)
-    labels = torch.empty_like(forests.parent)
-    clusters = torch.empty(problem, dtype=torch.int32, device=labels.device)
-    LEVEL.run(rows.programs, *own_table, forests.report, forests.height)
-    LABEL.run(rows.programs, *own_table, forests.report, forests.parent, forests.height, labels, clusters)
-    return labels, clusters
+def read_report(report: Tensor) -> list[Report]:
+    """Wait for the device, and read the report: the only transfer of an event."""
+    found = []
+    for row in report.tolist():
+        magnitude, unfinished, over = (row[field.value] for field in (table.MAGNITUDE, table.UNFINISHED, table.CUT))
+        h = struct.unpack("f", struct.pack("i", over - 1))[0] if over else 0.0
+        found.append(Report(magnitude < table.INFINITY_BITS.value, not unfinished, table.exponent(magnitude), h))
+    return found

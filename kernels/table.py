@@ -2,17 +2,16 @@
 
 All layers of a network share one launch. Its programs find their problem through two arrays of int64 on the device:
 
-    owner  (programs,)      the row of the table that describes the program's layer
-    table  (rows, FIELDS)   where that layer's weights and results are
+    owner  (programs,)     row << 32 | number: a row of the table, and the layer's problem (of `magnitude`: filter)
+    table  (rows, FIELDS)  for every layer where its weights and results are
 
-A row covers consecutive problems of one layer (input channels column, column + 1, ...), so a layer may have several.
 Weights are read where they are: any strides, float32, float16 or bfloat16, and only the active filters and inputs.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +25,11 @@ NAMES = (
     "weight", "kind", "filters", "inputs", "stride_out", "stride_in", "stride_h", "stride_w", "kernel_w",
     "n_out", "n_in", "n", "d", "columns",  # n and columns: active filters and inputs; d = kh * kw
     "layer",  # row of the report
-    "first",  # program that has the row's first problem
-    "column",  # input channel of the first problem
-    "problem",  # number of the first problem among all of the network
-    "forest",  # where the first problem's parents, heights and labels begin
+    "problem",  # number of the layer's first problem among all of the network
+    "forest",  # where the layer's parents, heights and labels begin
     "merges",  # how many merges the cut wants of every problem
-    "floats", "ints",  # where the first problem's scratch begins, and how much each problem has
-    "floats_each", "ints_each",
+    "floats", "ints",  # where the scratch memory of problem 0 begins, or would begin if this launch had it
+    "floats_each", "ints_each",  # how much each problem has
 )  # fmt: skip
 
 FIELDS = tl.constexpr(len(NAMES))
@@ -41,9 +38,8 @@ STRIDE_OUT, STRIDE_IN = tl.constexpr(NAMES.index("stride_out")), tl.constexpr(NA
 STRIDE_H, STRIDE_W = tl.constexpr(NAMES.index("stride_h")), tl.constexpr(NAMES.index("stride_w"))
 N_OUT, N_IN, N = (tl.constexpr(NAMES.index(name)) for name in ("n_out", "n_in", "n"))
 KERNEL_W, D, COLUMNS = (tl.constexpr(NAMES.index(name)) for name in ("kernel_w", "d", "columns"))
-LAYER, FIRST, COLUMN = (tl.constexpr(NAMES.index(name)) for name in ("layer", "first", "column"))
-PROBLEM, FOREST, MERGES = (tl.constexpr(NAMES.index(name)) for name in ("problem", "forest", "merges"))
-FLOATS, INTS = tl.constexpr(NAMES.index("floats")), tl.constexpr(NAMES.index("ints"))
+LAYER, PROBLEM, FOREST = (tl.constexpr(NAMES.index(name)) for name in ("layer", "problem", "forest"))
+MERGES, FLOATS, INTS = (tl.constexpr(NAMES.index(name)) for name in ("merges", "floats", "ints"))
 FLOATS_EACH, INTS_EACH = tl.constexpr(NAMES.index("floats_each")), tl.constexpr(NAMES.index("ints_each"))
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -71,38 +67,23 @@ def exponent(bits: int) -> int:
     return 0 if bits == 0 or SMALLEST.value <= e <= LARGEST.value else min(e, 126)
 
 
-class Rows:
-    """The table of one launch, while it is put together on the host. `counts` is how many programs each row has."""
-
-    def __init__(self) -> None:
-        self.rows: list[list[int]] = []
-        self.counts: list[int] = []
-
-    @property
-    def programs(self) -> int:
-        return sum(self.counts)
-
-    def add(self, count: int, fields: Mapping[str, int]) -> None:
-        self.rows.append([{**fields, "first": self.programs}.get(name, 0) for name in NAMES])
-        self.counts.append(count)
+def owners(rows: Sequence[int], begins: Sequence[int], ends: Sequence[int]) -> np.ndarray:
+    """The owner array of a launch that has the problems begins[i] .. ends[i] - 1 of each rows[i], in this order."""
+    parts = [np.arange(begin, end) + (row << 32) for row, begin, end in zip(rows, begins, ends, strict=True)]
+    return np.concatenate(parts)
 
 
-def to_device(tables: Sequence[Rows], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Send all tables at once: for each (table, owner)."""
-    parts = []
-    for rows in tables:
-        parts += [np.array(rows.rows, dtype=np.int64).ravel(), np.repeat(np.arange(len(rows.rows)), rows.counts)]
-    sizes = [len(part) for part in parts]
-    views = torch.from_numpy(np.concatenate(parts)).to(device).split(sizes)
-    return list(zip(views[::2], views[1::2], strict=True))
+def to_device(rows: Sequence[Sequence[int]], owner_arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The table and all owner arrays, in one transfer."""
+    parts = [np.array(rows, dtype=np.int64).ravel(), *owner_arrays]
+    return list(torch.from_numpy(np.concatenate(parts)).to(device).split([len(part) for part in parts]))
 
 
 @triton.jit
 def locate(table_ptr, owner_ptr):
-    """The program's row in the table, and its number among the programs of that row."""
-    program = tl.program_id(0)
-    row_ptr = table_ptr + tl.load(owner_ptr + program) * FIELDS
-    return row_ptr, program - tl.load(row_ptr + FIRST).to(tl.int32)
+    """The program's row in the table, and its number in that layer."""
+    entry = tl.load(owner_ptr + tl.program_id(0))
+    return table_ptr + (entry >> 32) * FIELDS, (entry & 0xFFFFFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -151,15 +132,15 @@ def kernel_offset(row_ptr, k):
 
 @triton.jit
 def point_offsets(row_ptr, number, i, mask):
-    """Where the points i [BLOCK] of the row's problem `number` begin."""
-    column = pick(tl.load(row_ptr + INPUTS), tl.load(row_ptr + COLUMN) + number, number >= 0)
+    """Where the points i [BLOCK] of the layer's problem `number` begin."""
+    column = pick(tl.load(row_ptr + INPUTS), number, number >= 0)
     rows = pick(tl.load(row_ptr + FILTERS), i, mask)
     return rows * tl.load(row_ptr + STRIDE_OUT) + column * tl.load(row_ptr + STRIDE_IN)
 
 
 @triton.jit
 def begin_problem(table_ptr, owner_ptr, report_ptr, parent_ptr, height_ptr, floats_ptr, ints_ptr):
-    """What a clustering kernel starts with: its row and number there, n, d, the scale for the weights, and where this
+    """What a clustering kernel starts with: its row and number, n, d, the scale for the weights, and where this
     problem's parents, heights and scratch memory begin."""
     row_ptr, number = locate(table_ptr, owner_ptr)
     magnitude = tl.load(report_ptr + whole(row_ptr, LAYER) * REPORT + MAGNITUDE)

@@ -222,87 +222,6 @@ def cut(merges: Merges, keep: int, impl: str = "auto") -> Clusters:
     return Clusters(labels, h * merges.scale)
 
 
-def _network(
-    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, impl: str, algorithm: str
-) -> list[tuple[Merges, Clusters | None]]:
-    """Merges of every layer, and its clusters if keeps are given."""
-    _one_of("linkage", linkage, LINKAGES)
-    _one_of("impl", impl, IMPLS)
-    _one_of("algorithm", algorithm, ALGORITHMS)
-    if algorithm == "reciprocal" and linkage != "ward":
-        raise RepruneError(f'algorithm="reciprocal" is for Ward; for linkage="{linkage}" use "auto" or "chain".')
-    layers = [_checked(layer) for layer in layers]
-    triton = [number for number, layer in enumerate(layers) if _by_triton(layer, impl)]
-    if algorithm != "auto" and len(triton) < len(layers):
-        raise RepruneError(f'algorithm="{algorithm}" is for impl="triton"; the reference has one algorithm.')
-    found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
-    others = [number for number in range(len(layers)) if number not in set(triton)]
-    for numbers, implementation in ((triton, _triton_network), (others, _reference_network)):
-        if numbers:
-            mine, own_keeps = [layers[i] for i in numbers], None if keeps is None else [keeps[i] for i in numbers]
-            for number, result in zip(numbers, implementation(mine, own_keeps, linkage, algorithm), strict=True):
-                found[number] = result
-    return found
-
-
-def _reference_network(
-    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
-) -> list[tuple[Merges, Clusters | None]]:
-    """Layers of one shape are clustered together, unless their magnitudes need different scaling."""
-    groups: dict[tuple[int, int, int, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
-    for number, layer in enumerate(layers):
-        points = layer.points()
-        _check_finite(layer.name, points)
-        exponent = scale_of(points)
-        if abs(exponent) > 500:
-            raise RepruneError(f"{layer.name}: beyond 1e-150 or 1e+150 squares leave float64; rescale it first.")
-        key = layer.n, layer.d, exponent, _working_dtype(points), points.device
-        groups.setdefault(key, []).append((number, points))
-    found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
-    for (_, _, exponent, dtype, _), group in groups.items():
-        points = torch.cat([points for _, points in group])
-        if exponent:
-            points = points.double() * 2.0**-exponent  # exact
-        parent, height = reference.forest(points.to(dtype), linkage)
-        merges = Merges(parent, height, linkage, 2.0 ** (2 * exponent if linkage == "ward" else exponent))
-        start = 0
-        for number, points in group:
-            own = merges.problems(start, start + len(points))
-            found[number] = own, None if keeps is None else cut(own, keeps[number])
-            start += len(points)
-    return found
-
-
-def _triton_network(
-    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
-) -> list[tuple[Merges, Clusters | None]]:
-    """All launches, then one wait for the device: for the report of what went wrong, the scales and the cuts."""
-    from reprune_triton.kernels import launch
-
-    forests = launch.cluster(layers, linkage, algorithm)
-    labels = None
-    if keeps is not None:
-        labels, _ = launch.cut_forests(forests, [layer.n - keep for layer, keep in zip(layers, keeps, strict=True)])
-    found: list[tuple[Merges, Clusters | None]] = []
-    start = 0
-    for layer, report in zip(layers, launch.read_report(forests), strict=True):
-        if not report.clustered:
-            _check_indices(layer)
-            _check_finite(layer.name, layer.points())
-        if not report.finished:
-            raise RepruneError(
-                f"{layer.name}: the clustering did not come to an end. This is a defect in the kernels; please "
-                'report it. impl="reference" goes on without them.'
-            )
-        shape, stop = (layer.columns, layer.n), start + layer.columns * layer.n
-        scale = 2.0 ** (2 * report.exponent if linkage == "ward" else report.exponent)
-        parent, height = forests.parent[start:stop].view(shape), forests.height[start:stop].view(shape)
-        clusters = None if labels is None else Clusters(labels[start:stop].view(shape), report.h * scale)
-        found.append((Merges(parent, height, linkage, scale), clusters))
-        start = stop
-    return found
-
-
 def cover(
     labels: Tensor,
     keep: int,
@@ -367,6 +286,88 @@ def select_filters(
         score = filter_norms(weight)
     ((_, clusters),) = cluster_network([Layer(weight)], [keep], linkage, impl)
     return cover(clusters.labels, keep, tie, seed, "auto", score), clusters
+
+
+def _network(
+    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, impl: str, algorithm: str
+) -> list[tuple[Merges, Clusters | None]]:
+    """Merges of every layer, and its clusters if keeps are given."""
+    _one_of("linkage", linkage, LINKAGES)
+    _one_of("impl", impl, IMPLS)
+    _one_of("algorithm", algorithm, ALGORITHMS)
+    if algorithm == "reciprocal" and linkage != "ward":
+        raise RepruneError(f'algorithm="reciprocal" is for Ward; for linkage="{linkage}" use "auto" or "chain".')
+    layers = [_checked(layer) for layer in layers]
+    triton = [number for number, layer in enumerate(layers) if _by_triton(layer, impl)]
+    if algorithm != "auto" and len(triton) < len(layers):
+        raise RepruneError(f'algorithm="{algorithm}" is for impl="triton"; the reference has one algorithm.')
+    found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
+    others = [number for number in range(len(layers)) if number not in set(triton)]
+    for numbers, implementation in ((triton, _triton_network), (others, _reference_network)):
+        if numbers:
+            mine, own_keeps = [layers[i] for i in numbers], None if keeps is None else [keeps[i] for i in numbers]
+            for number, result in zip(numbers, implementation(mine, own_keeps, linkage, algorithm), strict=True):
+                found[number] = result
+    return found
+
+
+def _reference_network(
+    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
+) -> list[tuple[Merges, Clusters | None]]:
+    """Layers of one shape are clustered together, unless their magnitudes need different scaling."""
+    groups: dict[tuple[int, int, int, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    for number, layer in enumerate(layers):
+        points = layer.points()
+        _check_finite(layer.name, points)
+        exponent = scale_of(points)
+        if abs(exponent) > 500:
+            raise RepruneError(f"{layer.name}: beyond 1e-150 or 1e+150 squares leave float64; rescale it first.")
+        key = layer.n, layer.d, exponent, _working_dtype(points), points.device
+        groups.setdefault(key, []).append((number, points))
+    found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
+    for (_, _, exponent, dtype, _), group in groups.items():
+        points = torch.cat([points for _, points in group])
+        if exponent:
+            points = points.double() * 2.0**-exponent  # exact
+        parent, height = reference.forest(points.to(dtype), linkage)
+        merges = Merges(parent, height, linkage, 2.0 ** (2 * exponent if linkage == "ward" else exponent))
+        start = 0
+        for number, points in group:
+            own = merges.problems(start, start + len(points))
+            found[number] = own, None if keeps is None else cut(own, keeps[number])
+            start += len(points)
+    return found
+
+
+def _triton_network(
+    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
+) -> list[tuple[Merges, Clusters | None]]:
+    """All launches, then one wait for the device: for the report of what went wrong, the scales and the cuts."""
+    from reprune_triton.kernels import launch
+
+    wanted = None if keeps is None else [layer.n - keep for layer, keep in zip(layers, keeps, strict=True)]
+    forests = launch.cluster(layers, linkage, algorithm, wanted)
+    shapes = [(layer.columns, layer.n) for layer in layers]
+    sizes = [columns * n for columns, n in shapes]
+    parents, heights, labels = forests.parent.split(sizes), forests.height.split(sizes), None
+    if keeps is not None:
+        labels = launch.cut(forests)[0].split(sizes)
+    found: list[tuple[Merges, Clusters | None]] = []
+    for number, report in enumerate(launch.read_report(forests.report)):
+        layer, shape = layers[number], shapes[number]
+        if not report.clustered:
+            _check_indices(layer)
+            _check_finite(layer.name, layer.points())
+        if not report.finished:
+            raise RepruneError(
+                f"{layer.name}: the clustering did not come to an end. This is a defect in the kernels; please "
+                'report it. impl="reference" goes on without them.'
+            )
+        scale = 2.0 ** (2 * report.exponent if linkage == "ward" else report.exponent)
+        merges = Merges(parents[number].view(shape), heights[number].view(shape), linkage, scale)
+        clusters = None if labels is None else Clusters(labels[number].view(shape), report.h * scale)
+        found.append((merges, clusters))
+    return found
 
 
 def _by_triton(layer: Layer, impl: str) -> bool:
