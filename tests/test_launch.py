@@ -1,0 +1,65 @@
+"""What a launch on a GPU would compile is what the ahead-of-time tests compile, once for each configuration."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Apart from this process, in which Triton interprets kernels. A driver without a device: launches are compiled as for a
+# GPU, arguments and all, but not run.
+PROGRAM = """
+import hashlib
+import json
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+
+
+driver.set_active(Driver())
+from reprune_triton import ops
+from reprune_triton.kernels import compiled, launch
+
+kernels = {}
+
+
+def digest(kernel):
+    return hashlib.sha256(kernel.asm["cubin"]).hexdigest()
+
+
+def compile_only(self, programs, *arguments):
+    launched = self.kernel.warmup(*arguments, grid=(programs,), **dict(self.constants), **self.options())
+    kernels.setdefault(self, []).append(digest(launched))
+
+
+launch.Configuration.run = compile_only
+for sizes in (((40, 3), (100, 3), (300, 1)), ((41, 3), (111, 3), (511, 1)), ((64, 3), (1, 3), (2, 2))):
+    layers = [ops.Layer(torch.randn(n, 16, k, k)[:, 1:], torch.arange(n + 1)[1:] % n) for n, k in sizes]
+    launch.cut(launch.cluster(layers, "ward", "auto", [0] * len(layers)))
+    launch.cut_layer(torch.zeros(33, dtype=torch.int32)[1:].view(2, 16), torch.zeros(33)[1:].view(2, 16), 1)
+    launch.cluster(layers, "average")
+print(json.dumps([[config.kernel.__name__, len(hashes), sorted({*hashes, digest(compiled.build(config, "sm_90"))})]
+                  for config, hashes in kernels.items()]))
+"""
+
+
+def test_a_launch_compiles_what_was_tested_and_nothing_else():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    kernels = {"magnitude_kernel", "chain_kernel", "reciprocal_kernel", "line_kernel", "level_kernel", "label_kernel"}
+    assert {name for name, _, _ in found} == kernels
+    for name, launches, hashes in found:
+        assert len(hashes) == 1, f"{name} was compiled in {len(hashes)} ways"
+    assert max(launches for _, launches, _ in found) >= 6, "shared by networks of different sizes and alignments"
