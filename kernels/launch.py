@@ -7,6 +7,7 @@ Nothing here waits for the device. What the host must know afterwards is in the 
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,8 +43,11 @@ class Configuration(NamedTuple):
         return {"num_warps": self.warps, "num_stages": 1, **limit}
 
     def run(self, programs: int, *arguments: Tensor) -> None:
+        """Launch on the device of the arguments, which Triton takes to be the current one."""
+        device = arguments[0].device
         if programs:
-            self.kernel[(programs,)](*arguments, **dict(self.constants), **self.options())
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                self.kernel[(programs,)](*arguments, **dict(self.constants), **self.options())
 
 
 MAGNITUDE = Configuration(magnitude.magnitude_kernel, (("BLOCK", 1024),), 4)

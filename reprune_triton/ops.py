@@ -298,16 +298,17 @@ def _network(
     if algorithm == "reciprocal" and linkage != "ward":
         raise RepruneError(f'algorithm="reciprocal" is for Ward; for linkage="{linkage}" use "auto" or "chain".')
     layers = [_checked(layer) for layer in layers]
-    triton = [number for number, layer in enumerate(layers) if _by_triton(layer, impl)]
-    if algorithm != "auto" and len(triton) < len(layers):
+    parts: dict[tuple[bool, torch.device], list[int]] = {}
+    for number, layer in enumerate(layers):
+        parts.setdefault((_by_triton(layer, impl), layer.weight.device), []).append(number)
+    if algorithm != "auto" and any(not by_triton for by_triton, _ in parts):
         raise RepruneError(f'algorithm="{algorithm}" is for impl="triton"; the reference has one algorithm.')
     found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
-    others = [number for number in range(len(layers)) if number not in set(triton)]
-    for numbers, implementation in ((triton, _triton_network), (others, _reference_network)):
-        if numbers:
-            mine, own_keeps = [layers[i] for i in numbers], None if keeps is None else [keeps[i] for i in numbers]
-            for number, result in zip(numbers, implementation(mine, own_keeps, linkage, algorithm), strict=True):
-                found[number] = result
+    for (by_triton, _), numbers in parts.items():
+        implementation = _triton_network if by_triton else _reference_network
+        mine, own_keeps = [layers[i] for i in numbers], None if keeps is None else [keeps[i] for i in numbers]
+        for number, result in zip(numbers, implementation(mine, own_keeps, linkage, algorithm), strict=True):
+            found[number] = result
     return found
 
 
@@ -315,17 +316,17 @@ def _reference_network(
     layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
 ) -> list[tuple[Merges, Clusters | None]]:
     """Layers of one shape are clustered together, unless their magnitudes need different scaling."""
-    groups: dict[tuple[int, int, int, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    groups: dict[tuple[int, int, int, torch.dtype], list[tuple[int, Tensor]]] = {}
     for number, layer in enumerate(layers):
         points = layer.points()
         _check_finite(layer.name, points)
         exponent = scale_of(points)
         if abs(exponent) > 500:
             raise RepruneError(f"{layer.name}: beyond 1e-150 or 1e+150 squares leave float64; rescale it first.")
-        key = layer.n, layer.d, exponent, _working_dtype(points), points.device
+        key = layer.n, layer.d, exponent, _working_dtype(points)
         groups.setdefault(key, []).append((number, points))
     found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
-    for (_, _, exponent, dtype, _), group in groups.items():
+    for (_, _, exponent, dtype), group in groups.items():
         points = torch.cat([points for _, points in group])
         if exponent:
             points = points.double() * 2.0**-exponent  # exact
@@ -342,7 +343,7 @@ def _reference_network(
 def _triton_network(
     layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
 ) -> list[tuple[Merges, Clusters | None]]:
-    """All launches, then one wait for the device: for the report of what went wrong, the scales and the cuts."""
+    """All launches, on one device, and one wait for it: for the report of what went wrong, the scales and the cuts."""
     from reprune_triton.kernels import launch
 
     wanted = None if keeps is None else [layer.n - keep for layer, keep in zip(layers, keeps, strict=True)]
