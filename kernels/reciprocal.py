@@ -9,22 +9,22 @@ COLS = 32  # clusters side by side in a block of means, and in a tile of distanc
 
 
 def scratch(n: int, d: int) -> tuple[int, int]:
-    """Floats (mean (d), size, inverse, newest, dist; each twice) and ints (lowest, near, each twice; stale, place)."""
+    """Floats (mean (d), inverse, size, newest, dist; each twice) and ints (lowest, near, each twice; stale, place)."""
     room = -(-n // COLS) * COLS
     return room * 2 * (d + 4), room * 6
 
 
 @triton.jit
 def _mean_at(i, d, COLS: tl.constexpr):
-    """Where the mean of cluster i begins. Means stand in blocks [d, COLS], so that coordinate k is COLS * k further on:
-    neighbours are read together, and the step is known when the kernel is compiled."""
-    return (i // COLS) * (COLS * d) + i % COLS
+    """Where the mean of cluster i begins. Means stand in blocks [d + 1, COLS], the last line of which is 1 / size:
+    coordinate k is COLS * k further on, so neighbours are read together and the step is known to the compiler."""
+    return (i // COLS) * (COLS * (d + 1)) + i % COLS
 
 
 @triton.jit
-def _add_square(total, row_ptr, col_ptr, inside):
-    """total [ROWS, COLS] + (x_row - x_col)^2 for one coordinate; infinite outside."""
-    step = tl.load(row_ptr)[:, None] - tl.load(col_ptr, mask=inside, other=float("inf"))[None, :]
+def _add_square(total, row_ptr, col_ptr):
+    """total [ROWS, COLS] + (x_row - x_col)^2 for one coordinate."""
+    step = tl.load(row_ptr)[:, None] - tl.load(col_ptr)[None, :]
     return tl.fma(step, step, total)
 
 
@@ -59,14 +59,15 @@ def reciprocal_kernel(
 
     No race. Everything that is stored and loaded again goes through scratch memory of this program alone, and every
     array is written in one step and read in later ones, with a barrier after each step:
-      mean, size, inverse, newest, lowest  read by search and merge in one copy, written by merge in the other copy
+      mean (with 1 / size), size, newest, lowest  read by search and merge in one copy, written by merge in the other
       near, dist   written by search, for rows that only search reads; read by merge and renumber; renumber writes the
                    other copy
       place        written by merge, read by renumber
       stale        written by renumber, read by search
     The copies change roles after renumber. Within a step two threads never write one place: survivors and stale
     clusters are numbered by a cumulative sum, a cluster dies once, and the sizes of copies are added by atomics, whose
-    sums of small whole numbers are exact in any order.
+    sums of small whole numbers are exact in any order. Behind the last cluster merge writes infinity as far as a tile
+    reaches, so that search need not ask where the clusters end.
 
     Precision: float32, by direct differences. 1 / (1/|A| + 1/|B|) is the square of a reciprocal square root, at 2 ulp.
     Heights along a path are kept in order by a maximum, since rounding is not.
@@ -76,7 +77,7 @@ def reciprocal_kernel(
     )
     # Where the arrays begin. Each has two copies side by side, but for the last two.
     room = (n + COLS - 1) // COLS * COLS
-    size, inverse, newest, dist = 2 * d * room, (2 * d + 2) * room, (2 * d + 4) * room, (2 * d + 6) * room
+    size, newest, dist = (2 * d + 2) * room, (2 * d + 4) * room, (2 * d + 6) * room
     lowest, near, stale, place = 0, 2 * room, 4 * room, 5 * room
 
     for begin in range(0, n, BLOCK):
@@ -85,10 +86,11 @@ def reciprocal_kernel(
         offs = table.point_offsets(row_ptr, number, i, inside)
         for k in range(d):
             x = table.read(row_ptr, offs + table.kernel_offset(row_ptr, k), inside) * scale
-            tl.store(floats_ptr + _mean_at(i, d, COLS) + COLS * k, x, mask=inside)
+            x = tl.where(inside, x, float("inf"))  # behind the last cluster is infinity, which is never nearest
+            tl.store(floats_ptr + _mean_at(i, d, COLS) + COLS * k, x, mask=i < room)
         one = tl.full((BLOCK,), 1.0, tl.float32)
+        tl.store(floats_ptr + _mean_at(i, d, COLS) + COLS * d, one, mask=i < room)
         tl.store(floats_ptr + size + i, one, mask=inside)
-        tl.store(floats_ptr + inverse + i, one, mask=inside)
         tl.store(floats_ptr + newest + i, one * 0.0, mask=inside)
         tl.store(ints_ptr + lowest + i, i, mask=inside)
         tl.store(ints_ptr + stale + i, i, mask=inside)
@@ -109,24 +111,21 @@ def reciprocal_kernel(
         for begin in range(0, searches, ROWS):
             r = begin + tl.arange(0, ROWS)  # [ROWS]
             row = tl.load(ints_ptr + stale + r, mask=r < searches, other=0)
-            row_mean_ptr = floats_ptr + now * d + _mean_at(row, d, COLS)
-            row_inverse = tl.load(floats_ptr + inverse + now + row)
+            row_mean_ptr = floats_ptr + now * (d + 1) + _mean_at(row, d, COLS)
+            row_inverse = tl.load(row_mean_ptr + COLS * d)
             best = tl.full((ROWS, COLS), float("inf"), tl.float32)
             best_begin = tl.zeros((ROWS, COLS), tl.int32)
             for c_begin in range(0, m, COLS):
                 c = c_begin + tl.arange(0, COLS)  # [COLS]
-                inside = c < m
-                col_mean_ptr = floats_ptr + now * d + c_begin * d + tl.arange(0, COLS)
+                col_mean_ptr = floats_ptr + now * (d + 1) + c_begin * (d + 1) + tl.arange(0, COLS)
                 growth = tl.zeros((ROWS, COLS), tl.float32)
-                # Behind the last cluster is infinity, which is never nearest.
                 if D > 0:
                     for k in tl.static_range(D):
-                        growth = _add_square(growth, row_mean_ptr + COLS * k, col_mean_ptr + COLS * k, inside)
+                        growth = _add_square(growth, row_mean_ptr + COLS * k, col_mean_ptr + COLS * k)
                 else:
                     for k in range(d):
-                        growth = _add_square(growth, row_mean_ptr + COLS * k, col_mean_ptr + COLS * k, inside)
-                col_inverse = tl.load(floats_ptr + inverse + now + c, mask=inside, other=1.0)
-                root = tl.rsqrt(row_inverse[:, None] + col_inverse[None, :])
+                        growth = _add_square(growth, row_mean_ptr + COLS * k, col_mean_ptr + COLS * k)
+                root = tl.rsqrt(row_inverse[:, None] + tl.load(col_mean_ptr + COLS * d)[None, :])
                 growth = growth * (root * root)
                 growth = tl.where(row[:, None] == c[None, :], float("inf"), growth)
                 nearer = growth < best  # of equal ones the first
@@ -175,20 +174,25 @@ def reciprocal_kernel(
             b = tl.load(floats_ptr + size + now + j, mask=lead, other=0.0)
             share = b / (a + b)
             tl.store(floats_ptr + size + then + to, a + b, mask=stays)
-            tl.store(floats_ptr + inverse + then + to, 1.0 / (a + b), mask=stays)
             tl.store(floats_ptr + newest + then + to, tl.where(lead, top, own_newest), mask=stays)
             tl.store(floats_ptr + dist + then + to, far, mask=stays)
             tl.store(ints_ptr + lowest + then + to, low, mask=stays)
-            own_ptr = floats_ptr + now * d + _mean_at(i, d, COLS)
-            near_ptr = floats_ptr + now * d + _mean_at(j, d, COLS)
-            to_ptr = floats_ptr + then * d + _mean_at(to, d, COLS)
+            own_ptr = floats_ptr + now * (d + 1) + _mean_at(i, d, COLS)
+            near_ptr = floats_ptr + now * (d + 1) + _mean_at(j, d, COLS)
+            to_ptr = floats_ptr + then * (d + 1) + _mean_at(to, d, COLS)
             for k in range(d):
                 x = tl.load(own_ptr + COLS * k, mask=stays, other=0.0)
                 y = tl.load(near_ptr + COLS * k, mask=lead, other=0.0)
                 tl.store(to_ptr + COLS * k, tl.where(lead, tl.fma(share, y - x, x), x), mask=stays)
+            tl.store(to_ptr + COLS * d, 1.0 / (a + b), mask=stays)
             left += tl.sum(stays.to(tl.int32), 0)
             merged += tl.sum(lead.to(tl.int32), 0)
             copies += tl.sum(copy.to(tl.int32), 0)
+        pad = left + tl.arange(0, COLS)  # [COLS] behind the last cluster
+        pad_ptr = floats_ptr + then * (d + 1) + _mean_at(pad, d, COLS)
+        for k in range(d):
+            tl.store(pad_ptr + COLS * k, tl.full((COLS,), float("inf"), tl.float32), mask=pad < room)
+        tl.store(pad_ptr + COLS * d, tl.full((COLS,), 1.0, tl.float32), mask=pad < room)
         tl.debug_barrier()
 
         # renumber
@@ -217,7 +221,8 @@ def reciprocal_kernel(
             for begin in range(0, left, BLOCK):
                 i = begin + tl.arange(0, BLOCK)
                 whole_size = tl.load(floats_ptr + size + then + i, mask=i < left, other=1.0)
-                tl.store(floats_ptr + inverse + then + i, 1.0 / whole_size, mask=i < left)
+                to_ptr = floats_ptr + then * (d + 1) + _mean_at(i, d, COLS)
+                tl.store(to_ptr + COLS * d, 1.0 / whole_size, mask=i < left)
         tl.debug_barrier()
         idle = tl.where(merged > 0, 0, idle + 1)
         m = left
