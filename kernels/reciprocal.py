@@ -60,8 +60,7 @@ def reciprocal_kernel(
     No race. Everything that is stored and loaded again goes through scratch memory of this program alone, and every
     array is written in one step and read in later ones, with a barrier after each step:
       mean (with 1 / size), size, newest, lowest  read by search and merge in one copy, written by merge in the other
-      near, dist   written by search, for rows that only search reads; read by merge and renumber; renumber writes the
-                   other copy
+      near, dist   written by search, read by merge and renumber, whose new values go to the other copy
       place        written by merge, read by renumber
       stale        written by renumber, read by search
     The copies change roles after renumber. Within a step two threads never write one place: survivors and stale
