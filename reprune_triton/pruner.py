@@ -22,7 +22,7 @@ from .errors import RepruneError
 from .regrow import regrow
 from .rng import derive_seed
 
-FORMAT = 1  # of state_dict
+FORMAT = 2  # of state_dict
 
 
 @dataclass(frozen=True)

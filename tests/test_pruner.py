@@ -486,3 +486,42 @@ class TestErrors:
     def test_an_optimizer_of_another_model(self):
         with pytest.raises(RepruneError, match="trains none of this model's parameters"):
             REPrune(network()[0], network()[1], example_inputs=X[:2], sparsity=0.5, until=4)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled")),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")]),
+    ],
+)
+def test_the_kernels_prune_like_the_reference(device):
+    """Two events, the second over active filters and inputs; tie="index", so that only the clustering decides."""
+
+    def pruned(impl):
+        torch.manual_seed(0)
+        layers = []
+        for n_in, n_out, k in ((3, 12, 3), (12, 10, 1), (10, 8, 3)):
+            layers += [nn.Conv2d(n_in, n_out, k, padding=k // 2, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).to(device)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight)
+        options = {"sparsity": 0.4, "tie": "index", "regrow": 0.2, "until": 2, "every": 1, "round_to": 1}
+        pruner = REPrune(model, None, example_inputs=X[:2].to(device), impl=impl, **options)
+        return [pruner.step() for _ in range(2)], pruner.active
+
+    events, active = pruned("triton")
+    expected_events, expected = pruned("reference")
+    assert {name: index.tolist() for name, index in active.items()} == {n: i.tolist() for n, i in expected.items()}
+    for event, wanted in zip(events, expected_events, strict=True):
+        assert event.coverage == wanted.coverage and 0 < event.cluster_ms < event.ms
+        for layer, wanted_layer in zip(event.layers, wanted.layers, strict=True):
+            assert layer.h == pytest.approx(wanted_layer.h, rel=1e-5) and layer.kept == wanted_layer.kept
+    assert any(layer.width < layer.n_out for layer in events[0].layers)
+
+
+def test_a_state_of_an_older_format_is_refused():
+    pruner = prune(*network(), epochs=1)
+    with pytest.raises(RepruneError, match="of format"):
+        pruner.load_state_dict({**pruner.state_dict(), "format": 1})
