@@ -39,12 +39,12 @@ class Layer(NamedTuple):
     @property
     def n(self) -> int:
         """Points of every problem: active filters."""
-        return len(self.weight if self.filters is None else self.filters)
+        return (self.weight if self.filters is None else self.filters).shape[0]
 
     @property
     def columns(self) -> int:
         """Problems: active input channels."""
-        return self.weight.shape[1] if self.inputs is None else len(self.inputs)
+        return self.weight.shape[1] if self.inputs is None else self.inputs.shape[0]
 
     @property
     def d(self) -> int:
