@@ -66,8 +66,8 @@ def configuration(n: int, d: int, linkage: str = "ward", algorithm: str = "auto"
         return Configuration(chain.chain_kernel, constants, warps)
     if algorithm == "auto" and d == 1:
         width = max(64, triton.next_power_of_2(n))
-        warps = {64: 1, 128: 1, 256: 2, 512: 4, 1024: 4}.get(width, 8)
-        return Configuration(line.line_kernel, (("WIDTH", width), ("BLOCK", 64 * warps)), warps, max_registers=128)
+        warps = max(1, width // 512)
+        return Configuration(line.line_kernel, (("WIDTH", width), ("BLOCK", 32 * warps)), warps, max_registers=128)
     constants = (("D", unrolled), ("ROWS", 16), ("COLS", reciprocal.COLS), ("BLOCK", 256))
     return Configuration(reciprocal.reciprocal_kernel, constants, 4, max_registers=96)  # 5 programs at once per SM
 
@@ -87,7 +87,7 @@ def scratch(kernel: Any, n: int, d: int, linkage: str) -> tuple[int, int]:
     if kernel is chain.chain_kernel:
         return chain.floats_of_problem(linkage, n, d), n * chain.INTS_PER_POINT
     if kernel is line.line_kernel:
-        return n * line.FLOATS_PER_POINT, n * line.INTS_PER_POINT
+        return line.scratch(n)
     return reciprocal.scratch(n, d)
 
 
