@@ -11,6 +11,9 @@ from reprune_triton.errors import RepruneError
 COMMANDS = {
     "demo": "train a network dense and pruned, and compare the two",
     "event": "time one pruning event against SciPy and fastcluster",
+    "scaling": "time clustering against the size and the number of problems",
+    "cost": "estimate an event's time on an H100 from the machine code",
+    "gpu": "run the tests, sanitizers and benchmarks that need a GPU, one after the other",
 }
 
 

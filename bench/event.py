@@ -1,6 +1,8 @@
-"""Time one pruning event, all prunable layers: our clustering, cut and selection beside other clustering libraries.
+"""Time one pruning event: clustering and cut of all layers in one call, then the selection, beside other libraries.
 
-Times are only shown once the results are the same: the heights of every merge, and the clusters at the cut.
+Times are only shown once the results are the same: the heights of every merge, and the clusters at the cut. Where two
+merges are closer than float32 can tell, ours may take the other one; then all merges of that problem are carried out
+again in float64, and each must have been a cheapest one at its turn.
 """
 
 from __future__ import annotations
@@ -8,126 +10,218 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import nn
 
-from reprune_triton import channels, models, ops
+from reprune_triton import models, ops
 from reprune_triton.bench import rows
 from reprune_triton.errors import RepruneError
 
 TOLERANCE = 1e-5  # float32 heights against float64 ones, relative to the largest
+RULES = ("prunable", "resnet", "all")
 Peer = Callable[[np.ndarray], np.ndarray]  # points (n, d) -> linkage matrix
+Result = tuple[ops.Merges, ops.Clusters]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet50", help="a name of reprune_triton.models (default: resnet50)")
+    parser.add_argument(
+        "--layers", default="prunable", choices=RULES,
+        help="prunable: what the pruner would prune (needs torch-pruning); resnet: the paper's rule for ResNets, which "
+        "is the same there, the first 3x3 of a BasicBlock, the first 1x1 and the 3x3 of a Bottleneck; all: every conv "
+        "that is not grouped (default: prunable)",
+    )  # fmt: skip
     parser.add_argument("--sparsity", type=float, default=0.5, help="of every layer (default: 0.5)")
     parser.add_argument("--linkage", default="ward", choices=ops.LINKAGES)
     parser.add_argument("--impl", default="auto", choices=ops.IMPLS)
+    parser.add_argument("--algorithm", default="auto", choices=ops.ALGORITHMS, help="of Triton (default: auto)")
     parser.add_argument("--device", default="cpu", help="where our side runs; the others always use the CPU")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; the others have only one (default: 1)")
-    parser.add_argument("--repeat", type=int, default=3, help="our time is the median of this many runs (default: 3)")
+    parser.add_argument("--repeat", type=int, default=3, help="our times are medians of this many runs (default: 3)")
     parser.add_argument(
         "--channels", type=int, metavar="K", help="the others cluster only K input channels per layer, extrapolated"
+    )
+    parser.add_argument(
+        "--inputs", type=int, metavar="K", help="nobody clusters more than the first K input channels: a trial run"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the ties and the sampled channels")
     parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
 @dataclass
-class Layer:
-    """One layer of the event; times in seconds."""
+class Part:
+    """Some layers of the event, clustered and cut in one call."""
 
-    name: str
-    weight: Tensor  # (n_out, n_in, kh, kw)
-    keep: int
-    cluster: float = 0.0
-    select: float = 0.0  # cut and cover
-    peers: dict[str, float] = field(default_factory=dict)
+    row: str  # "layer" or the name of a sum
+    layers: list[ops.Layer]
+    figures: dict[str, float] = field(default_factory=dict)  # times end in _s: seconds
 
-    @property
-    def part(self) -> str:
-        return "1x1" if self.weight.shape[2:] == (1, 1) else "KxK"
+
+class Doubts(NamedTuple):
+    """Problems in which float32 and float64 may differ, and both be right."""
+
+    near_ties: set[int]  # took another merge, just as cheap
+    undecided: set[int]  # the merges before and after the cut are too close to tell apart
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.threads < 1 or args.repeat < 1 or (args.channels is not None and args.channels < 1):
-        raise RepruneError("--threads, --repeat and --channels must be at least 1.")
-    console = Console(width=None if sys.stdout.isatty() else 150)  # a file or a pipe has no width to keep to
+    counts = (args.threads, args.repeat, *(k for k in (args.channels, args.inputs) if k is not None))
+    if min(counts) < 1:
+        raise RepruneError("--threads, --repeat, --channels and --inputs must be at least 1.")
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe has no width to keep to
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    model = models.build(args.model, num_classes=10 if args.model in models.CIFAR_RESNETS else 1000)
-    weights = dict(model.named_parameters())
-    layers = []
-    for prunable in channels.analyse(model, models.example_inputs(args.model)).prunable:
-        weight = weights[f"{prunable.name}.weight"].detach().to(args.device)
-        layers.append(Layer(prunable.name, weight, ops.keep_count(len(weight), args.sparsity)))
-    if not layers:
-        raise RepruneError(f"{args.model} has no prunable layer; name another --model.")
+    layers = choose(args)
+    keeps = {layer.name: ops.keep_count(layer.n, args.sparsity) for layer in layers}
+    parts = [Part("layer", [layer]) for layer in layers]
+    sums = [("1x1", [layer for layer in layers if layer.d == 1]), ("KxK", [layer for layer in layers if layer.d > 1])]
+    parts += [Part(row, some) for row, some in (*sums, ("total", layers)) if some]
 
-    found = time_ours(layers, args)
+    warm_up = layers[0]._replace(inputs=torch.arange(min(2, layers[0].columns)))
+    ops.cluster_network([warm_up], [keeps[warm_up.name]], args.linkage, args.impl, args.algorithm)
+    total = parts[-1]
+    total.figures, results = time_ours(layers, keeps, args)
+    for part in parts[:-1]:
+        if len(part.layers) == len(layers):
+            part.figures = dict(total.figures)
+            continue
+        part.figures, again = time_ours(part.layers, keeps, args)
+        for name in again:
+            check_same_bits(name, again[name], results[name])
+    checked = [results]
+    if device.type == "cuda" and sums[0][1]:
+        on_cpu = Part("1x1 on the CPU", [layer._replace(weight=layer.weight.cpu()) for layer in sums[0][1]])
+        plain = argparse.Namespace(**vars(args) | {"impl": "reference", "algorithm": "auto"})
+        on_cpu.figures, again = time_ours(on_cpu.layers, keeps, plain)
+        checked.append(again)
+        parts.append(on_cpu)
+
     peers = find_peers(args.linkage)
     for name in ("SciPy", "fastcluster"):
         if name not in peers:
             console.print(f"{name} is not installed: its column is left out. pip install {name.lower()}")
-    undecided = 0
-    random = np.random.default_rng(args.seed)
-    for layer in layers:
-        n_in = layer.weight.shape[1]
-        sampled = n_in if args.channels is None else min(args.channels, n_in)
-        chosen = np.sort(random.choice(n_in, sampled, replace=False))
-        points = ops.kernel_points(layer.weight).double().cpu().numpy()[chosen]
-        for name, peer in peers.items():
-            started = time.perf_counter()
-            theirs = [peer(x) for x in points]
-            layer.peers[name] = (time.perf_counter() - started) * n_in / sampled
-            undecided += check_same(f"{layer.name}, {name}", theirs, chosen, *found[layer.name])
-    report(console, layers, list(peers), undecided, args)
-
-
-def time_ours(layers: list[Layer], args: argparse.Namespace) -> dict[str, tuple[ops.Merges, ops.Clusters]]:
-    """Cluster, cut and select, as the pruner does: layers of one shape are clustered in one call."""
-    device = torch.device(args.device)
-
-    def clock() -> float:
+    doubts = compare(parts, peers, checked, args)
+    impl = "+".join(sorted({"triton" if ops._by_triton(layer, args.impl) else "reference" for layer in layers}))
+    if impl == "triton":
+        add_rounds(parts, layers, args)
         if device.type == "cuda":
+            add_floor(console, parts, args)
+    report(console, parts, keeps, list(peers), impl, doubts, args)
+
+
+def choose(args: argparse.Namespace) -> list[ops.Layer]:
+    """The layers of the event, freshly initialised, on the device."""
+    torch.manual_seed(args.seed)
+    model = models.build(args.model, num_classes=10 if args.model in models.CIFAR_RESNETS else 1000)
+    if args.layers == "all":
+        names = [name for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d) and conv.groups == 1]
+    elif args.layers == "resnet":
+        names = resnet_rule(model)
+    else:
+        from reprune_triton import channels
+
+        try:
+            names = [layer.name for layer in channels.analyse(model, models.example_inputs(args.model)).prunable]
+        except ModuleNotFoundError as error:
+            raise RepruneError(
+                "--layers prunable needs torch-pruning: pip install torch-pruning. "
+                "Without it, --layers resnet names the same layers of a ResNet."
+            ) from error
+    if not names:
+        raise RepruneError(f"{args.model} has no such layer; name another --model, or --layers all.")
+    weights = [model.get_parameter(f"{name}.weight").detach().to(args.device) for name in names]
+    inputs = [torch.arange(min(args.inputs, w.shape[1]), device=w.device) if args.inputs else None for w in weights]
+    return [ops.Layer(weight, None, index, name) for weight, index, name in zip(weights, inputs, names, strict=True)]
+
+
+def resnet_rule(model: nn.Module) -> list[str]:
+    """The convs that the paper prunes in a ResNet: all but the last of every block."""
+    names = []
+    for name, block in model.named_modules():
+        children = [getattr(block, f"conv{number}", None) for number in (1, 2, 3)]
+        convs = [conv for conv in children if isinstance(conv, nn.Conv2d)]
+        if len(convs) > 1 and all(conv.groups == 1 for conv in convs):
+            names += [f"{name}.conv{number}" for number in range(1, len(convs))]
+    return names
+
+
+def time_ours(
+    layers: list[ops.Layer], keeps: dict[str, int], args: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, Result]]:
+    """Cluster and cut the layers in one call, then select layer by layer, as the pruner does."""
+    device, wanted = layers[0].weight.device, [keeps[layer.name] for layer in layers]
+    cuda = device.type == "cuda"
+    spent: dict[str, list[float]] = {}
+    for turn in range(args.repeat + cuda):  # on a GPU the first turn compiles
+        if cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)
-        return time.perf_counter()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            begin.record()
+        started = time.perf_counter()
+        found = ops.cluster_network(layers, wanted, args.linkage, args.impl, args.algorithm)
+        figures = {}
+        if cuda:
+            end.record()
+            torch.cuda.synchronize(device)
+            figures["device_s"] = begin.elapsed_time(end) / 1e3
+            figures["scratch_mb"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        figures["cluster_s"] = time.perf_counter() - started
+        started = time.perf_counter()
+        for (_, clusters), keep in zip(found, wanted, strict=True):
+            ops.cover(clusters.labels, keep, seed=args.seed)
+        if cuda:
+            torch.cuda.synchronize(device)
+        figures["select_s"] = time.perf_counter() - started
+        figures["event_s"] = figures["cluster_s"] + figures["select_s"]
+        if not cuda or turn:
+            for key, value in figures.items():
+                spent.setdefault(key, []).append(value)
+    names = [layer.name for layer in layers]
+    return {key: float(np.median(values)) for key, values in spent.items()}, dict(zip(names, found, strict=True))
 
-    groups: dict[tuple[int, ...], list[Layer]] = {}
-    for layer in layers:
-        points = ops.kernel_points(layer.weight)
-        groups.setdefault((*points.shape[1:], ops.scale_of(points)), []).append(layer)
-    ops.select_filters(layers[0].weight[:, :2], layers[0].keep, linkage=args.linkage, impl=args.impl)  # warm up
 
-    found = {}
-    for group in groups.values():
-        times = []
-        for _ in range(args.repeat):
-            started = clock()
-            merges = ops.ward(torch.cat([ops.kernel_points(layer.weight) for layer in group]), args.linkage, args.impl)
-            times.append(clock() - started)
-        first = 0
-        for layer in group:
-            last = first + layer.weight.shape[1]
-            layer.cluster = float(np.median(times)) * (last - first) / len(merges.parent)
-            own, times_select = merges.problems(first, last), []
-            for _ in range(args.repeat):
-                started = clock()
-                clusters = ops.cut(own, layer.keep)
-                ops.cover(clusters.labels, layer.keep, seed=args.seed, impl=args.impl)
-                times_select.append(clock() - started)
-            layer.select = float(np.median(times_select))
-            found[layer.name] = own, clusters
-            first = last
-    return found
+def check_same_bits(name: str, one: Result, other: Result) -> None:
+    (merges, clusters), (merges_too, clusters_too) = one, other
+    pairs = [(merges.parent, merges_too.parent), (merges.height, merges_too.height)]
+    if not all(torch.equal(a, b) for a, b in (*pairs, (clusters.labels, clusters_too.labels))):
+        raise RepruneError(f"{name}: other bits alone than with the whole network; no times are shown.")
+
+
+def add_rounds(parts: list[Part], layers: list[ops.Layer], args: argparse.Namespace) -> None:
+    """How many rounds the kernels took for a problem; of a chain, searches. Medians."""
+    from reprune_triton.kernels import launch
+
+    rounds = launch.cluster(layers, args.linkage, args.algorithm).work[:, 0].cpu()
+    split = rounds.split([layer.columns for layer in layers])
+    of_layer = {layer.name: some for layer, some in zip(layers, split, strict=True)}
+    for part in parts:
+        if part.row != "1x1 on the CPU":
+            part.figures["rounds"] = float(np.median(np.concatenate([of_layer[layer.name] for layer in part.layers])))
+
+
+def add_floor(console: Console, parts: list[Part], args: argparse.Namespace) -> None:
+    """How much of the time the instructions alone would take, if every scheduler issued one in every cycle."""
+    from reprune_triton.bench import cost
+
+    for part in parts:
+        if part.row not in ("layer", "1x1 on the CPU"):
+            try:
+                part.figures["floor_ms"] = floor = cost.estimate(part.layers, args.linkage, args.algorithm).ms
+            except Exception as error:  # measurements on a lent GPU must not be lost over an estimate
+                console.print(f"No estimate of the floor: {type(error).__name__}: {error}", markup=False)
+                return
+            part.figures["share"] = floor / 1e3 / part.figures["cluster_s"]
 
 
 def find_peers(linkage: str) -> dict[str, Peer]:
@@ -150,106 +244,205 @@ def find_peers(linkage: str) -> dict[str, Peer]:
     return peers
 
 
-def check_same(
-    where: str, theirs: list[np.ndarray], chosen: np.ndarray, merges: ops.Merges, clusters: ops.Clusters
-) -> int:
-    """Compare heights and the clusters at the cut; raise where they differ.
+def compare(
+    parts: list[Part], peers: dict[str, Peer], checked: list[dict[str, Result]], args: argparse.Namespace
+) -> Doubts:
+    """Time the other libraries layer by layer, and check all our results against theirs. Returns how many problems
+    were in doubt, as numbers of the network."""
+    random = np.random.default_rng(args.seed)
+    all_doubts, first = Doubts(set(), set()), 0
+    spent: dict[str, dict[str, float]] = {}  # by peer and layer
+    for layer in next(part.layers for part in parts if part.row == "total"):
+        sampled = layer.columns if args.channels is None else min(args.channels, layer.columns)
+        chosen = np.sort(random.choice(layer.columns, sampled, replace=False))
+        points = layer.points()[torch.from_numpy(chosen).to(layer.weight.device)].double().cpu().numpy()
+        for name, peer in peers.items():
+            started = time.perf_counter()
+            theirs = [peer(x) for x in points]
+            seconds = (time.perf_counter() - started) * layer.columns / sampled
+            spent.setdefault(name, {})[layer.name] = seconds
+            for results in checked:
+                if layer.name in results:
+                    doubts = check_same(f"{layer.name}, {name}", points, theirs, chosen, *results[layer.name])
+                    for numbers, more in zip(all_doubts, doubts, strict=True):
+                        numbers.update(first + channel for channel in more)
+        first += layer.columns
+    for part in parts:
+        for name, seconds_of in spent.items():
+            part.figures[f"{name.lower()}_s"] = sum(seconds_of[layer.name] for layer in part.layers)
+    return all_doubts
 
-    The cut is taken after as many merges in theirs as in ours. Returns the channels left undecided: those where
-    the next merge is so close that float32 cannot tell which of the two comes first.
+
+def check_same(
+    where: str, points: np.ndarray, theirs: Sequence[np.ndarray], chosen: np.ndarray, merges: ops.Merges,
+    clusters: ops.Clusters,
+) -> Doubts:  # fmt: skip
+    """Compare the heights, and the clusters at the cut, of the channels `chosen`; raise where they differ.
+
+    points (len(chosen), n, d) and theirs, linkage matrices, are those channels'. The cut is taken after as many merges
+    in theirs as in ours.
     """
-    heights = (merges.height.double().cpu().sort(dim=1).values * merges.scale).numpy()[:, :-1]
-    happened = (heights <= clusters.h).sum(axis=1) if clusters.h else np.zeros(len(heights), dtype=np.int64)
-    if merges.linkage == "ward":
-        heights = np.sqrt(2 * heights)
-    labels = clusters.labels.cpu().numpy()
-    undecided = 0
-    for Z, channel in zip(theirs, chosen, strict=True):
+    index = torch.from_numpy(chosen).to(merges.parent.device)
+    merges = merges._replace(parent=merges.parent[index].cpu(), height=merges.height[index].cpu())
+    happened = (merges.height.double() * merges.scale <= clusters.h).sum(dim=1).tolist() if clusters.h else None
+    labels = clusters.labels[index].cpu().numpy()
+    if not (merges.parent[:, 1:] < torch.arange(1, merges.parent.shape[1])).all() or merges.parent[:, 0].any():
+        raise RepruneError(f"{where}: the merges are no forest; no times are shown.")
+    doubts = Doubts(set(), set())
+    for number, (channel, Z, ours) in enumerate(zip(chosen.tolist(), theirs, merges.to_scipy(), strict=True)):
         if not len(Z):
             continue
-        slack, k = TOLERANCE * Z[-1, 2], happened[channel]
-        wrong = np.abs(Z[:, 2] - heights[channel]).max()
-        if not wrong <= slack:
-            raise RepruneError(f"{where}, channel {channel}: merge heights differ by {wrong:.2e}; no times are shown.")
-        if not _same_partition(_after(Z, k), labels[channel]):
+        slack, k = TOLERANCE * Z[-1, 2], happened[number] if happened else 0
+        if not same_partition(after(ours, k), labels[number]):
+            raise RepruneError(f"{where}, channel {channel}: the cut is not that of the merges; no times are shown.")
+        wrong = np.abs(Z[:, 2] - ours[:, 2]).max()
+        difference = f"merge heights differ by {wrong:.2e}" if not wrong <= slack else ""
+        if not difference and not same_partition(after(Z, k), labels[number]):
             if 0 < k < len(Z) and Z[k, 2] - Z[k - 1, 2] <= 2 * slack:
-                undecided += 1
-            else:
-                raise RepruneError(f"{where}, channel {channel}: other clusters at the cut; no times are shown.")
-    return undecided
+                doubts.undecided.add(channel)
+                continue
+            difference = "other clusters at the cut"
+        if difference:
+            objection = replay(points[number], ours, merges.linkage)
+            if objection:
+                raise RepruneError(f"{where}, channel {channel}: {difference}, and {objection}; no times are shown.")
+            doubts.near_ties.add(channel)
+    return doubts
 
 
-def _after(Z: np.ndarray, k: int) -> np.ndarray:
+def replay(points: np.ndarray, Z: np.ndarray, linkage: str) -> str | None:
+    """Carry out the merges of a linkage matrix in float64: what is wrong with them, or None.
+
+    Each merge must cost what it says, and no open merge be cheaper, but for the rounding of float32. All costs are
+    held, and with each cluster its cheapest merge, so that a merge takes a few passes over one row.
+    """
+    n = len(points)
+    slack = TOLERANCE * np.abs(Z[:, 2]).max()
+    mean, size = points.astype(np.float64), np.ones(n)
+    square = np.zeros((n, n))
+    for x in mean.T:
+        square += (x[:, None] - x) ** 2
+    cost = np.sqrt(square)  # in the units of Z: ward sqrt(2 I), else the distance
+    np.fill_diagonal(cost, np.inf)
+    near, least = cost.argmin(axis=1), cost.min(axis=1)
+    place = np.zeros(2 * n - 1, dtype=np.int64)  # the row of a cluster
+    place[:n] = np.arange(n)
+    for t, (a, b, height, _) in enumerate(Z):
+        i, j = place[int(a)], place[int(b)]
+        if not abs(cost[i, j] - height) <= slack:
+            return f"merge {t + 1} at {height:.6g} costs {cost[i, j]:.6g}"
+        if not height <= least.min() * (1 + TOLERANCE) + slack:
+            return f"merge {t + 1} at {height:.6g} came while one at {least.min():.6g} was open"
+        if linkage == "ward":
+            mean[i] += size[j] / (size[i] + size[j]) * (mean[j] - mean[i])
+            step = mean - mean[i]
+            row = np.sqrt(2 * np.einsum("ij,ij->i", step, step) / (1 / size + 1 / (size[i] + size[j])))
+        elif linkage == "average":
+            row = (size[i] * cost[i] + size[j] * cost[j]) / (size[i] + size[j])
+        else:
+            row = np.minimum(cost[i], cost[j]) if linkage == "single" else np.maximum(cost[i], cost[j])
+        size[i] += size[j]
+        row[cost[i] == np.inf] = np.inf  # itself and the dead
+        row[j] = np.inf
+        cost[i] = cost[:, i] = row
+        cost[j] = cost[:, j] = np.inf
+        stale = (near == i) | (near == j)
+        stale[i], stale[j], least[j] = True, False, np.inf
+        closer = row < least
+        near[closer], least[closer] = i, row[closer]
+        search = (stale & (least < np.inf)).nonzero()[0]
+        near[search] = cost[search].argmin(axis=1)
+        least[search] = cost[search, near[search]]
+        place[n + t] = i
+    return None
+
+
+def after(Z: np.ndarray, k: int) -> np.ndarray:
     """Labels (n,) of the clusters after the first k merges of a linkage matrix."""
     n = len(Z) + 1
     up = np.arange(2 * n - 1)
-    for t in range(k):
-        up[Z[t, :2].astype(np.int64)] = n + t
+    up[Z[:k, :2].astype(np.int64)] = n + np.arange(k)[:, None]
     while (up[up] != up).any():
         up = up[up]
     return up[:n]
 
 
-def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:
+def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
     pairs = a.astype(np.int64) * (int(b.max()) + 1) + b
     return len(np.unique(pairs)) == len(np.unique(a)) == len(np.unique(b))
 
 
-def report(console: Console, layers: list[Layer], peers: list[str], undecided: int, args: argparse.Namespace) -> None:
+def report(
+    console: Console, parts: list[Part], keeps: dict[str, int], peers: list[str], impl: str, doubts: Doubts,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    total = next(part for part in parts if part.row == "total")
+    most = max(layer.columns for layer in total.layers)
     settings: dict[str, Any] = rows.environment(args.device) | {
-        "benchmark": "event", "model": args.model, "sparsity": args.sparsity, "linkage": args.linkage,
-        "impl": args.impl, "seed": args.seed, "repeat": args.repeat, "peer_channels": args.channels,
-        "extrapolated": args.channels is not None and any(args.channels < layer.weight.shape[1] for layer in layers),
-        "checked": bool(peers), "undecided": undecided,
+        "benchmark": "event", "model": args.model, "rule": args.layers, "sparsity": args.sparsity,
+        "linkage": args.linkage, "impl": impl, "algorithm": args.algorithm, "seed": args.seed, "repeat": args.repeat,
+        "inputs": args.inputs, "peer_channels": args.channels, "checked": bool(peers),
+        "extrapolated": args.channels is not None and args.channels < most,
+        "near_ties": len(doubts.near_ties), "undecided": len(doubts.undecided),
     }  # fmt: skip
     measured = "" if not settings["extrapolated"] else f", extrapolated from {args.channels} channels per layer"
+    algorithm = "" if args.algorithm == "auto" else f" ({args.algorithm})"
+    trial = "" if args.inputs is None else f", only {args.inputs} input channels"
     table = Table(
-        title=f"One pruning event of {args.model}: {args.linkage}, sparsity {args.sparsity}, "
-        f"{settings['device']}, {settings['threads']} CPU thread(s), seconds",
-        caption="Clustering alone is compared; cut and selection come on top. 1x1 kernels are points on a line: that "
-        "part of the gain is the algorithm's. "
+        title=f"One pruning event of {args.model} ({args.layers} layers{trial}): {args.linkage}, sparsity "
+        f"{args.sparsity}, {impl}{algorithm} on {settings['device']}, {settings['threads']} CPU thread(s), seconds",
+        caption="Sums are one call for their layers. Others / ours: their clustering alone, our clustering and cut. "
+        "1x1 kernels are points on a line: that part of the gain is the algorithm's. "
         f"Other libraries{measured}: one call per input channel on {settings['cpu']}.",
     )
+    # Columns that this run has, by key: heading and form.
+    forms = {
+        "device_s": ("on the device", seconds), "scratch_mb": ("MB", "{:.1f}".format),
+        "rounds": ("rounds", "{:g}".format), "floor_ms": ("floor, ms", "{:.3f}".format),
+        "share": ("floor / time", "{:.0%}".format),
+    }  # fmt: skip
+    forms = {key: form for key, form in forms.items() if key in total.figures}
     table.add_column("layer")
-    for column in ("n_out", "n_in", "kernel", "keep", "clustering", "cut, select", *peers):
+    headings = ["n_out", "n_in", "kernel", "keep", "clustering, cut", "selection"]
+    for column in (*headings, *(head for head, _ in forms.values()), *peers, *(f"{name} / ours" for name in peers)):
         table.add_column(column, justify="right")
-    for name in peers:
-        table.add_column(f"{name} / ours", justify="right")
 
-    def times(some: list[Layer]) -> dict[str, float]:
-        spent = {"cluster_s": sum(layer.cluster for layer in some), "select_s": sum(layer.select for layer in some)}
-        spent["event_s"] = spent["cluster_s"] + spent["select_s"]
-        return spent | {f"{name.lower()}_s": sum(layer.peers[name] for layer in some) for name in peers}
+    def line(part: Part, title: str, *shape: str) -> None:
+        figures = part.figures
+        cells = [seconds(figures["cluster_s"]), seconds(figures["select_s"])]
+        cells += [form(figures[key]) if key in figures else "" for key, (_, form) in forms.items()]
+        others = [figures[f"{name.lower()}_s"] for name in peers]
+        ratios = [f"{theirs / figures['cluster_s']:.2f}x" for theirs in others]
+        last = part.row == "layer" and part.layers[0] is total.layers[-1]
+        table.add_row(title, *shape, *cells, *map(seconds, others), *ratios, end_section=last)
 
-    def line(title: str, shape: list[str], some: list[Layer]) -> None:
-        spent = times(some)
-        theirs = [spent[f"{name.lower()}_s"] for name in peers]
-        cells = [f"{spent['cluster_s']:.4f}", f"{spent['select_s']:.4f}", *(f"{t:.4f}" for t in theirs)]
-        table.add_row(title, *shape, *cells, *(f"{t / spent['cluster_s']:.2f}x" for t in theirs))
-
-    for layer in layers:
-        n_out, n_in, kh, kw = layer.weight.shape
-        line(layer.name, [str(n_out), str(n_in), f"{kh}x{kw}", str(layer.keep)], [layer])
+    for part in parts:
+        if part.row == "layer":
+            (layer,) = part.layers
+            n_out, _, kh, kw = layer.weight.shape
+            line(part, layer.name, str(n_out), str(layer.columns), f"{kh}x{kw}", str(keeps[layer.name]))
+            about: dict[str, Any] = {"layer": layer.name, "n_out": n_out, "n_in": layer.columns, "kh": kh, "kw": kw}
+            about["keep"] = keeps[layer.name]
+        else:
+            problems = sum(layer.columns for layer in part.layers)
+            line(part, f"{part.row}: {len(part.layers)} layers", "", str(problems), "", "")
+            about = {"layers": len(part.layers), "problems": problems}
         if args.json:
-            shape = {"n_out": n_out, "n_in": n_in, "kh": kh, "kw": kw, "keep": layer.keep}
-            rows.append(args.json, settings | {"row": "layer", "layer": layer.name} | shape | times([layer]))
-    table.add_section()
-    sums = {part: [layer for layer in layers if layer.part == part] for part in ("1x1", "KxK")}
-    for part, some in (*sums.items(), ("total", layers)):
-        if some:
-            problems = sum(layer.weight.shape[1] for layer in some)
-            line(f"{part}: {len(some)} layers", ["", str(problems), "", ""], some)
-            if args.json:
-                count = {"layers": len(some), "problems": problems}
-                rows.append(args.json, settings | {"row": part} | count | times(some))
+            own = {"impl": "reference", "device": "cpu", "cuda": None} if part.row == "1x1 on the CPU" else {}
+            rows.append(args.json, settings | own | {"row": part.row} | about | part.figures)
     console.print(table)
-    total = times(layers)
-    others = "".join(f"; {name}'s clustering alone {total[f'{name.lower()}_s']:.2f} s" for name in peers)
-    console.print(f"The whole event: {total['event_s']:.2f} s (clustering, cut, selection){others}.")
+    others = "".join(f"; {name}'s clustering alone {seconds(total.figures[f'{name.lower()}_s'])} s" for name in peers)
+    console.print(f"The whole event: {seconds(total.figures['event_s'])} s (clustering, cut, selection){others}.")
     if peers:
         console.print(
             f"Checked first: equal merge heights (to {TOLERANCE:g} of the largest) and equal clusters at the cut "
-            f"in every channel compared; {undecided} had two merges at the cut too close to tell apart."
+            f"in every channel compared, but for {settings['near_ties']} in which float32 took another merge that is "
+            f"as cheap (all their merges were replayed in float64), and {settings['undecided']} with two merges at the "
+            "cut too close to tell apart."
         )
     else:
         console.print("Nothing was compared. pip install scipy fastcluster")
+
+
+def seconds(t: float) -> str:
+    return f"{t:.4f}" if t >= 0.1 else f"{t:.6f}"

@@ -68,7 +68,7 @@ def configuration(n: int, d: int, linkage: str = "ward", algorithm: str = "auto"
         width = max(64, triton.next_power_of_2(n))
         warps = max(1, width // 512)
         return Configuration(line.line_kernel, (("WIDTH", width), ("BLOCK", 32 * warps)), warps, max_registers=128)
-    constants = (("D", unrolled), ("ROWS", 16), ("COLS", reciprocal.COLS), ("BLOCK", 256))
+    constants = (("D", unrolled), ("ROWS", 16), ("COLS", reciprocal.COLS), ("BLOCK", 128))
     return Configuration(reciprocal.reciprocal_kernel, constants, 4, max_registers=96)  # 5 programs at once per SM
 
 

@@ -53,7 +53,8 @@ def line_kernel(
     other, and ends in a barrier, after which they change roles. Survivors are numbered by a cumulative sum, so no two
     threads write one place; a cluster dies once, so nor do they in parent and height, which are only written.
 
-    Precision: float32, by direct differences. 1 / (1/|A| + 1/|B|) is the square of a reciprocal square root. Heights along a path are kept in order by a maximum.
+    Precision: float32, by direct differences. 1 / (1/|A| + 1/|B|) is the square of a reciprocal square root, at 2 ulp.
+    Heights along a path are kept in order by a maximum, since rounding is not.
     """
     row_ptr, number, n, d, scale, parent_ptr, height_ptr, floats_ptr, ints_ptr = table.begin_problem(
         table_ptr, owner_ptr, report_ptr, parent_ptr, height_ptr, floats_ptr, ints_ptr

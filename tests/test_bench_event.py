@@ -1,13 +1,20 @@
 """The benchmark of one event: rows, sampling, missing libraries, and that wrong results show no times."""
 
+import argparse
 import json
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
+from families import gaussian, problems
+from scipy.cluster.hierarchy import linkage as scipy_linkage
 
-from reprune_triton import ops
+from reprune_triton import bench, channels, models, ops
+from reprune_triton.bench import event as bench_event
 from reprune_triton.bench.__main__ import main
+from reprune_triton.errors import RepruneError
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +39,34 @@ def test_rows(tmp_path, capsys):
     total = rows[-1]
     for row in rows:
         assert row["checked"] and not row["extrapolated"] and row["seed"] == 3 and row["threads"] == 1
+        assert row["impl"] == "reference" and row["algorithm"] == "auto" and row["rule"] == "prunable"
+        assert row["near_ties"] == row["undecided"] == 0
         assert row["torch"] == torch.__version__ and row["scipy"] and row["cpu"] and "commit" in row and "dirty" in row
         assert row["scipy_s"] > 0 and row["fastcluster_s"] > 0 and row["cluster_s"] > 0
-    assert total["event_s"] == pytest.approx(sum(row["cluster_s"] + row["select_s"] for row in rows[:3]))
+        assert row["event_s"] == pytest.approx(row["cluster_s"] + row["select_s"])
+        assert not {"device_s", "scratch_mb", "floor_ms", "rounds"} & set(row), "of a GPU, or of Triton"
     assert total["scipy_s"] == pytest.approx(sum(row["scipy_s"] for row in rows[:3]))
     assert total["problems"] == 16 + 16 + 32
-    assert "equal clusters at the cut in every channel" in capsys.readouterr().out
+    assert "equal clusters at the cut in every channel" in " ".join(capsys.readouterr().out.split())
     assert event("--json", str(tmp_path / "new" / "event.jsonl")) == 0
     assert len(rows_of(tmp_path / "new" / "event.jsonl")) == 10, "rows are appended"
+
+
+def test_sums_are_one_call(tmp_path, monkeypatch):
+    calls, cluster = [], ops.cluster_network
+
+    def counted(layers, keeps, *rest):
+        calls.append(sorted(layer.name for layer in layers))
+        return cluster(layers, keeps, *rest)
+
+    monkeypatch.setattr(ops, "cluster_network", counted)
+    assert event("--layers", "all", "--inputs", "2", "--channels", "1", "--repeat", "2") == 0
+    convs = [
+        name for name, module in models.build("resnet8", 10).named_modules() if isinstance(module, torch.nn.Conv2d)
+    ]
+    shortcuts = sorted(name for name in convs if "shortcut" in name)
+    for wanted in (sorted(convs), shortcuts, sorted({*convs} - {*shortcuts}), *([name] for name in convs[1:])):
+        assert calls.count(wanted) == 2, wanted
 
 
 @pytest.mark.parametrize("linkage", ops.LINKAGES)
@@ -49,20 +76,59 @@ def test_sampled_channels_are_declared(tmp_path, capsys, linkage):
     assert "extrapolated" in capsys.readouterr().out
 
 
-def test_1x1_layers_are_shown_apart(tmp_path, capsys):
-    pytest.importorskip("torchvision")
-    arguments = ["event", "--model", "resnet50", "--channels", "1", "--repeat", "1", "--json", str(tmp_path / "rows")]
-    import reprune_triton.channels as channels
+def test_1x1_layers_are_shown_apart(tmp_path):
+    assert event("--layers", "all", "--channels", "1", "--inputs", "2", "--json", str(tmp_path / "rows")) == 0
+    rows = rows_of(tmp_path / "rows")
+    assert [row["row"] for row in rows] == ["layer"] * 9 + ["1x1", "KxK", "total"]
+    assert [row["layers"] for row in rows[9:]] == [2, 7, 9] and all(row["inputs"] == 2 for row in rows)
 
-    class Few:
-        def __init__(self, found):
-            self.prunable = found.prunable[:4]
 
-    analyse = channels.analyse
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(channels, "analyse", lambda *given: Few(analyse(*given)))
-        assert main(arguments) == 0
-    assert [row["row"] for row in rows_of(tmp_path / "rows")][4:] == ["1x1", "KxK", "total"]
+@pytest.mark.parametrize("model", ["resnet8", "resnet18", "resnet50"])
+def test_rule_for_resnets_is_what_the_analysis_finds(model):
+    if model != "resnet8":
+        pytest.importorskip("torchvision")
+    network = models.build(model, 10)
+    found = channels.analyse(network, models.example_inputs(model, size=32)).prunable
+    assert bench_event.resnet_rule(network) == [layer.name for layer in found]
+
+
+def test_without_torch_pruning_there_is_the_rule(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    assert event() == 1
+    assert "pip install torch-pruning" in capsys.readouterr().err
+    assert event("--layers", "resnet", "--channels", "1") == 0
+
+
+def test_triton_shows_its_rounds(tmp_path, capsys):
+    arguments = ("--impl", "triton", "--algorithm", "reciprocal", "--inputs", "1", "--layers", "resnet")
+    if torch.cuda.is_available():
+        arguments += ("--device", "cuda")
+    assert event(*arguments, "--json", str(tmp_path / "rows")) == 0
+    rows = rows_of(tmp_path / "rows")
+    assert {(row["impl"], row["algorithm"]) for row in rows} == {("triton", "reciprocal")}
+    assert all(2 < row["rounds"] < 64 for row in rows) and "rounds" in capsys.readouterr().out
+
+
+def test_floor_of_the_sums(monkeypatch, capsys):
+    layers = [ops.Layer(torch.zeros(4, 3, k, k), name=str(k)) for k in (1, 3)]
+    parts = [bench_event.Part(row, layers, {"cluster_s": 0.25}) for row in ("layer", "total")]
+    args = argparse.Namespace(linkage="ward", algorithm="chain")
+    console = bench_event.Console()
+    asked = []
+
+    def estimate(*given):
+        asked.append(given)
+        return types.SimpleNamespace(ms=100.0)
+
+    cost = types.SimpleNamespace(estimate=estimate)
+    monkeypatch.setitem(sys.modules, "reprune_triton.bench.cost", cost)
+    monkeypatch.setattr(bench, "cost", cost, raising=False)
+    bench_event.add_floor(console, parts, args)
+    assert asked == [(layers, "ward", "chain")] and "share" not in parts[0].figures
+    assert parts[1].figures["floor_ms"] == 100 and parts[1].figures["share"] == pytest.approx(0.4)
+    cost.estimate = lambda *given: 1 / 0
+    bench_event.add_floor(console, parts, args)
+    assert "No estimate of the floor: ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_a_missing_library_leaves_its_column_out(tmp_path, capsys, monkeypatch):
@@ -72,28 +138,120 @@ def test_a_missing_library_leaves_its_column_out(tmp_path, capsys, monkeypatch):
     assert all("fastcluster_s" not in row and "scipy_s" in row for row in rows_of(tmp_path / "rows"))
 
 
-@pytest.mark.parametrize("what", ["heights", "labels"])
-def test_no_times_for_wrong_results(tmp_path, capsys, monkeypatch, what):
-    ward, cut = ops.ward, ops.cut
+def heights(merges, clusters):
+    return merges._replace(height=merges.height * 1.001), clusters
 
-    def wrong_ward(*given):
-        merges = ward(*given)
-        return merges._replace(height=merges.height * 1.001)
 
-    def wrong_cut(*given):
-        clusters = cut(*given)
-        return clusters._replace(labels=clusters.labels.roll(1, dims=1))
+def labels(merges, clusters):
+    return merges, clusters._replace(labels=clusters.labels.roll(1, dims=1))
 
-    monkeypatch.setattr(ops, *{"heights": ("ward", wrong_ward), "labels": ("cut", wrong_cut)}[what])
+
+def parents(merges, clusters):
+    return merges._replace(parent=merges.parent.flip(1)), clusters
+
+
+def one_bit(merges, clusters):
+    height = merges.height.clone()
+    height[0, -1] = height[0, -1].nextafter(torch.tensor(torch.inf))
+    return merges._replace(height=height), clusters
+
+
+@pytest.mark.parametrize("change", [heights, labels, parents, one_bit])
+def test_no_times_for_wrong_results(tmp_path, capsys, monkeypatch, change):
+    cluster = ops.cluster_network
+
+    def wrong(layers, *rest):
+        found = cluster(layers, *rest)
+        return [change(*result) for result in found] if change is not one_bit or len(layers) == 1 else found
+
+    monkeypatch.setattr(ops, "cluster_network", wrong)
     assert event("--json", str(tmp_path / "rows")) == 1
     printed = capsys.readouterr()
     assert "no times are shown" in printed.err and "KxK" not in printed.out
     assert not (tmp_path / "rows").exists()
 
 
+def result_of(points: np.ndarray, keep: int, linkage: str = "ward") -> tuple[ops.Merges, ops.Clusters]:
+    merges = ops.ward(torch.from_numpy(points), linkage)
+    return merges, ops.cut(merges, keep)
+
+
+def check(points, theirs, merges, clusters):
+    return bench_event.check_same("here", points, theirs, np.arange(len(points)), merges, clusters)
+
+
+def near_tie(fourth: float, linkage: str, keep: int):
+    """0, 1, 2 and a fourth point: 1 and 2 are nearest by a hair, and ours takes 0 and 1."""
+    points, mine = (np.array([[[0], [1], [2 + step], [fourth]]]) for step in (-1e-9, 1e-9))
+    theirs, (merges, clusters) = scipy_linkage(points[0], linkage), result_of(mine, keep, linkage)
+    other_heights = np.abs(merges.to_scipy()[0, :, 2] - theirs[:, 2]).max() > 0.01
+    same_cut = bench_event.same_partition(bench_event.after(theirs, 4 - keep), clusters.labels[0].numpy())
+    return other_heights, same_cut, check(points, [theirs], merges, clusters)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("linkage", ["ward", "complete", "average"])
+def test_a_near_tie_is_counted_and_not_refused(linkage, keep):
+    other_heights, _, doubts = near_tie(3.5, linkage, keep)
+    assert other_heights and doubts == ({0}, set()), "with 2 and 3.5 left over, they merge"
+    other_heights, same_cut, doubts = near_tie(40, linkage, keep)
+    assert not other_heights and same_cut == (keep < 3)
+    assert doubts == (set() if same_cut else {0}, set()), "equal heights, but other clusters after the first merge"
+
+
+def test_a_tie_at_the_cut_is_undecided():
+    assert near_tie(40, "single", 3) == (False, False, (set(), {0}))
+
+
+@pytest.mark.parametrize("linkage", ops.LINKAGES)
+@pytest.mark.parametrize("d", [1, 9])
+def test_replay_agrees_with_right_merges_and_objects_to_wrong_ones(linkage, d):
+    for seed in range(5):
+        points = problems(gaussian, 1, 60, d, seed)
+        Z = scipy_linkage(points[0], linkage)
+        assert bench_event.replay(points[0], Z, linkage) is None
+        single = result_of(points.astype(np.float32), 30, linkage)[0].to_scipy()[0]
+        assert bench_event.replay(points[0], single, linkage) is None
+        other = scipy_linkage(points[0], "complete" if linkage == "single" else "single")
+        assert bench_event.replay(points[0], other, linkage)
+        assert "costs" in bench_event.replay(points[0], Z * [1, 1, 1.001, 1], linkage)
+        moved = points[0].copy()
+        moved[7] = moved[7] * 1.01
+        assert bench_event.replay(moved, Z, linkage)
+
+
+@pytest.mark.parametrize("linkage", ops.LINKAGES)
+def test_a_wrong_merge_is_refused_though_it_costs_what_it_says(linkage):
+    """0 and 1 merge before 4 and 4.5, which are nearer: the heights are those of the merges, but not the right ones."""
+    points = np.array([[[0.0], [1.0], [4.0], [4.5]]])
+    merges, clusters = result_of(points, 3, linkage)
+    right = scipy_linkage(points[0], linkage)
+    assert check(points, [right], merges, clusters) == (set(), set())
+    far = points.copy()
+    far[0, 2:] = [[4.0], [6.0]]  # what ours clusters
+    wrong, cut = result_of(far, 3, linkage)
+    with pytest.raises(RepruneError, match="channel 0: merge heights differ by .* no times are shown"):
+        check(points, [right], wrong, cut)
+    # Merge 2 and 4 first: cost 2, while 0 and 1 are open at 1.
+    Z = np.array([[0, 2, 4.0, 2], [1, 4, 5.0, 3], [3, 5, 6.0, 4]])
+    assert "was open" in bench_event.replay(points[0], Z, linkage)
+
+
+def test_the_cut_must_be_that_of_the_merges():
+    points = problems(gaussian, 3, 30, 9, 1)
+    merges, clusters = result_of(points, 15)
+    theirs = [scipy_linkage(x, "ward") for x in points]
+    assert check(points, theirs, merges, clusters) == (set(), set())
+    wrong = clusters.labels.clone()
+    wrong[1, 3] = (wrong[1, 3] + 1) % 15
+    with pytest.raises(RepruneError, match="channel 1: the cut is not that of the merges"):
+        check(points, theirs, merges, clusters._replace(labels=wrong))
+
+
 def test_refused_settings(capsys):
     assert event("--channels", "0") == 1
     assert event("--sparsity", "1.5") == 1
     assert "sparsity is 1.5" in capsys.readouterr().err
+    assert event("--algorithm", "chain") == 1
     with pytest.raises(SystemExit):
         main(["nothing"])
