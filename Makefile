@@ -1,7 +1,7 @@
 # Everything runs in .venv; a stamp newer than pyproject.toml means "already installed".
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 # The first interpreter on the path that is new enough.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
@@ -17,6 +17,12 @@ test: lint
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# On a machine with a GPU, from a bare checkout: nothing is installed.
+GPU_PYTHON ?= python3
+gpu:
+	@test -n "$(OUT)" || { echo "usage: make gpu OUT=DIR [ARGS='--minutes 9 --commit HASH']"; exit 1; }
+	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m reprune_triton.bench gpu --out "$(OUT)" $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -8,6 +8,7 @@ again in float64, and each must have been a cheapest one at its turn.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -100,7 +101,8 @@ def run(args: argparse.Namespace) -> None:
     checked = [results]
     if device.type == "cuda" and sums[0][1]:
         on_cpu = Part("1x1 on the CPU", [layer._replace(weight=layer.weight.cpu()) for layer in sums[0][1]])
-        plain = argparse.Namespace(**vars(args) | {"impl": "reference", "algorithm": "auto"})
+        on_cpu = Part("1x1 on the CPU", [layer._replace(weight=layer.weight.cpu()) for layer in sums[0][1]])
+        plain = argparse.Namespace(**vars(args) | plain_settings(args))
         on_cpu.figures, again = time_ours(on_cpu.layers, keeps, plain)
         checked.append(again)
         parts.append(on_cpu)
@@ -116,6 +118,11 @@ def run(args: argparse.Namespace) -> None:
         if device.type == "cuda":
             add_floor(console, parts, args)
     report(console, parts, keeps, list(peers), impl, doubts, args)
+
+
+def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the row "1x1 on the CPU", which shows how much of the gain is the algorithm's alone."""
+    return {"impl": "reference", "algorithm": "auto", "device": "cpu", "repeat": min(args.repeat, 3)}
 
 
 def choose(args: argparse.Namespace) -> list[ops.Layer]:
@@ -158,10 +165,11 @@ def time_ours(
     layers: list[ops.Layer], keeps: dict[str, int], args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Result]]:
     """Cluster and cut the layers in one call, then select layer by layer, as the pruner does."""
-    device, wanted = layers[0].weight.device, [keeps[layer.name] for layer in layers]
+    device, wanted = torch.device(args.device), [keeps[layer.name] for layer in layers]
     cuda = device.type == "cuda"
-    spent: dict[str, list[float]] = {}
-    for turn in range(args.repeat + cuda):  # on a GPU the first turn compiles
+    turns: list[dict[str, float]] = []
+    for _ in range(args.repeat + cuda):
+        turn = {}
         if cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)
@@ -170,25 +178,28 @@ def time_ours(
             begin.record()
         started = time.perf_counter()
         found = ops.cluster_network(layers, wanted, args.linkage, args.impl, args.algorithm)
-        figures = {}
         if cuda:
             end.record()
             torch.cuda.synchronize(device)
-            figures["device_s"] = begin.elapsed_time(end) / 1e3
-            figures["scratch_mb"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-        figures["cluster_s"] = time.perf_counter() - started
+            turn["device_s"] = begin.elapsed_time(end) / 1e3
+            turn["scratch_mb"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        turn["cluster_s"] = time.perf_counter() - started
+        turns.append(turn)
+    del turns[:cuda]  # on a GPU the first one compiles
+    figures = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+
+    selections = []
+    for _ in range(min(args.repeat, 3)):
         started = time.perf_counter()
         for (_, clusters), keep in zip(found, wanted, strict=True):
             ops.cover(clusters.labels, keep, seed=args.seed)
         if cuda:
             torch.cuda.synchronize(device)
-        figures["select_s"] = time.perf_counter() - started
-        figures["event_s"] = figures["cluster_s"] + figures["select_s"]
-        if not cuda or turn:
-            for key, value in figures.items():
-                spent.setdefault(key, []).append(value)
+        selections.append(time.perf_counter() - started)
+    figures["select_s"] = statistics.median(selections)
+    figures["event_s"] = figures["cluster_s"] + figures["select_s"]
     names = [layer.name for layer in layers]
-    return {key: float(np.median(values)) for key, values in spent.items()}, dict(zip(names, found, strict=True))
+    return figures, dict(zip(names, found, strict=True))
 
 
 def check_same_bits(name: str, one: Result, other: Result) -> None:
@@ -428,7 +439,7 @@ def report(
             line(part, f"{part.row}: {len(part.layers)} layers", "", str(problems), "", "")
             about = {"layers": len(part.layers), "problems": problems}
         if args.json:
-            own = {"impl": "reference", "device": "cpu", "cuda": None} if part.row == "1x1 on the CPU" else {}
+            own = plain_settings(args) | {"cuda": None} if part.row == "1x1 on the CPU" else {}
             rows.append(args.json, settings | own | {"row": part.row} | about | part.figures)
     console.print(table)
     others = "".join(f"; {name}'s clustering alone {seconds(total.figures[f'{name.lower()}_s'])} s" for name in peers)

@@ -16,6 +16,7 @@ import torch
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """Device, CPU, versions and commit, to be merged into every row."""
     device = torch.device(device)
+    changes = _git("status", "--porcelain", "--untracked-files=normal")
     row = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -25,7 +26,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=normal")),
+        "dirty": None if changes is None else bool(changes),
     }
     for package in ("triton", "scipy", "fastcluster"):
         row[package] = version(package)

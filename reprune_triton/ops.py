@@ -87,8 +87,12 @@ class Merges(NamedTuple):
         P, n = parent.shape
         problem = np.arange(P)
         depth, above = np.zeros_like(parent), parent  # hops to the root
-        while (above != 0).any():
+        for _ in range(n):
             depth, above = depth + (above != 0), np.take_along_axis(parent, above, 1)
+            if not above.any():
+                break
+        else:
+            raise RepruneError("these parents do not lead to point 0: the dendrograms are not complete.")
         order = np.lexsort((-depth, height), axis=1)  # of equal heights the deeper goes first: children before parents
         name, size = np.tile(np.arange(n), (P, 1)), np.ones_like(parent)
         Z = np.empty((P, n - 1, 4))

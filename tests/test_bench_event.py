@@ -131,6 +131,66 @@ def test_floor_of_the_sums(monkeypatch, capsys):
     assert "No estimate of the floor: ZeroDivisionError" in capsys.readouterr().out
 
 
+def few_layers(args: argparse.Namespace) -> list[ops.Layer]:
+    generator = torch.Generator().manual_seed(0)
+    return [ops.Layer(torch.randn(n, 1, k, k, generator=generator), name=f"{k}x{k}") for n, k in ((9, 1), (12, 3))]
+
+
+def check_rows_of_a_gpu(rows: list[dict], layers: list[str], repeat: int) -> None:
+    assert [row["row"] for row in rows] == [*layers, "1x1", "KxK", "total", "1x1 on the CPU"]
+    for row in rows[:-1]:
+        assert row["impl"] == "triton" and row["device_s"] > 0 and row["scratch_mb"] > 0 and row["rounds"] > 2
+        assert row["repeat"] == repeat
+    for row in rows[-4:-1]:
+        assert row["floor_ms"] > 0 and row["share"] == pytest.approx(row["floor_ms"] / 1e3 / row["cluster_s"])
+    last = rows[-1]
+    assert (last["impl"], last["device"], last["cuda"], last["repeat"]) == ("reference", "cpu", None, min(repeat, 3))
+    assert last["scipy_s"] == rows[-4]["scipy_s"] and not {"device_s", "rounds", "share"} & set(last)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the next test has a real one")
+def test_what_a_gpu_adds(tmp_path, capsys, monkeypatch):
+    """With a GPU that is played: everything around the kernels."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.recorded = True
+
+        def elapsed_time(self, other):
+            assert self.recorded and other.recorded
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name, answer in (("set_device", None), ("synchronize", None), ("reset_peak_memory_stats", None),
+                         ("memory_allocated", 1 << 20), ("max_memory_allocated", 4 << 20),
+                         ("get_device_name", "played")):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, answer=answer: answer)
+    monkeypatch.setattr(bench_event, "choose", few_layers)
+    monkeypatch.setattr(bench_event, "add_floor", lambda console, parts, args: [
+        part.figures.update(floor_ms=1.0, share=1e-3 / part.figures["cluster_s"])
+        for part in parts if part.row in ("1x1", "KxK", "total")
+    ])  # fmt: skip
+    arguments = ("--device", "cuda", "--impl", "triton", "--json", str(tmp_path / "rows"))
+    assert main(["event", "--repeat", "2", *arguments]) == 0
+    rows = rows_of(tmp_path / "rows")
+    check_rows_of_a_gpu(rows, ["layer"] * 2, 2)
+    assert all(row["device"] == "played" and row["device_s"] == 0.002 and row["scratch_mb"] == 3 for row in rows[:-1])
+    printed = capsys.readouterr().out
+    for heading in ("on the device", "MB", "rounds", "floor", "1x1 on the CPU"):
+        assert heading in printed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")
+def test_an_event_on_a_gpu(tmp_path):
+    assert main(["event", "--model", "resnet8", "--layers", "all", "--device", "cuda", "--repeat", "4",
+                 "--json", str(tmp_path / "rows")]) == 0  # fmt: skip
+    check_rows_of_a_gpu(rows_of(tmp_path / "rows"), ["layer"] * 9, 4)
+
+
 def test_a_missing_library_leaves_its_column_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastcluster", None)
     assert event("--json", str(tmp_path / "rows")) == 0

@@ -262,6 +262,8 @@ def test_the_imagenet_recipe_on_folders(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_a_run_on_the_gpu_can_be_resumed(tmp_path, amp):
+    pytest.importorskip("torch_pruning")
+
     def crash(record):
         if record["epoch"] == 2:
             raise Crash

@@ -9,6 +9,7 @@ from families import UNIQUE, coarse, gaussian, geometric, grid, half_zero, huge,
 from scipy.cluster.hierarchy import fcluster, is_monotonic, is_valid_linkage, linkage
 
 from reprune_triton import ops, reference
+from reprune_triton.errors import RepruneError
 
 P = 3
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -303,3 +304,11 @@ def test_the_points_are_not_changed(linkage, d):
     before = points.clone()
     ops.ward(points, linkage)
     assert torch.equal(points, before)
+
+
+def test_an_unfinished_dendrogram_is_refused():
+    merges = ops.ward(torch.randn(1, 5, 2))
+    parent = merges.parent.clone()
+    parent[0, 3] = 3
+    with pytest.raises(RepruneError, match="not complete"):
+        merges._replace(parent=parent).to_scipy()
