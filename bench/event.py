@@ -101,7 +101,6 @@ def run(args: argparse.Namespace) -> None:
     checked = [results]
     if device.type == "cuda" and sums[0][1]:
         on_cpu = Part("1x1 on the CPU", [layer._replace(weight=layer.weight.cpu()) for layer in sums[0][1]])
-        on_cpu = Part("1x1 on the CPU", [layer._replace(weight=layer.weight.cpu()) for layer in sums[0][1]])
         plain = argparse.Namespace(**vars(args) | plain_settings(args))
         on_cpu.figures, again = time_ours(on_cpu.layers, keeps, plain)
         checked.append(again)
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         if name not in peers:
             console.print(f"{name} is not installed: its column is left out. pip install {name.lower()}")
     doubts = compare(parts, peers, checked, args)
-    impl = "+".join(sorted({"triton" if ops._by_triton(layer, args.impl) else "reference" for layer in layers}))
+    impl = "+".join(sorted({"triton" if ops.uses_triton(layer, args.impl) else "reference" for layer in layers}))
     if impl == "triton":
         add_rounds(parts, layers, args)
         if device.type == "cuda":

@@ -89,7 +89,7 @@ def measure(cells: list[tuple[int, int]], d: int, args: argparse.Namespace, note
         shape = (side, side) if side * side == d else (1, d)
         weight = torch.randn(n, count, *shape, generator=generator).to(args.device)
         layer, keep = ops.Layer(weight, name=f"{count} problems of {n} points"), (n + 1) // 2
-        impl = "triton" if ops._by_triton(layer, args.impl) else "reference"
+        impl = "triton" if ops.uses_triton(layer, args.impl) else "reference"
         results, mine = {}, []
         for algorithm in ops.ALGORITHMS if impl == "triton" and args.linkage == "ward" else ("auto",):
             pairs = n * n * count

@@ -304,7 +304,7 @@ def _network(
     layers = [_checked(layer) for layer in layers]
     parts: dict[tuple[bool, torch.device], list[int]] = {}
     for number, layer in enumerate(layers):
-        parts.setdefault((_by_triton(layer, impl), layer.weight.device), []).append(number)
+        parts.setdefault((uses_triton(layer, impl), layer.weight.device), []).append(number)
     if algorithm != "auto" and any(not by_triton for by_triton, _ in parts):
         raise RepruneError(f'algorithm="{algorithm}" is for impl="triton"; the reference has one algorithm.')
     found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
@@ -375,8 +375,11 @@ def _triton_network(
     return found
 
 
-def _by_triton(layer: Layer, impl: str) -> bool:
-    """Which implementation runs: the one asked for, never another one in silence."""
+def uses_triton(layer: Layer, impl: str) -> bool:
+    """Does Triton cluster this layer, or the reference? The one asked for, never another one in silence.
+
+    Raises RepruneError for impl="triton" where the kernels cannot run.
+    """
     if impl == "reference" or (impl == "auto" and layer.weight.device.type != "cuda"):
         return False
     try:
@@ -395,7 +398,7 @@ def _cut_by_triton(merges: Merges, impl: str) -> bool:
     if impl == "reference" or (impl == "auto" and merges.parent.device.type != "cuda"):
         return False
     like = Layer(merges.height[:, :, None, None].transpose(0, 1), name="the dendrogram")
-    return _by_triton(like, impl)
+    return uses_triton(like, impl)
 
 
 def _checked(layer: Layer) -> Layer:
