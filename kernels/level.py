@@ -15,7 +15,7 @@ def level_kernel(table_ptr, owner_ptr, report_ptr, height_ptr, BLOCK: tl.constex
     even copies at height 0: the report keeps its 0.
     """
     row_ptr, number = table.locate(table_ptr, owner_ptr)
-    n = table.whole(row_ptr, table.N)
+    n = table.points_to_cluster(row_ptr, report_ptr)
     wanted = table.whole(row_ptr, table.MERGES)
     height_ptr += tl.load(row_ptr + table.FOREST) + number.to(tl.int64) * n
     low = 0
@@ -49,7 +49,7 @@ def label_kernel(
     the labels of all other points alone. parent and height are only read.
     """
     row_ptr, number = table.locate(table_ptr, owner_ptr)
-    n = table.whole(row_ptr, table.N)
+    n = table.points_to_cluster(row_ptr, report_ptr)
     # The least bits that are over the cut.
     over = tl.load(report_ptr + table.whole(row_ptr, table.LAYER) * table.REPORT + table.CUT)
     start = tl.load(row_ptr + table.FOREST) + number.to(tl.int64) * n

@@ -139,12 +139,19 @@ def point_offsets(row_ptr, number, i, mask):
 
 
 @triton.jit
+def points_to_cluster(row_ptr, report_ptr):
+    """n, or 0 if the layer has NaN or a wrong index: such a layer is not clustered, and there is nothing to cut."""
+    magnitude = tl.load(report_ptr + whole(row_ptr, LAYER) * REPORT + MAGNITUDE)
+    return tl.where(magnitude < INFINITY_BITS, whole(row_ptr, N), 0)
+
+
+@triton.jit
 def begin_problem(table_ptr, owner_ptr, report_ptr, parent_ptr, height_ptr, floats_ptr, ints_ptr):
     """What a clustering kernel starts with: its row and number, n, d, the scale for the weights, and where this
     problem's parents, heights and scratch memory begin."""
     row_ptr, number = locate(table_ptr, owner_ptr)
     magnitude = tl.load(report_ptr + whole(row_ptr, LAYER) * REPORT + MAGNITUDE)
-    n = tl.where(magnitude < INFINITY_BITS, whole(row_ptr, N), 0)  # a layer with NaN has nothing to cluster
+    n = points_to_cluster(row_ptr, report_ptr)
     forest = tl.load(row_ptr + FOREST) + number.to(tl.int64) * n
     floats = tl.load(row_ptr + FLOATS) + number * tl.load(row_ptr + FLOATS_EACH)
     ints = tl.load(row_ptr + INTS) + number * tl.load(row_ptr + INTS_EACH)
