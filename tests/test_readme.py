@@ -45,3 +45,12 @@ def test_event_table():
         assert row["checked"] and not row["extrapolated"] and row["threads"] == 1
         times = [row[key] for key in ("cluster_s", "select_s", "scipy_s", "fastcluster_s")]
         assert line(label, f"{row['problems']:,}", *(f"{seconds:.1f} s" for seconds in times)) in README
+
+
+def test_estimates_table():
+    totals = [row for row in rows("cost.jsonl") if row["row"] == "total"]
+    assert len(totals) == 4
+    for row in totals:
+        assert row["estimated"] and row["target"] == "sm_90" and not row["dirty"]
+        layers = f"{row['layers']} {'convs' if row['rule'] == 'all' else 'prunable'}"
+        assert line(row["model"], layers, f"{row['problems']:,}", f"{row['estimated_ms']:.2f} ms") in README
