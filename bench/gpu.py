@@ -6,6 +6,7 @@ Each part is a process with a time limit of its own. One that fails or runs out 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from reprune_triton.errors import RepruneError
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = (sys.executable, "-m", "reprune_triton.bench")
 LEAST = 5.0  # seconds with which a part is still begun
+GRACE = 10.0  # seconds that a part has to say its last words
 NO_TESTS = 5  # pytest's exit code
 ResultRow = dict[str, str | float]
 
@@ -87,9 +89,9 @@ def run(args: argparse.Namespace) -> None:
 
 def parts(out: Path) -> list[Part]:
     # Some modules of tests need packages that such a machine may not have.
-    pytest = "-m pytest -m gpu -q -p no:cacheprovider -W default --continue-on-collection-errors".split()
+    options = "-m gpu -q -rf --durations 15 -p no:cacheprovider -W default --continue-on-collection-errors"
     found = [
-        Part("tests", (sys.executable, *pytest), 200),
+        Part("tests", (sys.executable, "-m", "pytest", *options.split()), 280),
         Part("same bits", (*BENCH, "gpu", "--bits", "full", "--twice"), 90),
     ]
     places = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
@@ -179,7 +181,9 @@ def execute(part: Part, limit: float, log: IO[str]) -> tuple[str, str]:
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
-        pass
+        os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed so far
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
     finally:  # also what it has started itself, and left behind
         try:
             os.killpg(process.pid, signal.SIGKILL)

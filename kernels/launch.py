@@ -39,7 +39,8 @@ class Configuration(NamedTuple):
 
     def options(self) -> dict[str, int]:
         # Loads are not pipelined: one copy of the state is all a barrier protects.
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        nvidia = torch.version.hip is None
+        limit = {"maxnreg": self.max_registers} if nvidia and self.max_registers is not None else {}
         return {"num_warps": self.warps, "num_stages": 1, **limit}
 
     def run(self, programs: int, *arguments: Tensor) -> None:

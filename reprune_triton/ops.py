@@ -25,6 +25,7 @@ IMPLS = ("auto", "reference", "triton")
 ALGORITHMS = ("auto", "chain", "reciprocal")
 MAX_FILTERS = 1 << reference.INDEX_BITS  # the sort key of `cover` has this many bits for the index
 _MAX_CHANNELS = 1 << (63 - reference.INDEX_BITS - reference.TIE_BITS)  # ... and for the gain
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _SAFE_EXPONENTS = {torch.float32: (-40, 50), torch.float64: (-400, 400)}  # of max|x|: squares stay normal numbers
 
 
@@ -204,8 +205,6 @@ def cluster_network(
     """`ward_network` and then `cut`, each layer to at most keeps[l] clusters, still waiting for the device once."""
     if len(keeps) != len(layers):
         raise RepruneError(f"there are {len(layers)} layers and {len(keeps)} numbers to keep; give one for each.")
-    for layer, keep in zip(layers, keeps, strict=True):
-        _check_keep(keep, layer.n)
     return [(merges, clusters) for merges, clusters in _network(layers, keeps, linkage, impl, algorithm) if clusters]
 
 
@@ -302,6 +301,8 @@ def _network(
     if algorithm == "reciprocal" and linkage != "ward":
         raise RepruneError(f'algorithm="reciprocal" is for Ward; for linkage="{linkage}" use "auto" or "chain".')
     layers = [_checked(layer) for layer in layers]
+    for layer, keep in zip(layers, keeps or (), strict=keeps is not None):
+        _check_keep(keep, layer.n)
     parts: dict[tuple[bool, torch.device], list[int]] = {}
     for number, layer in enumerate(layers):
         parts.setdefault((uses_triton(layer, impl), layer.weight.device), []).append(number)
@@ -406,6 +407,12 @@ def _checked(layer: Layer) -> Layer:
     weight, name = layer.weight, layer.name
     if weight.dim() != 4:
         raise RepruneError(f"{name} has shape {tuple(weight.shape)}; it must be (n_out, n_in, kh, kw).")
+    for what, index in (("filters", layer.filters), ("inputs", layer.inputs)):
+        if index is not None and (not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in _INTEGERS):
+            raise RepruneError(
+                f"{name}: {what} must be a tensor of indices, one-dimensional and of integers "
+                "(of a mask: mask.nonzero().squeeze(1))."
+            )
     if 0 in (layer.n, layer.columns, layer.d):
         raise RepruneError(f"{name} has {layer.n} filters, {layer.columns} inputs and kernels of {layer.d} numbers; "
                            "at least one of each is needed to cluster.")  # fmt: skip

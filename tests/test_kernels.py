@@ -31,6 +31,7 @@ from scipy.cluster.hierarchy import is_monotonic, is_valid_linkage, linkage
 from test_ward import check_forest, same_partition, seed_of
 
 from reprune_triton import ops
+from reprune_triton.bench import event
 from reprune_triton.errors import RepruneError
 from reprune_triton.kernels import chain, launch, line, reciprocal, table
 
@@ -85,10 +86,16 @@ def against_scipy_and_reference(points: torch.Tensor, method: str, algorithm: st
     assert ours.height.dtype == torch.float32 and ours[2:] == wanted[2:], what
     if n == 1:
         return
+    near_ties = False
     for p, x in enumerate(points.double().cpu().numpy()):
-        theirs, own = linkage(x, method)[:, 2], ours.problems(p, p + 1).to_scipy()[0, :, 2]
-        error, limit = np.abs(own - theirs).max(), rounding(n, theirs[-1], np.abs(x).max())
-        assert error <= limit, f"{what} problem {p}: heights differ by {error:.2e}, not {limit:.2e}"
+        theirs, own = linkage(x, method)[:, 2], ours.problems(p, p + 1).to_scipy()[0]
+        error, limit = np.abs(own[:, 2] - theirs).max(), rounding(n, theirs[-1], np.abs(x).max())
+        if error > limit:  # another merge, which float64 must find as cheap
+            objection = event.replay(x, own, method)
+            assert not objection, f"{what} problem {p}: heights differ by {error:.2e}, not {limit:.2e}: {objection}"
+            near_ties = True
+    if near_ties:
+        return
     heights = wanted.height.double()
     heights = heights[heights.isfinite()]
     slack = 2e-5 * float(heights.max())
