@@ -21,7 +21,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_INT64, _FLOAT = ("table_ptr", "owner_ptr"), ("height_ptr", "floats_ptr")
+_TYPES = {  # of pointers; all others are int32
+    "table_ptr": "*i64", "owner_ptr": "*i64", "height_ptr": "*fp32", "floats_ptr": "*fp32",
+    "place_ptr": "*i16", "member_ptr": "*i16",
+}  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -41,8 +44,7 @@ def build(config: Configuration, target: str) -> Any:
         raise RepruneError("Triton interprets kernels in this process: unset TRITON_INTERPRET to compile them.")
     constants = dict(config.constants)
     signature = {
-        name: "constexpr" if name in constants else "*i64" if name in _INT64 else "*fp32" if name in _FLOAT else "*i32"
-        for name in config.kernel.arg_names
+        name: "constexpr" if name in constants else _TYPES.get(name, "*i32") for name in config.kernel.arg_names
     }
     options = config.options()
     if target.startswith("gfx"):

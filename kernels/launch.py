@@ -1,8 +1,11 @@
 """One event's launches: which kernel clusters which layer, and all layers of a network in a handful of launches.
 
     weights of all layers -> magnitude -> chain | line | reciprocal -> forests -> level -> label -> labels
+    labels -> membership -> cover -> kept filters
 
-Nothing here waits for the device. What the host must know afterwards is in the report, which `ops` reads once.
+`prepare` carries all that the host knows to the device. Every other step is launches alone, the same ones whatever the
+values are: nothing waits for the device, and a CUDA graph can hold them. What the host must know afterwards is in the
+report and in what `cover` counts.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from reprune_triton.kernels import chain, level, line, magnitude, reciprocal, table
+from reprune_triton.kernels import chain, coverage, line, magnitude, reciprocal, table
+from reprune_triton.kernels import level as cut
 
 if TYPE_CHECKING:
     from reprune_triton.ops import Layer
@@ -52,8 +56,15 @@ class Configuration(NamedTuple):
 
 
 MAGNITUDE = Configuration(magnitude.magnitude_kernel, (("BLOCK", 1024),), 4)
-LEVEL = Configuration(level.level_kernel, (("BLOCK", 128),), 1)
-LABEL = Configuration(level.label_kernel, (("BLOCK", 128),), 1)
+LEVEL = Configuration(cut.level_kernel, (("BLOCK", 128),), 1)
+LABEL = Configuration(cut.label_kernel, (("BLOCK", 128),), 1)
+MEMBERSHIP = Configuration(coverage.membership_kernel, (("BLOCK", 128),), 1)
+# One program chooses all filters of a layer, one after another: the more lanes, the fewer waits for memory.
+_COVER = (("FILTERS", 512), ("COLUMNS", 512), ("MEMBERS", 8))
+COVER_AT_RANDOM = Configuration(coverage.cover_kernel, (("RANDOM", 1), *_COVER), 16)
+COVER_IN_ORDER = Configuration(coverage.cover_kernel, (("RANDOM", 0), *_COVER), 16)
+BITS = Configuration(coverage.bits_kernel, (("BLOCK", 256),), 4)
+FIXED = (MAGNITUDE, LEVEL, LABEL, MEMBERSHIP, COVER_AT_RANDOM, COVER_IN_ORDER, BITS)  # of any linkage and size
 
 
 def configuration(n: int, d: int, linkage: str = "ward", algorithm: str = "auto") -> Configuration:
@@ -80,7 +91,7 @@ def configurations() -> Iterator[Configuration]:
     found = dict.fromkeys(
         configuration(n, d, *case) for case in cases for d in range(1, MAX_AREA + 1) for n in sizes
     )  # fmt: skip
-    yield from (MAGNITUDE, *found, LEVEL, LABEL)
+    yield from (*FIXED, *found)
 
 
 def scratch(kernel: Any, n: int, d: int, linkage: str) -> tuple[int, int]:
@@ -106,6 +117,29 @@ def why_not(layer: Layer) -> str | None:
     return None
 
 
+class Event(NamedTuple):
+    """All that the host says about an event, on the device: what follows is launches alone, always the same ones."""
+
+    table: Tensor
+    programs: Tensor  # the owner array of the magnitudes: every active filter
+    problems: Tensor  # ... of all problems that are this process's share
+    launches: list[tuple[Configuration, Tensor]]  # the clustering kernels, each with its owner array
+    layers: list[Tensor]  # owner arrays with one program per layer: of all, then of those whose filters are chosen here
+    columns: Tensor  # the owner array of all problems of those layers
+    sizes: Sizes
+
+
+class Sizes(NamedTuple):
+    """What is to be allocated."""
+
+    layers: int
+    filters: int  # all of the network
+    points: int
+    problems: int
+    floats: int  # scratch memory
+    ints: int
+
+
 class Forests(NamedTuple):
     """The dendrograms of all layers, one after the other. Layer l has columns[l] problems of n[l] points."""
 
@@ -113,8 +147,24 @@ class Forests(NamedTuple):
     height: Tensor  # (points,) float32, in units of the layer's scale
     report: Tensor  # (layers, REPORT) int32: see kernels/table.py
     work: Tensor  # (problems, 2) int32: rounds (chain: searches), and tiles (line, chain: blocks) of distances
-    table: Tensor  # the event's table
-    problems: Tensor  # the owner array of all problems
+
+
+class Members(NamedTuple):
+    """The clusters of every channel: see kernels/coverage.py."""
+
+    cluster: Tensor  # (points,) int32
+    place: Tensor  # (points,) int16
+    member: Tensor  # (points,) int16
+    totals: Tensor  # (layers, TOTALS) int32
+
+
+class Covers(NamedTuple):
+    """The filters chosen in every layer; rows and columns of layers that are not chosen here are 0 or undefined."""
+
+    order: Tensor  # (filters,) int32, from where the layer begins: numbers among its active filters
+    gains: Tensor  # (filters,) int32
+    kept: Tensor  # (filters,) int32: 1 for a chosen filter, at its own number
+    totals: Tensor  # (layers, TOTALS) int32: covered clusters, clusters
 
 
 class Report(NamedTuple):
@@ -137,14 +187,24 @@ class Launch(NamedTuple):
     ints: int
 
 
+Shares = Sequence[tuple[int, int]]  # for every layer the problems first .. last - 1 that a process has to cluster
+
+
 def plan(
-    layers: Sequence[Layer], linkage: str = "ward", algorithm: str = "auto", merges: Sequence[int] | None = None
+    layers: Sequence[Layer],
+    linkage: str = "ward",
+    algorithm: str = "auto",
+    shares: Shares | None = None,
+    seeds: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[list[list[int]], list[Launch]]:
     """The table, with a row for every layer, and the launches that cluster them: one per kernel area and size bucket,
-    largest problems first, in parts where the scratch memory would pass its bound (such a layer has more rows)."""
+    largest problems first, in parts where the scratch memory would pass its bound (such a layer has more rows).
+
+    seeds: for every layer of its ties and of its draw.
+    """
     table_rows: list[list[int]] = []
-    groups: dict[tuple[Configuration, int], list[tuple[int, int, int]]] = {}  # n, number and columns of the layers
-    problem = forest = 0
+    groups: dict[tuple[Configuration, int], list[tuple[int, int, int, int]]] = {}  # n, layer, and its problems
+    problem = forest = filters = 0
     for number, layer in enumerate(layers):
         weight, n, d, columns = layer.weight, layer.n, layer.d, layer.columns
         config = configuration(n, d, linkage, algorithm)
@@ -153,27 +213,30 @@ def plan(
             0 if layer.filters is None else layer.filters.data_ptr(),
             0 if layer.inputs is None else layer.inputs.data_ptr(),
             *weight.stride(), weight.shape[3], *weight.shape[:2], n, d, columns,
-            number, problem, forest, 0 if merges is None else merges[number],
+            number, problem, forest, filters, *((0, 0) if seeds is None else seeds[number]),
             0, 0, *scratch(config.kernel, n, d, linkage),
         ])  # fmt: skip
-        groups.setdefault((config, d), []).append((n, number, columns))
+        begin, end = (0, columns) if shares is None else shares[number]
+        if begin < end:
+            groups.setdefault((config, d), []).append((n, number, begin, end))
         problem += columns
         forest += columns * n
+        filters += weight.shape[0]
 
     launches = []
     for (config, _), group in groups.items():
         launch = Launch(config, [], [], [], 0, 0)
-        for _, number, columns in sorted(group, key=lambda entry: -entry[0]):
+        for _, number, begin, last in sorted(group, key=lambda entry: -entry[0]):
             floats_each, ints_each = table_rows[number][-2:]
-            begin, row = 0, number
-            while begin < columns:
+            row = number
+            while begin < last:
                 room = (SCRATCH_BYTES // 4 - launch.floats - launch.ints) // (floats_each + ints_each)
                 if room < 1 and launch.rows:
                     launches.append(launch)
                     launch = Launch(config, [], [], [], 0, 0)
                     continue
-                end = min(columns, begin + max(room, 1))
-                if begin > 0:
+                end = min(last, begin + max(room, 1))
+                if row is None:
                     row = len(table_rows)
                     table_rows.append(list(table_rows[number]))
                 table_rows[row][-4:-2] = launch.floats - begin * floats_each, launch.ints - begin * ints_each
@@ -181,70 +244,153 @@ def plan(
                     rows=[*launch.rows, row], begins=[*launch.begins, begin], ends=[*launch.ends, end],
                     floats=launch.floats + (end - begin) * floats_each, ints=launch.ints + (end - begin) * ints_each,
                 )  # fmt: skip
-                begin = end
+                begin, row = end, None
         launches.append(launch)
     return table_rows, launches
 
 
-def cluster(
-    layers: Sequence[Layer], linkage: str = "ward", algorithm: str = "auto", merges: Sequence[int] | None = None
-) -> Forests:
-    """Cluster every layer, all on one device and such as `why_not` has nothing against.
+def prepare(
+    layers: Sequence[Layer],
+    linkage: str = "ward",
+    algorithm: str = "auto",
+    shares: Shares | None = None,
+    chosen: Sequence[int] | None = None,
+    seeds: Sequence[tuple[int, int]] | None = None,
+) -> Event:
+    """Plan an event over layers that are all on one device and such as `why_not` has nothing against. One transfer to
+    the device, and none of the steps that follow has another.
 
-    merges: for `cut`, how many merges it is to make at least in every problem of each layer.
+    shares: which problems are clustered and cut here; all by default.
+    chosen: the layers whose filters are chosen here; all by default.
+    seeds: for every layer of its ties and of its draw.
     """
     device = layers[0].weight.device
     ns, columns = [layer.n for layer in layers], [layer.columns for layer in layers]
-    points, problems = sum(n * count for n, count in zip(ns, columns, strict=True)), sum(columns)
-    parent = torch.empty(points, dtype=torch.int32, device=device)
-    height = torch.empty(points, dtype=torch.float32, device=device)
-    work = torch.empty(problems, 2, dtype=torch.int32, device=device)
-    report = torch.zeros(len(layers), table.REPORT.value, dtype=torch.int32, device=device)
-
-    rows, launches = plan(layers, linkage, algorithm, merges)
-    everyone, first = range(len(layers)), [0] * len(layers)
-    arrays = [table.owners(everyone, first, columns), table.owners(everyone, first, ns)]
+    rows, launches = plan(layers, linkage, algorithm, shares, seeds)
+    everyone, none = range(len(layers)), [0] * len(layers)
+    begins, ends = (none, columns) if shares is None else ([s[0] for s in shares], [s[1] for s in shares])
+    # The layer with most steps and columns goes first: it is the last to end.
+    some = sorted(everyone if chosen is None else chosen, key=lambda number: -ns[number] * columns[number])
+    arrays = [table.owners(everyone, none, ns), table.owners(everyone, begins, ends)]
+    arrays += [table.owners(numbers, [0] * len(numbers), [1] * len(numbers)) for numbers in (everyone, some)]
+    arrays += [table.owners(some, [0] * len(some), [columns[number] for number in some])]
     arrays += [table.owners(launch.rows, launch.begins, launch.ends) for launch in launches]
-    own_table, of_problems, of_filters, *owners = table.to_device(rows, arrays, device)
-    MAGNITUDE.run(len(of_filters), own_table, of_filters, report)
-    # Launches follow each other on one stream, so they can share their scratch memory.
-    floats = torch.empty(max(launch.floats for launch in launches), dtype=torch.float32, device=device)
-    ints = torch.empty(max(launch.ints for launch in launches), dtype=torch.int32, device=device)
-    for launch, owner in zip(launches, owners, strict=True):
-        launch.configuration.run(len(owner), own_table, owner, report, parent, height, work, floats, ints)
-    return Forests(parent, height, report, work, own_table, of_problems)
+    own_table, programs, problems, all_layers, few_layers, of_few, *owners = table.to_device(rows, arrays, device)
+    sizes = Sizes(
+        layers=len(layers),
+        filters=sum(layer.weight.shape[0] for layer in layers),
+        points=sum(n * count for n, count in zip(ns, columns, strict=True)),
+        problems=sum(columns),
+        # Launches follow each other on one stream, so they can share their scratch memory.
+        floats=max((launch.floats for launch in launches), default=0),
+        ints=max((launch.ints for launch in launches), default=0),
+    )
+    configured = [(launch.configuration, owner) for launch, owner in zip(launches, owners, strict=True)]
+    return Event(own_table, programs, problems, configured, [all_layers, few_layers], of_few, sizes)
 
 
-def cut(forests: Forests) -> tuple[Tensor, Tensor]:
-    """Cut every layer at the lowest height that gives all its problems the merges that `cluster` was told.
+def cluster(event: Event) -> Forests:
+    """Cluster this process's share of every layer."""
+    device, sizes = event.table.device, event.sizes
+    parent = torch.empty(sizes.points, dtype=torch.int32, device=device)
+    height = torch.empty(sizes.points, dtype=torch.float32, device=device)
+    work = torch.empty(sizes.problems, 2, dtype=torch.int32, device=device)
+    report = torch.zeros(sizes.layers, table.REPORT.value, dtype=torch.int32, device=device)
+    floats = torch.empty(sizes.floats, dtype=torch.float32, device=device)
+    ints = torch.empty(sizes.ints, dtype=torch.int32, device=device)
+    MAGNITUDE.run(len(event.programs), event.table, event.programs, report)
+    for config, owner in event.launches:
+        config.run(len(owner), event.table, owner, report, parent, height, work, floats, ints)
+    return Forests(parent, height, report, work)
 
-    Returns labels (points,) and how many clusters each problem has (problems,), both int32. h is in the report.
-    """
-    parent, height, report, _, own_table, owner = forests
-    labels = torch.empty_like(parent)
-    clusters = torch.empty(len(owner), dtype=torch.int32, device=parent.device)
-    LEVEL.run(len(owner), own_table, owner, report, height)
-    LABEL.run(len(owner), own_table, owner, report, parent, height, labels, clusters)
+
+def level(event: Event, forests: Forests, keep: Tensor) -> None:
+    """The height of the cut of every layer, into the report: the lowest that leaves each problem of this share at most
+    keep[layer] clusters. keep: (layers,) int32 on the device. The layer's is the largest over all shares."""
+    LEVEL.run(len(event.problems), event.table, event.problems, forests.report, keep, forests.height)
+
+
+def label(event: Event, forests: Forests) -> tuple[Tensor, Tensor]:
+    """The clusters at the cut. Returns labels (points,) and how many clusters each problem has (problems,), both int32
+    and 0 for problems of other shares."""
+    labels, clusters = (torch.zeros_like(forests.parent), torch.zeros_like(forests.work[:, 0]))
+    LABEL.run(
+        len(event.problems), event.table, event.problems, forests.report, forests.parent, forests.height, labels,
+        clusters,
+    )  # fmt: skip
     return labels, clusters
 
 
-def cut_layer(parent: Tensor, height: Tensor, merges: int) -> tuple[Tensor, float]:
+def membership(event: Event, report: Tensor, labels: Tensor) -> Members:
+    """The members of every cluster, from labels (points,) int32, which are numbers under n."""
+    cluster = torch.empty_like(labels)
+    place, member = (torch.empty_like(labels, dtype=torch.int16) for _ in range(2))
+    totals = torch.zeros(event.sizes.layers, coverage.TOTALS.value, dtype=torch.int32, device=labels.device)
+    count = torch.empty_like(labels)
+    MEMBERSHIP.run(
+        len(event.columns), event.table, event.columns, report, labels, count, cluster, place, member, totals
+    )
+    return Members(cluster, place, member, totals)
+
+
+def cover(event: Event, report: Tensor, members: Members, keep: Tensor, order: Tensor | None) -> Covers:
+    """Choose keep[layer] filters of every layer that is chosen here; the clusters of `members` are used up.
+
+    order: (filters,) int32, which of equally good filters goes first, the larger; None: random bits.
+    """
+    device, few_layers = event.table.device, event.layers[1]
+    empty = [torch.empty(event.sizes.filters, dtype=torch.int32, device=device) for _ in range(3)]
+    gain, taken, gains = empty
+    kept = torch.zeros_like(gain)
+    config = COVER_AT_RANDOM if order is None else COVER_IN_ORDER
+    config.run(
+        len(few_layers), event.table, few_layers, report, keep, kept if order is None else order, members.cluster,
+        members.place, members.member, gain, taken, gains, kept, members.totals,
+    )  # fmt: skip
+    return Covers(taken, gains, kept, members.totals)
+
+
+def draw_bits(event: Event) -> Tensor:
+    """Random bits for every filter of the network, from the seed of its layer's draw: (filters,) int32."""
+    bits = torch.empty(event.sizes.filters, dtype=torch.int32, device=event.table.device)
+    BITS.run(len(event.layers[0]), event.table, event.layers[0], bits)
+    return bits
+
+
+def cut_layer(parent: Tensor, height: Tensor, keep: int) -> tuple[Tensor, float]:
     """Cut the problems (P, n) of one layer: labels (P, n) int32, and h in the units of height. Waits for the device."""
     parent, height = parent.contiguous(), height.contiguous()
-    columns, n = parent.shape
-    row = [{"n": n, "merges": merges}.get(name, 0) for name in table.NAMES]
-    tables = table.to_device([row], [table.owners([0], [0], [columns])], parent.device)
-    report = torch.zeros(1, table.REPORT.value, dtype=torch.int32, device=parent.device)
-    forests = Forests(parent.view(-1), height.view(-1), report, report, *tables)
-    labels, _ = cut(forests)
+    event, report = layer_event(*parent.shape, parent.device)
+    forests = Forests(parent.view(-1), height.view(-1), report, report)
+    level(event, forests, torch.tensor([keep], dtype=torch.int32, device=parent.device))
+    labels, _ = label(event, forests)
     return labels.view_as(parent), read_report(report)[0].h
 
 
+def cover_layer(labels: Tensor, keep: int, seed: int, order: Tensor | None) -> Covers:
+    """Choose keep filters of one layer with labels (P, n) int32, numbers under n."""
+    event, report = layer_event(*labels.shape, labels.device, seed)
+    members = membership(event, report, labels.contiguous().view(-1))
+    return cover(event, report, members, torch.tensor([keep], dtype=torch.int32, device=labels.device), order)
+
+
+def layer_event(columns: int, n: int, device: torch.device, seed: int = 0) -> tuple[Event, Tensor]:
+    """An event over one layer without weights, and its report: its problems are clustered."""
+    row = [{"n": n, "n_out": n, "columns": columns, "tie_seed": seed}.get(name, 0) for name in table.NAMES]
+    arrays = [table.owners([0], [0], [columns]), table.owners([0], [0], [1])]
+    own_table, problems, one = table.to_device([row], arrays, device)
+    sizes = Sizes(layers=1, filters=n, points=columns * n, problems=columns, floats=0, ints=0)
+    report = torch.zeros(1, table.REPORT.value, dtype=torch.int32, device=device)
+    return Event(own_table, problems, problems, [], [one, one], problems, sizes), report
+
+
 def read_report(report: Tensor) -> list[Report]:
-    """Wait for the device, and read the report: the only transfer of an event."""
-    found = []
-    for row in report.tolist():
-        magnitude, unfinished, over = (row[field.value] for field in (table.MAGNITUDE, table.UNFINISHED, table.CUT))
-        h = struct.unpack("f", struct.pack("i", over - 1))[0] if over else 0.0
-        found.append(Report(magnitude < table.INFINITY_BITS.value, not unfinished, table.exponent(magnitude), h))
-    return found
+    """Wait for the device, and read the report."""
+    return [read_row(row) for row in report.tolist()]
+
+
+def read_row(row: Sequence[int]) -> Report:
+    """What a layer's row of the report says."""
+    magnitude, unfinished, over = (int(row[field.value]) for field in (table.MAGNITUDE, table.UNFINISHED, table.CUT))
+    h = struct.unpack("f", struct.pack("i", over - 1))[0] if over else 0.0
+    return Report(magnitude < table.INFINITY_BITS.value, not unfinished, table.exponent(magnitude), h)

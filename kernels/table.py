@@ -27,7 +27,8 @@ NAMES = (
     "layer",  # row of the report
     "problem",  # number of the layer's first problem among all of the network
     "forest",  # where the layer's parents, heights and labels begin
-    "merges",  # how many merges the cut wants of every problem
+    "filter",  # where the layer's filters begin among all of the network, active or not
+    "tie_seed", "draw_seed",  # of the random bits in the layer's coverage and regrowth
     "floats", "ints",  # where the scratch memory of problem 0 begins, or would begin if this launch had it
     "floats_each", "ints_each",  # how much each problem has
 )  # fmt: skip
@@ -39,7 +40,8 @@ STRIDE_H, STRIDE_W = tl.constexpr(NAMES.index("stride_h")), tl.constexpr(NAMES.i
 N_OUT, N_IN, N = (tl.constexpr(NAMES.index(name)) for name in ("n_out", "n_in", "n"))
 KERNEL_W, D, COLUMNS = (tl.constexpr(NAMES.index(name)) for name in ("kernel_w", "d", "columns"))
 LAYER, PROBLEM, FOREST = (tl.constexpr(NAMES.index(name)) for name in ("layer", "problem", "forest"))
-MERGES, FLOATS, INTS = (tl.constexpr(NAMES.index(name)) for name in ("merges", "floats", "ints"))
+FILTER, FLOATS, INTS = (tl.constexpr(NAMES.index(name)) for name in ("filter", "floats", "ints"))
+TIE_SEED, DRAW_SEED = tl.constexpr(NAMES.index("tie_seed")), tl.constexpr(NAMES.index("draw_seed"))
 FLOATS_EACH, INTS_EACH = tl.constexpr(NAMES.index("floats_each")), tl.constexpr(NAMES.index("ints_each"))
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -74,9 +76,12 @@ def owners(rows: Sequence[int], begins: Sequence[int], ends: Sequence[int]) -> n
 
 
 def to_device(rows: Sequence[Sequence[int]], owner_arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The table and all owner arrays, in one transfer."""
+    """The table and all owner arrays, in one transfer for which the host does not wait."""
     parts = [np.array(rows, dtype=np.int64).ravel(), *owner_arrays]
-    return list(torch.from_numpy(np.concatenate(parts)).to(device).split([len(part) for part in parts]))
+    whole = torch.from_numpy(np.concatenate(parts))
+    if device.type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    return list(whole.split([len(part) for part in parts]))
 
 
 @triton.jit

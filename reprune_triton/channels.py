@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import RepruneError
 from .narrow import CHANNELWISE, Narrowing, Slice, Slices, check_whole, is_depthwise
+from .sparsity import Term
 
 PRUNABLE = "prunable"
 _READ = ("in_channels", "in_features", "num_features", "num_parameters")  # attributes: how many channels a module reads
@@ -60,16 +61,26 @@ class Channels:
 
     def slices(self, active: Mapping[str, Tensor]) -> Slices:
         """What every module runs on when layer `name` has only the channels active[name] (sorted int64 indices)."""
+        return self._spread({x.name: active[x.name] for x in self.prunable if len(active[x.name]) < x.n_out})
+
+    def frozen(self, pruned: Mapping[str, Tensor]) -> Slices:
+        """What every module leaves out when layer `name` is without the channels pruned[name]."""
+        return self._spread({x.name: pruned[x.name] for x in self.prunable if len(pruned[x.name])})
+
+    def _spread(self, channels: Mapping[str, Tensor]) -> Slices:
+        """These channels of these layers, in every module that has them."""
         out: dict[str, Tensor] = {}
         into: dict[str, Tensor] = {}
         for layer in self.prunable:
-            kept = active[layer.name]
-            if len(kept) == layer.n_out:
+            if layer.name not in channels:
                 continue
-            out |= dict.fromkeys((layer.name, *layer.followers), kept)
+            index = channels[layer.name]
+            out |= dict.fromkeys((layer.name, *layer.followers), index)
             for name, repeat in layer.readers:
-                spread = torch.arange(repeat, device=kept.device)
-                into[name] = (kept[:, None] * repeat + spread).flatten()  # channel c: features c*repeat + 0, 1, ...
+                features = index
+                if repeat > 1:  # channel c: features c*repeat + 0, 1, ...
+                    features = (index[:, None] * repeat + torch.arange(repeat, device=index.device)).flatten()
+                into[name] = features
         return {name: Slice(out.get(name), into.get(name)) for name in {**out, **into}}
 
     def inputs(self, active: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
@@ -92,6 +103,12 @@ class Channels:
     def flops(self, widths: Mapping[str, int]) -> float:
         """The share of the dense network's FLOPs that is left at these widths."""
         return sum(self.macs(widths).values()) / sum(cost.macs for cost in self.costs)
+
+    def terms(self) -> list[Term]:
+        """The same by layer number and as products, in which no division is left."""
+        number = {layer.name: i for i, layer in enumerate(self.prunable)} | {None: None}
+        full = {layer.name: layer.n_out for layer in self.prunable} | {None: 1}
+        return [Term(c.macs // (full[c.out] * full[c.into]), number[c.out], number[c.into]) for c in self.costs]
 
     def only(self, keep: Callable[[Prunable], str | None]) -> "Channels":
         """Without the layers for which `keep` gives a reason."""

@@ -94,8 +94,14 @@ class Narrowing:
                 optimizer.register_step_post_hook(self._restore),
             ]
 
-    def set(self, slices: Slices) -> None:
-        """Make exactly these modules narrow, in place of what was narrow before."""
+    def set(self, slices: Slices, frozen: Slices | None = None) -> None:
+        """Make exactly these modules narrow, in place of what was narrow before.
+
+        Args:
+            slices: the channels they run on.
+            frozen: the others, which are frozen from now on, and forgotten by the optimizer. Without it they are found
+                here, and the device is waited for.
+        """
         self._remove(self._handles)
         self._frozen = []
         for name, part in slices.items():
@@ -111,14 +117,35 @@ class Narrowing:
                 # always_call: an exception inside forward must not leave the slices in place
                 module.register_forward_hook(shadow.leave, always_call=True),
             ]
-            for tensor, cut in where.items():
-                parameter = module._parameters.get(tensor)
-                if parameter is not None:
-                    self._frozen += [(parameter, dim, _others(index, parameter.shape[dim])) for dim, index in cut]
-        self._forget()
+        self._frozen = self._parameters(self._others(slices) if frozen is None else frozen)
+        self._forget(self._frozen)
         # Compiled code does not look at hooks that come after it: without this it would go on with the old channels.
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
+
+    def forget(self, slices: Slices) -> None:
+        """Zero what the optimizer remembers of these channels."""
+        self._forget(self._parameters(slices))
+
+    def _parameters(self, slices: Slices) -> list[tuple[nn.Parameter, int, Tensor]]:
+        """Where they stand: (parameter, dimension, indices)."""
+        found = []
+        for name, part in slices.items():
+            module = self._modules[name]
+            for tensor, cut in cuts(module, part).items():
+                parameter = module._parameters.get(tensor)
+                if parameter is not None:
+                    found += [(parameter, dim, index) for dim, index in cut]
+        return found
+
+    def _others(self, slices: Slices) -> Slices:
+        """The channels that `slices` leaves out."""
+        found = {}
+        for name, part in slices.items():
+            module = self._modules[name]
+            sizes = (_width(module, _OUT_WIDTHS), _width(module, _IN_WIDTHS))
+            found[name] = Slice(*(i if i is None else _others(i, n) for i, n in zip(part, sizes, strict=True)))
+        return found
 
     def close(self, optimizer_only: bool = False) -> None:
         """Take the hooks out again: all of them, or only those on the optimizer."""
@@ -141,12 +168,11 @@ class Narrowing:
         for (p, dim, index), held in zip(self._frozen, self._held, strict=True):
             p.index_copy_(dim, index.to(p.device), held)
         self._held = []
-        self._forget()
+        self._forget(self._frozen)
 
     @torch.no_grad()
-    def _forget(self) -> None:
-        """Zero what the optimizer remembers (momentum) of frozen channels."""
-        for parameter, dim, index in self._frozen:
+    def _forget(self, entries: list[tuple[nn.Parameter, int, Tensor]]) -> None:
+        for parameter, dim, index in entries:
             if self._optimizer is not None and parameter in self._optimizer.state:
                 for key, value in self._optimizer.state[parameter].items():
                     if key in AVERAGES and torch.is_tensor(value) and value.shape == parameter.shape:
@@ -257,6 +283,11 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in named.items():
             if tensor is not None:
                 yield name, tensor
+
+
+def _width(module: nn.Module, attributes: tuple[str, ...]) -> int:
+    """How many channels the module has in this direction, if it has a width at all."""
+    return next((getattr(module, name) for name in attributes if hasattr(module, name)), 0)
 
 
 def _others(index: Tensor, size: int) -> Tensor:

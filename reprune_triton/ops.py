@@ -19,6 +19,7 @@ from torch import Tensor
 
 from reprune_triton import reference
 from reprune_triton.errors import RepruneError
+from reprune_triton.pool import Pool
 from reprune_triton.reference import LINKAGES, TIES
 
 IMPLS = ("auto", "reference", "triton")
@@ -36,6 +37,11 @@ class Layer(NamedTuple):
     filters: Tensor | None = None  # (n,) the active filters; None: all
     inputs: Tensor | None = None  # (P,) the active input channels; None: all
     name: str = "weight"  # for messages
+
+    @property
+    def n_out(self) -> int:
+        """All filters, active or not."""
+        return self.weight.shape[0]
 
     @property
     def n(self) -> int:
@@ -60,6 +66,11 @@ class Layer(NamedTuple):
         if self.inputs is not None:
             weight = weight[:, self.inputs]
         return kernel_points(weight)
+
+    def rows(self) -> Tensor:
+        """All filters over the active input channels, one a row, copied if only some are active: (n_out, m)."""
+        weight = self.weight.detach()
+        return (weight if self.inputs is None else weight.index_select(1, self.inputs)).flatten(1)
 
 
 class Merges(NamedTuple):
@@ -164,7 +175,7 @@ def scale_of(points: Tensor) -> int:
     the normal range. Layers may share one call of `ward` when n, d and this exponent are equal.
     """
     largest = points.detach().abs().max().to(torch.float64).item() if points.numel() else 0.0
-    low, high = _SAFE_EXPONENTS[_working_dtype(points)]
+    low, high = _SAFE_EXPONENTS[working_dtype(points)]
     exponent = math.frexp(largest)[1]
     return 0 if largest == 0 or not math.isfinite(largest) or low <= exponent <= high else exponent
 
@@ -218,7 +229,7 @@ def cut(merges: Merges, keep: int, impl: str = "auto") -> Clusters:
     if _cut_by_triton(merges, impl):
         from reprune_triton.kernels import launch
 
-        labels, h = launch.cut_layer(merges.parent, merges.height, merges.parent.shape[1] - keep)
+        labels, h = launch.cut_layer(merges.parent, merges.height, keep)
     else:
         labels, h = reference.cut(merges.parent, merges.height, keep)
         labels = labels.to(torch.int32)
@@ -237,7 +248,8 @@ def cover(
 
     labels: (n_in, n_out) integer; filter i covers cluster labels[j, i] of channel j. At most 4096 filters.
     tie: which of the filters with equal gain goes first. "random": uniform, with bits that depend only on
-    (seed, step, filter); "index": the lowest; "norm" and "gamma": the largest score (n_out,), then the lowest.
+    (seed, step, filter), the same for every impl; "index": the lowest; "norm" and "gamma": the largest score (n_out,),
+    then the lowest.
     Once everything is covered the remaining filters all tie, at gain 0.
     """
     _one_of("tie", tie, TIES)
@@ -261,12 +273,19 @@ def cover(
             raise RepruneError("score has NaN or infinity; the layer has diverged.")
         score = score.detach().to(labels.device)
     _one_of("impl", impl, IMPLS)
-    if impl == "triton":
-        raise RepruneError('impl="triton" has no kernel for this operation yet; use impl="auto" or "reference".')
-    order, gains, covered, clusters = reference.cover(labels, keep, tie, seed, score)
-    return Cover(order.to(torch.int32), gains.to(torch.int32), covered, clusters)
+    if not uses_triton(Layer(torch.empty(1, device=labels.device).expand(n_out, n_in, 1, 1), name="labels"), impl):
+        order, gains, covered, clusters = reference.cover(labels, keep, tie, seed, score)
+        return Cover(order.to(torch.int32), gains.to(torch.int32), covered, clusters)
+    from reprune_triton.kernels import launch
 
-
+    value, order = labels.sort(dim=1, stable=True)
+    number = torch.nn.functional.pad((value[:, 1:] != value[:, :-1]).long().cumsum(1), (1, 0))  # from 0, any integers
+    levels = None if tie == "random" else torch.zeros(n_out, dtype=torch.int32, device=labels.device)
+    if score is not None and tie != "random" and tie != "index":
+        levels = Pool([n_out], labels.device).levels(score)
+    found = launch.cover_layer(torch.empty_like(number).scatter_(1, order, number).int(), keep, seed, levels)
+    covered, clusters = found.totals[0].tolist()
+    return Cover(found.order[:keep], found.gains[:keep], covered, clusters)
 def select_filters(
     weight: Tensor,
     keep: int,
@@ -279,7 +298,6 @@ def select_filters(
 ) -> tuple[Cover, Clusters]:
     """Choose `keep` filters of one conv weight (n_out, n_in, kh, kw): cluster, cut and cover.
 
-    impl: of clustering and cut.
     score is needed for tie="gamma" (|gamma| of the BatchNorm that follows); for "norm" it is computed.
     """
     kernel_points(weight)  # refuses other shapes
@@ -288,92 +306,46 @@ def select_filters(
     if tie == "norm" and score is None:
         score = filter_norms(weight)
     ((_, clusters),) = cluster_network([Layer(weight)], [keep], linkage, impl)
-    return cover(clusters.labels, keep, tie, seed, "auto", score), clusters
+    return cover(clusters.labels, keep, tie, seed, impl, score), clusters
 
 
 def _network(
     layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, impl: str, algorithm: str
 ) -> list[tuple[Merges, Clusters | None]]:
     """Merges of every layer, and its clusters if keeps are given."""
+    from reprune_triton import steps
+
     _one_of("linkage", linkage, LINKAGES)
     _one_of("impl", impl, IMPLS)
     _one_of("algorithm", algorithm, ALGORITHMS)
     if algorithm == "reciprocal" and linkage != "ward":
         raise RepruneError(f'algorithm="reciprocal" is for Ward; for linkage="{linkage}" use "auto" or "chain".')
-    layers = [_checked(layer) for layer in layers]
+    layers = [checked(layer) for layer in layers]
     for layer, keep in zip(layers, keeps or (), strict=keeps is not None):
         _check_keep(keep, layer.n)
-    parts: dict[tuple[bool, torch.device], list[int]] = {}
-    for number, layer in enumerate(layers):
-        parts.setdefault((uses_triton(layer, impl), layer.weight.device), []).append(number)
+    parts = grouped(layers, impl)
     if algorithm != "auto" and any(not by_triton for by_triton, _ in parts):
         raise RepruneError(f'algorithm="{algorithm}" is for impl="triton"; the reference has one algorithm.')
     found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
-    for (by_triton, _), numbers in parts.items():
-        implementation = _triton_network if by_triton else _reference_network
-        mine, own_keeps = [layers[i] for i in numbers], None if keeps is None else [keeps[i] for i in numbers]
-        for number, result in zip(numbers, implementation(mine, own_keeps, linkage, algorithm), strict=True):
+    for (by_triton, device), numbers in parts.items():
+        work = steps.Work([layers[i] for i in numbers], linkage, algorithm)
+        some = (steps.Triton if by_triton else steps.Reference)(work)
+        some.cluster()
+        labels = None
+        if keeps is not None:
+            some.level(torch.tensor([keeps[i] for i in numbers], dtype=torch.int32, device=device))
+            labels = some.labels()
+        for number, result in zip(numbers, some.results(labels), strict=True):
             found[number] = result
     return found
 
 
-def _reference_network(
-    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
-) -> list[tuple[Merges, Clusters | None]]:
-    """Layers of one shape are clustered together, unless their magnitudes need different scaling."""
-    groups: dict[tuple[int, int, int, torch.dtype], list[tuple[int, Tensor]]] = {}
+def grouped(layers: Sequence[Layer], impl: str) -> dict[tuple[bool, torch.device], list[int]]:
+    """Layer numbers by what works on them (Triton? else the reference), and where."""
+    parts: dict[tuple[bool, torch.device], list[int]] = {}
     for number, layer in enumerate(layers):
-        points = layer.points()
-        _check_finite(layer.name, points)
-        exponent = scale_of(points)
-        if abs(exponent) > 500:
-            raise RepruneError(f"{layer.name}: beyond 1e-150 or 1e+150 squares leave float64; rescale it first.")
-        key = layer.n, layer.d, exponent, _working_dtype(points)
-        groups.setdefault(key, []).append((number, points))
-    found: list[tuple[Merges, Clusters | None]] = [None] * len(layers)  # type: ignore[list-item]
-    for (_, _, exponent, dtype), group in groups.items():
-        points = torch.cat([points for _, points in group])
-        if exponent:
-            points = points.double() * 2.0**-exponent  # exact
-        parent, height = reference.forest(points.to(dtype), linkage)
-        merges = Merges(parent, height, linkage, 2.0 ** (2 * exponent if linkage == "ward" else exponent))
-        start = 0
-        for number, points in group:
-            own = merges.problems(start, start + len(points))
-            found[number] = own, None if keeps is None else cut(own, keeps[number])
-            start += len(points)
-    return found
-
-
-def _triton_network(
-    layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, algorithm: str
-) -> list[tuple[Merges, Clusters | None]]:
-    """All launches, on one device, and one wait for it: for the report of what went wrong, the scales and the cuts."""
-    from reprune_triton.kernels import launch
-
-    wanted = None if keeps is None else [layer.n - keep for layer, keep in zip(layers, keeps, strict=True)]
-    forests = launch.cluster(layers, linkage, algorithm, wanted)
-    shapes = [(layer.columns, layer.n) for layer in layers]
-    sizes = [columns * n for columns, n in shapes]
-    parents, heights, labels = forests.parent.split(sizes), forests.height.split(sizes), None
-    if keeps is not None:
-        labels = launch.cut(forests)[0].split(sizes)
-    found: list[tuple[Merges, Clusters | None]] = []
-    for number, report in enumerate(launch.read_report(forests.report)):
-        layer, shape = layers[number], shapes[number]
-        if not report.clustered:
-            _check_indices(layer)
-            _check_finite(layer.name, layer.points())
-        if not report.finished:
-            raise RepruneError(
-                f"{layer.name}: the clustering did not come to an end. This is a defect in the kernels; please "
-                'report it. impl="reference" goes on without them.'
-            )
-        scale = 2.0 ** (2 * report.exponent if linkage == "ward" else report.exponent)
-        merges = Merges(parents[number].view(shape), heights[number].view(shape), linkage, scale)
-        clusters = None if labels is None else Clusters(labels[number].view(shape), report.h * scale)
-        found.append((merges, clusters))
-    return found
+        parts.setdefault((uses_triton(layer, impl), layer.weight.device), []).append(number)
+    return parts
 
 
 def uses_triton(layer: Layer, impl: str) -> bool:
@@ -402,7 +374,7 @@ def _cut_by_triton(merges: Merges, impl: str) -> bool:
     return uses_triton(like, impl)
 
 
-def _checked(layer: Layer) -> Layer:
+def checked(layer: Layer) -> Layer:
     """The layer with int64 index lists, if it can be clustered at all."""
     weight, name = layer.weight, layer.name
     if weight.dim() != 4:
@@ -416,21 +388,21 @@ def _checked(layer: Layer) -> Layer:
     if 0 in (layer.n, layer.columns, layer.d):
         raise RepruneError(f"{name} has {layer.n} filters, {layer.columns} inputs and kernels of {layer.d} numbers; "
                            "at least one of each is needed to cluster.")  # fmt: skip
-    _working_dtype(weight, name)
+    working_dtype(weight, name)
     indices = [i if i is None else i.to(weight.device, torch.int64).contiguous() for i in (layer.filters, layer.inputs)]
     layer = Layer(weight.detach(), indices[0], indices[1], name)
     if weight.device.type == "cpu":
-        _check_indices(layer)  # on a GPU the kernels do it
+        check_indices(layer)  # on a GPU the kernels do it
     return layer
 
 
-def _check_indices(layer: Layer) -> None:
+def check_indices(layer: Layer) -> None:
     for what, index, size in zip(("filters", "inputs"), layer[1:3], layer.weight.shape, strict=False):
         if index is not None and not ((index >= 0) & (index < size)).all():
             raise RepruneError(f"{layer.name}: {what} has an index outside 0 .. {size - 1}.")
 
 
-def _check_finite(name: str, points: Tensor) -> None:
+def check_finite(name: str, points: Tensor) -> None:
     finite = points.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().squeeze(1)
@@ -440,7 +412,7 @@ def _check_finite(name: str, points: Tensor) -> None:
         )
 
 
-def _working_dtype(points: Tensor, name: str = "points") -> torch.dtype:
+def working_dtype(points: Tensor, name: str = "points") -> torch.dtype:
     if not points.dtype.is_floating_point:
         raise RepruneError(f"{name}: the type is {points.dtype}; convert to a floating-point type first.")
     return torch.float64 if points.dtype == torch.float64 else torch.float32

@@ -1,28 +1,29 @@
 """REPrune while training (Park et al., AAAI 2024): when to prune, and the story of one event, top to bottom.
 
-widths (sparsity.py) -> merges -> cut -> cover (ops.py) -> regrow (regrow.py) -> run narrow (narrow.py)
+widths (sparsity.py) -> merges -> cut -> cover -> regrow, all on the device (event.py) -> run narrow (narrow.py)
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import channels as channel_analysis
-from . import narrow, ops, sparsity
+from . import event, narrow, ops, sparsity
 from .channels import Channels, Prunable
 from .errors import RepruneError
-from .regrow import regrow
-from .rng import derive_seed
+from .pool import Pool
+from .ranks import Ranks
+from .rng import derive_seeds
 
-FORMAT = 2  # of state_dict
+FORMAT = 3  # of state_dict
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Config:
         min_keep: no layer keeps fewer channels.
         ignore: convs to leave alone, by name or pattern ("layer1.*").
         seed: decides every random choice here, whatever else the program draws.
-        impl: of clustering and cut: "auto", "reference" or "triton", see `ops.ward_network`.
+        impl: of clustering, cut, coverage and draw: "auto", "reference" or "triton", see `ops.ward_network`.
     Raises:
         RepruneError: if an option is out of its range.
     """
@@ -100,7 +101,6 @@ class LayerEvent:
     coverage: float  # covered clusters / all clusters, after the choice and before regrowth (paper, Fig. 3)
     h: float  # height of the cut
     flops: float  # share of this conv's dense FLOPs
-    ms: float  # for the choice among its filters
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Event:
     sparsity: float  # of all prunable channels, after regrowth
     flops: float  # share of the dense network's FLOPs
     coverage: float
-    ms: float  # the whole event
-    cluster_ms: float  # of that: clustering and cut, all layers together
+    ms: float  # the whole event, by the clock
+    stages: dict[str, float]  # ms of `event.STAGES`, on a GPU as the device measures them; and of "apply", by the clock
     layers: tuple[LayerEvent, ...]
 
 
@@ -128,6 +128,8 @@ class REPrune:
 
     Between events the model runs on its active channels only; its parameters keep their full shape until `finalize`.
     An event happens at every epoch t with t mod every == 0, and at t == until (so that the last one meets the target).
+    It runs on the model's device, and the host waits for it once. With DistributedDataParallel its processes share the
+    work; all of them must call `step`, and all get the channels that one alone would choose.
 
     Args:
         model: the network; DistributedDataParallel and torch.compile are unwrapped.
@@ -147,17 +149,17 @@ class REPrune:
                 f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in fields(Config))}"
             )
         config = Config(**options)
-        model = _unwrapped(model)
+        group, model = _process_group(model), _unwrapped(model)
         self._check_optimizer(model, optimizer)
         on_cuda = any(p.is_cuda for p in model.parameters())
         self.config = replace(config, round_to=config.round_to or (16 if on_cuda else 1))
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self._ranks = model, optimizer, Ranks(group)
         self.channels = self._restricted(channel_analysis.analyse(model, example_inputs, self.config.ignore))
         self.epoch = 0
         self.history: list[Event] = []
-        self.active: dict[str, Tensor] = {  # per prunable conv the sorted indices of its active filters
-            layer.name: torch.arange(layer.n_out, device=self._weight(layer).device) for layer in self.channels.prunable
-        }
+        self.active: dict[str, Tensor] = {}  # per prunable conv the sorted indices of its active filters
+        self._place(self._device())
+        self._take(torch.ones_like(self._pool.layer, dtype=torch.bool), self._pool.sizes)
         self._check_budget()
         self._check_trained()
         self._narrowing = narrow.Narrowing(model, optimizer)
@@ -184,144 +186,146 @@ class REPrune:
     @torch.no_grad()
     def _event(self) -> Event:
         started = time.perf_counter()
-        self._check_finite()
-        target, keep, width = self._widths()
-        chosen, cluster_ms = self._select(keep)
+        self._place(self._device())
+        clock = event.Clock(self._pool.device)
+        found = event.Event(self._request(), self._ranks)
+        found.launch(clock)
+        outcome = found.read()
 
-        kept = {name: self.active[name][choice.cover.order.long()].sort().values for name, choice in chosen.items()}
-        self._narrowing.set(self.channels.slices(kept))  # everything else loses its momentum here
-        self.active = {
-            layer.name: self._regrown(number, layer, kept[layer.name], width[layer.name])
-            for number, layer in enumerate(self.channels.prunable)
-        }
-        self._narrowing.set(self.channels.slices(self.active))
+        read = time.perf_counter()
+        self._apply(outcome)
+        now = time.perf_counter()
+        return self._record(outcome, clock.ms() | {"apply": (now - read) * 1e3}, (now - started) * 1e3)
 
-        widths = {name: len(index) for name, index in self.active.items()}
+    def _request(self) -> event.Request:
+        """The event that is due now, in terms of tensors."""
+        config, prunable = self.config, self.channels.prunable
+        assert config.until is not None
+        extra = sparsity.regrow_share(self.epoch, config.until, config.regrow)
+        inputs = self.channels.inputs(self.active)
+        layers = [ops.Layer(self._weight(x), self.active[x.name], inputs[x.name], x.name) for x in prunable]
+        seeds = derive_seeds(config.seed, self.epoch, len(layers), 2).tolist()
+        scores = {"norm": lambda: torch.cat([x.rows().double().norm(dim=1) for x in layers]), "gamma": self._gammas}
+        return event.Request(
+            layers, self._pool, self._widths(extra), seeds, config.linkage, config.impl, config.tie,
+            scores=scores.get(config.tie), regrow=extra > 0,
+            watched=[p for _, p in self._watched()], check=self._check_watched,
+        )  # fmt: skip
+
+    def _apply(self, outcome: event.Outcome) -> None:
+        """Run on the chosen channels from now on."""
+        rows = self._pool.split(self._pool.partition(outcome.kept))
+        gone = {
+            x.name: row[found.kept :] for x, row, found in zip(self.channels.prunable, rows, outcome.layers, strict=True)
+        }  # fmt: skip
+        self._narrowing.forget(self.channels.frozen(gone))  # the regrown come back without momentum
+        self._take(outcome.active, [found.width for found in outcome.layers])
+        self._narrow()
+
+    def _record(self, outcome: event.Outcome, stages: dict[str, float], ms: float) -> Event:
+        config, prunable = self.config, self.channels.prunable
+        widths = {x.name: found.width for x, found in zip(prunable, outcome.layers, strict=True)}
         macs, dense = self.channels.macs(widths), {cost.name: cost.macs for cost in self.channels.costs}
         layers = tuple(
             LayerEvent(
-                name=layer.name,
-                n_out=layer.n_out,
-                kept=len(kept[layer.name]),
-                width=widths[layer.name],
-                sparsity=1 - widths[layer.name] / layer.n_out,
-                coverage=chosen[layer.name].cover.coverage,
-                h=chosen[layer.name].h,
-                flops=macs[layer.name] / dense[layer.name],
-                ms=chosen[layer.name].ms,
+                name=x.name,
+                n_out=x.n_out,
+                kept=found.kept,
+                width=found.width,
+                sparsity=1 - found.width / x.n_out,
+                coverage=found.covered / found.clusters,
+                h=found.h,
+                flops=macs[x.name] / dense[x.name],
             )
-            for layer in self.channels.prunable
+            for x, found in zip(prunable, outcome.layers, strict=True)
         )
-        covers = [choice.cover for choice in chosen.values()]
+        own = config.sparsity if config.flops is None else outcome.rank / self._pool.total
         return Event(
             epoch=self.epoch,
-            target=None if target is None else float(target),
-            sparsity=1 - sum(widths.values()) / sum(layer.n_out for layer in layers),
+            target=None if own is None or isinstance(own, Mapping) else float(own),
+            sparsity=1 - sum(widths.values()) / self._pool.total,
             flops=self.channels.flops(widths),
-            coverage=sum(cover.covered for cover in covers) / sum(cover.clusters for cover in covers),
-            ms=(time.perf_counter() - started) * 1e3,
-            cluster_ms=cluster_ms,
+            coverage=sum(x.covered for x in outcome.layers) / sum(x.clusters for x in outcome.layers),
+            ms=ms,
+            stages=stages,
             layers=layers,
         )
 
-    def _widths(self) -> tuple[float | Fraction | None, sparsity.Widths, sparsity.Widths]:
-        """The target sparsity, filters to choose by coverage, and filters to have after regrowth."""
-        config = self.config
-        assert config.until is not None
-        extra = sparsity.regrow_share(self.epoch, config.until, config.regrow)
+    def _widths(self, extra: float) -> Callable[[], sparsity.Widths]:
+        """How to find the filters to choose by coverage, and those to have after regrowth."""
+        config, n_out = self.config, self._pool.n_out
+        assert config.round_to is not None
         if isinstance(config.sparsity, Mapping):
-            return None, self._own_widths(0.0), self._own_widths(extra)
+            own = [(self._own_width(x, 0.0), self._own_width(x, extra)) for x in self.channels.prunable]
+            keep, width = event.to_device(own, self._pool.device).T.unbind()
+            none = torch.zeros_like(keep[0])
+            given = sparsity.Widths(keep, width, none, none, none > 0)
+            return lambda: given
 
-        scales = self._scales()
-        target: float | Fraction
-        if config.flops is None:
-            assert config.sparsity is not None
-            target = config.sparsity
-        else:
-            target = sparsity.sparsity_for_flops(
-                scales, config.flops, lambda widths: self.channels.flops(self._aligned(widths))
-            )
-        # Never more to keep than are active now: what is pruned has scale 0, and delta_t only falls.
-        keep = self._aligned(sparsity.widths_at_sparsity(scales, target))
-        return target, keep, self._aligned(sparsity.widths_at_sparsity(scales, target - extra))
+        def counted() -> sparsity.Widths:
+            assert config.round_to is not None
+            scales = self._scales()
+            if config.flops is None:
+                assert isinstance(config.sparsity, (int, float))
+                return sparsity.at_sparsity(scales, config.sparsity, extra, config.round_to, config.min_keep)
+            return sparsity.at_flops(scales, self._budget, extra, config.round_to, config.min_keep)
 
-    def _select(self, keep: sparsity.Widths) -> tuple[dict[str, "_Choice"], float]:
-        """Cluster the kernels of every layer's active filters over its active inputs, cut, and cover (SPEC, 2 to 4).
-        Also the milliseconds for clustering and cut."""
-        started = time.perf_counter()
-        inputs = self.channels.inputs(self.active)
-        layers = [
-            ops.Layer(self._weight(layer), self.active[layer.name], inputs[layer.name], layer.name)
-            for layer in self.channels.prunable
-        ]
-        keeps = [keep[layer.name] for layer in self.channels.prunable]
-        clustered = ops.cluster_network(layers, keeps, self.config.linkage, self.config.impl)
-        clustering = (time.perf_counter() - started) * 1e3
-        chosen: dict[str, _Choice] = {}
-        for number, (layer, (_, clusters)) in enumerate(zip(self.channels.prunable, clustered, strict=True)):
-            started = time.perf_counter()
-            cover = ops.cover(
-                clusters.labels,
-                keep[layer.name],
-                tie=self.config.tie,
-                seed=derive_seed(self.config.seed, self.epoch, number, 0),
-                score=self._score(layer, layers[number]),
-            )
-            chosen[layer.name] = _Choice(cover, clusters.h, (time.perf_counter() - started) * 1e3)
-        return chosen, clustering
-
-    def _regrown(self, number: int, layer: Prunable, kept: Tensor, width: int) -> Tensor:
-        """The kept filters and those that come back, to `width` in all (SPEC, 6)."""
-        count = max(width - len(kept), 0)
-        if count == 0:
-            return kept
-        filters = narrow.gather(self._weight(layer), self._into(self.channels.inputs(self.active)[layer.name]))
-        seed = derive_seed(self.config.seed, self.epoch, number, 1)
-        return torch.cat([kept, regrow(filters.flatten(1), kept, count, seed)]).sort().values
+        return counted
 
     # ------------------------------------------------------------------ what an event reads
+
+    def _device(self) -> torch.device:
+        """Where the prunable convs are."""
+        found = {self._weight(x).device for x in self.channels.prunable}
+        if len(found) > 1:
+            raise RepruneError(
+                f"the prunable convs are on {', '.join(sorted(map(str, found)))}: one event works on one device. "
+                "Keep them together, or name those of the other devices in ignore=."
+            )
+        return found.pop()
+
+    def _place(self, device: torch.device) -> None:
+        """What does not change from event to event, on the device where the model is now."""
+        if "_pool" in self.__dict__ and self._pool.device == device:
+            return
+        self._pool = Pool([x.n_out for x in self.channels.prunable], device)
+        terms, flops = self.channels.terms(), self.config.flops
+        dense = sum(cost.macs for cost in self.channels.costs)
+        most = 0 if flops is None else int(flops * dense) + 1
+        while most / dense > (flops or 0):  # as `Channels.flops` will say it
+            most -= 1
+        self._budget = sparsity.Budget(self._pool, terms, most)
+        if self.active:
+            self._mask = self._mask.to(device)
+
+    def _take(self, mask: Tensor, widths: Sequence[int]) -> None:
+        """Make these filters (T,) bool the active ones, `widths` of every layer."""
+        self._mask = mask
+        rows = self._pool.split(self._pool.partition(mask))
+        names = [x.name for x in self.channels.prunable]
+        self.active = {name: row[:width] for name, row, width in zip(names, rows, widths, strict=True)}
+        self._pruned = {name: row[width:] for name, row, width in zip(names, rows, widths, strict=True)}
+
+    def _narrow(self) -> None:
+        self._narrowing.set(self.channels.slices(self.active), self.channels.frozen(self._pruned))
 
     def _weight(self, layer: Prunable) -> Tensor:
         return self.model.get_submodule(layer.name)._parameters["weight"]  # type: ignore[return-value]
 
-    @staticmethod
-    def _into(index: Tensor | None) -> narrow.Cuts:
-        return [] if index is None else [(1, index)]
+    def _scales(self) -> sparsity.Scales:
+        return sparsity.Scales(self._pool, self._gammas(), self._mask)
 
-    def _scales(self) -> dict[str, Tensor]:
-        """|gamma| of every prunable layer, 0 where pruned: (n_out,) float on the CPU."""
-        scales = {}
-        for layer in self.channels.prunable:
-            index, scale = self.active[layer.name], self._gamma(layer).abs()
-            scales[layer.name] = torch.zeros_like(scale).index_copy_(0, index, scale[index]).cpu()
-        return scales
+    def _gammas(self) -> Tensor:
+        """|gamma| of every prunable layer: (T,)."""
+        gammas = (self.model.get_submodule(x.norm)._parameters["weight"] for x in self.channels.prunable if x.norm)
+        return torch.cat(list(gammas)).detach().abs()  # type: ignore[arg-type]
 
-    def _gamma(self, layer: Prunable) -> Tensor:
-        assert layer.norm is not None
-        return self.model.get_submodule(layer.norm)._parameters["weight"]  # type: ignore[return-value]
-
-    def _score(self, layer: Prunable, kernels: ops.Layer) -> Tensor | None:
-        if self.config.tie == "norm":
-            return kernels.points().float().square().sum((0, 2)).sqrt()
-        if self.config.tie == "gamma":
-            return self._gamma(layer).abs()[self.active[layer.name]]
-        return None
-
-    def _own_widths(self, extra: float) -> sparsity.Widths:
-        """Filters per layer with sparsities given layer by layer."""
-        assert isinstance(self.config.sparsity, Mapping)
-        widths = {}
-        for layer in self.channels.prunable:
-            share = max(_own_sparsity(layer.name, self.config.sparsity) - extra, 0.0)
-            widths[layer.name] = ops.keep_count(layer.n_out, share)
-        return self._aligned(widths)
-
-    def _aligned(self, widths: sparsity.Widths) -> sparsity.Widths:
-        assert self.config.round_to is not None
-        return {
-            layer.name: sparsity.round_up(widths[layer.name], layer.n_out, self.config.round_to, self.config.min_keep)
-            for layer in self.channels.prunable
-        }
+    def _own_width(self, layer: Prunable, extra: float) -> int:
+        """Filters of a layer with sparsities given layer by layer."""
+        assert isinstance(self.config.sparsity, Mapping) and self.config.round_to is not None
+        share = max(_own_sparsity(layer.name, self.config.sparsity) - extra, 0.0)
+        width = ops.keep_count(layer.n_out, share)
+        return sparsity.round_up(width, layer.n_out, self.config.round_to, self.config.min_keep)
 
     # ------------------------------------------------------------------ the narrow model
 
@@ -357,21 +361,22 @@ class REPrune:
         """Print the events so far, and the layers at the last one."""
         console = console or Console()
         table = Table(title="Pruning events")
-        for heading in ("epoch", "sparsity", "FLOPs", "coverage", "ms", "clustering, ms"):
+        stages = (*event.STAGES, "apply")
+        for heading in ("epoch", "sparsity", "FLOPs", "coverage", "ms", *stages):
             table.add_column(heading, justify="right")
         for e in self.history:
             shares = (f"{share:.1%}" for share in (e.sparsity, e.flops, e.coverage))
-            table.add_row(str(e.epoch), *shares, f"{e.ms:.1f}", f"{e.cluster_ms:.1f}")
+            table.add_row(str(e.epoch), *shares, f"{e.ms:.1f}", *(f"{e.stages[stage]:.1f}" for stage in stages))
         console.print(table)
         if self.history:
             table = Table(title=f"Layers at epoch {self.history[-1].epoch}")
             table.add_column("layer", no_wrap=True)
-            for heading in ("filters", "kept", "active", "sparsity", "coverage", "h", "FLOPs", "choice, ms"):
+            for heading in ("filters", "kept", "active", "sparsity", "coverage", "h", "FLOPs"):
                 table.add_column(heading, justify="right")
             for x in self.history[-1].layers:
                 table.add_row(
                     x.name, str(x.n_out), str(x.kept), str(x.width), f"{x.sparsity:.1%}", f"{x.coverage:.1%}",
-                    f"{x.h:.3g}", f"{x.flops:.1%}", f"{x.ms:.1f}",
+                    f"{x.h:.3g}", f"{x.flops:.1%}",
                 )  # fmt: skip
             console.print(table)
 
@@ -425,9 +430,13 @@ class REPrune:
             Event(**{**event, "layers": tuple(LayerEvent(**layer) for layer in event["layers"])})
             for event in state["history"]
         ]
-        for layer in self.channels.prunable:
-            self.active[layer.name] = state["layers"][layer.name]["active"].to(self._weight(layer).device)
-        self._narrowing.set(self.channels.slices(self.active))
+        self._place(self._device())
+        mask = torch.zeros_like(self._pool.layer, dtype=torch.bool)
+        active = [state["layers"][layer.name]["active"] for layer in self.channels.prunable]
+        for row, index in zip(self._pool.split(mask), active, strict=True):
+            row[index.to(mask.device)] = True
+        self._take(mask, [len(index) for index in active])
+        self._narrow()
 
     # ------------------------------------------------------------------ checks
 
@@ -465,7 +474,11 @@ class REPrune:
 
     def _check_budget(self) -> None:
         if self.config.flops is not None:
-            least = self.channels.flops(self._aligned({layer.name: 0 for layer in self.channels.prunable}))
+            assert self.config.round_to is not None
+            least = self.channels.flops({
+                x.name: sparsity.round_up(0, x.n_out, self.config.round_to, self.config.min_keep)
+                for x in self.channels.prunable
+            })  # fmt: skip
             if least > self.config.flops:
                 raise RepruneError(
                     f"flops={self.config.flops} is out of reach: with one group of channels left in every prunable "
@@ -498,22 +511,31 @@ class REPrune:
                             f"put all parameters into one optimizer, ignore {layer.name}, or set requires_grad_(False)"
                         )
 
-    def _check_finite(self) -> None:
-        for layer in self.channels.prunable:
-            for name in (layer.name, layer.norm):
-                for key, tensor in self.model.get_submodule(name)._parameters.items() if name is not None else ():
-                    if tensor is not None and not torch.isfinite(tensor).all():
-                        raise RepruneError(
-                            f"{name}.{key} holds NaN or inf at epoch {self.epoch}: the training has diverged. "
-                            "Go back to an earlier checkpoint, with a lower learning rate."
-                        )
+    def _watched(self) -> list[tuple[str, Tensor]]:
+        """What must be finite at an event, by name."""
+        return [
+            (f"{name}.{key}", tensor)
+            for layer in self.channels.prunable
+            for name in (layer.name, layer.norm)
+            if name is not None
+            for key, tensor in self.model.get_submodule(name)._parameters.items()
+            if tensor is not None
+        ]
 
-
-@dataclass(frozen=True)
-class _Choice:
-    cover: ops.Cover
-    h: float
-    ms: float
+    def _check_watched(self) -> None:
+        for name, tensor in self._watched():
+            if not torch.isfinite(tensor).all():
+                raise RepruneError(
+                    f"{name} holds NaN or inf at epoch {self.epoch}: the training has diverged. "
+                    "Go back to an earlier checkpoint, with a lower learning rate."
+                )
+        if not isinstance(self.config.sparsity, Mapping):
+            assert self.config.until is not None
+            scales, found = self._scales(), self._widths(
+                sparsity.regrow_share(self.epoch, self.config.until, self.config.regrow)
+            )()  # fmt: skip
+            for rank in (found.rank, found.regrown):
+                scales.check(int(rank))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -525,6 +547,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """Of DistributedDataParallel, wherever it is wrapped."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return module.process_group  # type: ignore[no-any-return]
+    return None
 
 
 def _is_number(value: object) -> bool:

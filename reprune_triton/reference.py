@@ -298,21 +298,27 @@ def follow(pointer: torch.Tensor) -> torch.Tensor:
 # Cut: one height for the whole layer, so that every channel has at most `keep` clusters.
 
 
-def cut(parent: torch.Tensor, height: torch.Tensor, keep: int) -> tuple[torch.Tensor, float]:
-    """Labels (P, n) int64 and the height of the cut.
+def level(height: torch.Tensor, keep: int) -> float:
+    """The height of the cut, of the problems (P, n): with c = n - keep merges wanted and d_j(c) the c-th smallest
+    height of channel j, it is max_j d_j(c). -1 for c = 0: nothing merges, not even duplicates."""
+    n = height.shape[1]
+    return -1.0 if keep == n else float(height.kthvalue(n - keep, dim=1).values.max())
 
-    With c = n - keep merges wanted and d_j(c) the c-th smallest height of channel j, the cut is h = max_j d_j(c), and
-    the clusters of a channel are what its merges with height <= h join. They are numbered by their lowest member.
-    """
-    n = parent.shape[1]
-    column = torch.arange(n, device=parent.device)
-    if keep == n:
-        return column.repeat(len(parent), 1), 0.0  # no merges, not even of duplicates
-    h = height.kthvalue(n - keep, dim=1).values.max()
+
+def labels(parent: torch.Tensor, height: torch.Tensor, h: float) -> torch.Tensor:
+    """What the merges with height <= h join: labels (P, n) int64, the clusters of a channel numbered by their lowest
+    member."""
+    column = torch.arange(parent.shape[1], device=parent.device)
     # Heights never decrease towards the root, so a chain of merges at or under the cut has no gaps.
     root = follow(torch.where(height <= h, parent.long(), column))
     number = (root == column).cumsum(1) - 1
-    return number.gather(1, root), float(h)
+    return number.gather(1, root)
+
+
+def cut(parent: torch.Tensor, height: torch.Tensor, keep: int) -> tuple[torch.Tensor, float]:
+    """Labels (P, n) int64 and the height of the cut, 0 where nothing merges."""
+    h = level(height, keep)
+    return labels(parent, height, h), max(h, 0.0)
 
 
 # Cover: take the filters that together touch most clusters, greedily.

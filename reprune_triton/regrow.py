@@ -1,52 +1,81 @@
-"""Which pruned filters come back (SPEC, step 6; Hou et al., "CHEX", CVPR 2022)."""
+"""Which pruned filters come back (SPEC, step 6; Hou et al., "CHEX", CVPR 2022).
+
+    filters -> Gram matrix -> residual norms --Gumbel noise--> the largest come back
+
+Nothing here waits for the device.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .errors import RepruneError
-from .rng import random_bits
+from .pool import Pool
+
+# Of the largest squared norm. It stands in for an exact rank: a Gram matrix of dependent filters has no Cholesky
+# factor. A filter in the span of others comes out with about 1e-5 of its norm instead of 0.
+RIDGE = 1e-10
 
 
-def residual_norms(filters: Tensor, kept: Tensor) -> Tensor:
+def residual_norms(gram: Tensor, kept: Tensor) -> Tensor:
     """What the kept filters cannot express of each filter: the norm of w_i - projection of w_i on span{w_k : k kept}.
 
-    Args:
-        filters: (n, m) float, one filter a row.
-        kept: (k,) int64.
-    Returns:
-        (n,) float64; 0 (up to rounding) for the kept filters.
-    """
-    rows = filters.double()
-    basis = rows[kept]  # (k, m)
-    # Eigenvectors of the small Gram matrix give an orthonormal basis of the span; dependent filters drop out with their
-    # zero eigenvalues, which a QR decomposition would turn into arbitrary directions.
-    values, vectors = torch.linalg.eigh(basis @ basis.T)
-    good = values > values.max().clamp_min(0) * 1e-12
-    span = (vectors[:, good] / values[good].sqrt()).T @ basis  # (r, m), orthonormal rows
-    residual = rows - (rows @ span.T) @ span
-    residual = residual - (residual @ span.T) @ span  # once more: the first pass leaves rounding of the large part
-    return residual.norm(dim=1)
-
-
-def regrow(filters: Tensor, kept: Tensor, count: int, seed: int) -> Tensor:
-    """Draw `count` filters that are not kept, without replacement, with probability softmax(residual norm).
-
-    Drawn as the `count` largest of log-probability + Gumbel noise, with counter-based random bits: the same seed gives
-    the same filters on every device and rank.
+    ||w_i||^2 - g_i^T G^-1 g_i with the Gram matrix G of the kept filters and g_i = <w_k, w_i>.
 
     Args:
-        filters: (n, m) float, every filter of the layer with the values it had when last active.
-        kept: (k,) int64.
-        count: in 0..n - k.
+        gram: (B, n, n) float64, <w_i, w_j> of B layers of n filters.
+        kept: (B, n) bool.
     Returns:
-        (count,) int64, sorted.
+        (B, n) float64.
     """
-    n = len(filters)
-    if not 0 <= count <= n - len(kept):
-        raise RepruneError(f"cannot regrow {count} filters: {n - len(kept)} of {n} are not kept")
-    if count == 0:
-        return kept[:0]
-    uniform = (random_bits(seed, 0, n, filters.device).double() + 0.5) / 2**32
-    score = residual_norms(filters, kept) - torch.log(-torch.log(uniform))
-    score[kept] = -torch.inf
-    return score.topk(count).indices.sort().values
+    square = gram.diagonal(dim1=1, dim2=2)  # (B, n)
+    largest = square.amax(1, keepdim=True)
+    # Filters that are not kept stand in the matrix as rows of the identity, so that its size does not depend on them.
+    unit = largest.masked_fill(largest <= 0, 1.0)
+    among = gram * (kept[:, :, None] & kept[:, None, :])
+    among.diagonal(dim1=1, dim2=2).add_(torch.where(kept, RIDGE * unit, unit))
+    factor = torch.linalg.cholesky_ex(among).L
+    explained = torch.linalg.solve_triangular(factor, gram * kept[:, :, None], upper=False).square().sum(1)
+    return (square - explained).clamp_min(0).sqrt()
+
+
+def residuals(filters: Sequence[Tensor | None], kept: Tensor, pool: Pool) -> Tensor:
+    """Residual norms of all filters of a network: (T,) float64; 0 in layers that are None.
+
+    Args:
+        filters: per layer (n_out, m) floating point, one filter a row, or None.
+        kept: (T,) bool.
+    """
+    found: list[Tensor] = [torch.zeros_like(part, dtype=torch.float64) for part in pool.split(kept)]
+    groups: dict[int, list[int]] = {}  # layers of equal n_out go through the linear algebra together
+    for number, rows in enumerate(filters):
+        if rows is not None:
+            groups.setdefault(len(rows), []).append(number)
+    masks = pool.split(kept)
+    for numbers in groups.values():
+        grams = []
+        for number in numbers:
+            rows = filters[number].double()  # type: ignore[union-attr]
+            grams.append(rows @ rows.T)
+        norms = residual_norms(torch.stack(grams), torch.stack([masks[number] for number in numbers]))
+        for number, norm in zip(numbers, norms, strict=True):
+            found[number] = norm
+    return torch.cat(found)
+
+
+def draw(residual: Tensor, kept: Tensor, width: Tensor, bits: Tensor, pool: Pool) -> Tensor:
+    """The kept filters and those that come back: (T,) bool.
+
+    In every layer as many filters as it lacks are drawn from those that are not kept, without replacement, with
+    probability softmax(residual): the largest of log-probability + Gumbel noise.
+
+    Args:
+        residual: (T,) float64.
+        kept: (T,) bool.
+        width: (L,) int64, how many filters every layer is to have.
+        bits: (T,) int64 random bits in [0, 2^32), counter-based: the same on every device and in every process.
+    """
+    uniform = (bits.double() + 0.5) / 2**32
+    score = (residual - torch.log(-torch.log(uniform))).masked_fill(kept, -torch.inf)
+    lacking = (width - pool.count(kept)).clamp_min(0)
+    return kept | (pool.descending(score) < lacking[pool.layer])

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import numpy as np
 import torch
 
-Word = TypeVar("Word", int, torch.Tensor)  # 32-bit words, held in Python ints or in int64 tensors
+Word = TypeVar("Word", int, np.ndarray, torch.Tensor)  # 32-bit words, held in Python ints or in int64
 
 _LOW32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -25,7 +26,9 @@ def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(c0: Word, c1: Word, c2: Word, c3: Word, k0: int, k1: int) -> tuple[Word, Word, Word, Word]:
+def philox(
+    c0: Word, c1: Word, c2: Word, c3: Word, k0: int | Word, k1: int | Word
+) -> tuple[Word, Word, Word, Word]:
     """Ten rounds of Philox-4x32 on the counter (c0, c1, c2, c3) under the key (k0, k1)."""
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
@@ -53,8 +56,16 @@ def random_bits(seed: int, start: int, count: int, device: torch.device | str | 
 def derive_seed(seed: int, *ints: int) -> int:
     """A 63-bit seed for the stream named by `ints` (epoch, layer, ...). Other ints, or another order, another seed."""
     for position, value in enumerate(ints):
-        low, high, _, _ = philox(
-            value & _LOW32, (value >> 32) & _LOW32, position, 1, seed & _LOW32, (seed >> 32) & _LOW32
-        )
-        seed = (high & 0x7FFFFFFF) << 32 | low
+        seed = _derived(seed, value, position)
     return seed
+
+
+def derive_seeds(seed: int, epoch: int, layers: int, streams: int) -> np.ndarray:
+    """derive_seed(seed, epoch, layer, stream) for all layers and streams: (layers, streams) int64."""
+    of_layer = _derived(np.int64(_derived(seed, epoch, 0)), np.arange(layers), 1)
+    return _derived(of_layer[:, None], np.arange(streams)[None, :], 2)
+
+
+def _derived(seed: Word, value: Word, position: int) -> Word:
+    low, high, _, _ = philox(value & _LOW32, (value >> 32) & _LOW32, position, 1, seed & _LOW32, (seed >> 32) & _LOW32)
+    return (high & 0x7FFFFFFF) << 32 | low

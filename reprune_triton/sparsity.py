@@ -2,77 +2,144 @@
 
     |gamma| of all prunable layers, pooled --quantile--> threshold --count per layer--> widths
 
-Everything is counted in integers (`ops.keep_count`): `ceil((1 - s) * n)` in floats is off by one for many n.
+Widths are tensors, one number per layer, and nothing here waits for the device that holds the scales: a rank or a
+budget that only the device knows stays there. Everything is counted in integers (`ops.keep_count`): `ceil((1 - s) * n)`
+in floats is off by one for many n.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import RepruneError
 from .ops import keep_count
-
-Widths = dict[str, int]
-
-
-def round_up(width: int, n_out: int, round_to: int, min_keep: int) -> int:
-    """`width` raised to a multiple of `round_to`, at least one such group and `min_keep`, at most all `n_out`."""
-    width = max(width, min_keep, 1)
-    return min(-(-width // round_to) * round_to, n_out)
+from .pool import Pool
 
 
-def widths_at_rank(scales: Mapping[str, Tensor], rank: int) -> Widths:
-    """Filters per layer above the `rank`-th smallest of all pooled scales (ties go together); rank 0 keeps all.
+class Widths(NamedTuple):
+    """How many filters the layers keep at an event."""
+
+    keep: Tensor  # (L,) int64, to choose by coverage
+    width: Tensor  # (L,) int64, to have after regrowth
+    rank: Tensor  # () int64: filters of all layers at or under the threshold for keep; 0 without one
+    regrown: Tensor  # () int64: ... for width
+    flat: Tensor  # () bool: so many scales are equal that the threshold takes far more than was asked for
+
+
+class Term(NamedTuple):
+    """Multiply-adds of a conv or linear: unit * width of layer out * width of layer into, by number; None is 1."""
+
+    unit: int
+    out: int | None
+    into: int | None
+
+
+class Scales:
+    """|gamma| of all filters of the prunable layers, in order.
 
     Args:
-        scales: per layer |gamma|, (n_out,) on the CPU; a pruned channel counts as 0 (CHEX).
+        scales: (T,) in the pool's order, as |gamma| or with a sign; any floating-point type.
+        active: (T,) bool; a pruned channel counts as 0 (CHEX).
     """
-    if rank == 0:
-        return {name: len(scale) for name, scale in scales.items()}
-    threshold = torch.cat(list(scales.values())).sort().values[rank - 1]
-    return {name: int((scale > threshold).sum()) for name, scale in scales.items()}
 
+    def __init__(self, pool: Pool, scales: Tensor, active: Tensor):
+        self.pool = pool
+        self.scales = scales.detach().abs().double().masked_fill(~active, 0.0)
+        self.ordered, self._order = self.scales.sort(stable=True)
 
-def widths_at_sparsity(scales: Mapping[str, Tensor], sparsity: float | Fraction) -> Widths:
-    """Filters per layer at a global channel sparsity; the threshold is inf{g : F(g) >= sparsity} of the pooled scales.
+    def threshold(self, rank: int | Tensor) -> Tensor:
+        """The `rank`-th smallest scale; under all for rank 0."""
+        if isinstance(rank, int):
+            return self.ordered[rank - 1] if rank else torch.full_like(self.ordered[0], -math.inf)
+        return self.ordered.gather(0, (rank - 1).clamp_min(0).view(1))[0].masked_fill(rank <= 0, -math.inf)
 
-    Raises:
-        RepruneError: if so many scales are equal that the threshold would take far more than was asked for.
-    """
-    total = sum(len(scale) for scale in scales.values())
-    rank = total - keep_count(total, max(sparsity, 0))
-    widths = widths_at_rank(scales, rank)
-    if rank and total - sum(widths.values()) > rank + total // 10:
-        pooled = torch.cat(list(scales.values())).sort().values
-        if pooled[rank - 1] > 0:
+    def widths(self, rank: int | Tensor) -> Tensor:
+        """Filters per layer above the `rank`-th smallest scale (ties go together); rank 0 keeps all."""
+        return self.pool.count(self.scales > self.threshold(rank))
+
+    def all_widths(self) -> Tensor:
+        """`widths` at every rank 0 .. T - 1: (T, L)."""
+        layer = self.pool.layer[self._order]
+        under = torch.nn.functional.one_hot(layer, len(self.pool.sizes)).cumsum(0)  # [r - 1]: of the r smallest
+        last = torch.searchsorted(self.ordered, self.ordered, right=True) - 1  # the end of each group of equals
+        return torch.cat([self.pool.n_out[None], self.pool.n_out - under[last[:-1]]])
+
+    def flat(self, rank: int | Tensor) -> Tensor:
+        """True if far more scales are at or under the threshold than `rank`, as they are equal and not 0."""
+        taken = self.pool.total - self.widths(rank).sum()
+        return (taken > rank + self.pool.total // 10) & (self.threshold(rank) > 0)  # rank 0: -inf
+
+    def check(self, rank: int) -> None:
+        """Raise RepruneError if the scales are `flat` there; waits for the device."""
+        if bool(self.flat(rank)):
+            threshold = float(self.threshold(rank))
             raise RepruneError(
-                f"{int((pooled == pooled[rank - 1]).sum())} of {total} BatchNorm scales are equal "
-                f"({float(pooled[rank - 1]):g}), so they do not rank the channels. Train before the first pruning "
+                f"{int((self.scales == threshold).sum())} of {self.pool.total} BatchNorm scales are equal "
+                f"({threshold:g}), so they do not rank the channels. Train before the first pruning "
                 "event (bf16 scales hardly move: keep BatchNorm in float32), or give sparsity per layer: "
                 "sparsity={'layer1.*': 0.5, ...}."
             )
-    return widths
 
 
-def sparsity_for_flops(scales: Mapping[str, Tensor], flops: float, cost: Callable[[Widths], float]) -> Fraction:
-    """The smallest global sparsity at which `cost(widths)`, a share of the dense FLOPs, is at most `flops`.
+def at_sparsity(scales: Scales, sparsity: float | Fraction, extra: float, round_to: int, min_keep: int) -> Widths:
+    """Widths at a global channel sparsity, the threshold being inf{g : F(g) >= sparsity} of the pooled scales, and,
+    after regrowth, at a sparsity that is `extra` lower."""
+    total = scales.pool.total
+    ranks = [total - keep_count(total, max(s, 0)) for s in (sparsity, sparsity - extra)]
+    keep, width = (aligned(scales.widths(rank), scales.pool.n_out, round_to, min_keep) for rank in ranks)
+    rank, regrown = (torch.full_like(scales.pool.start[0], rank) for rank in ranks)
+    return Widths(keep, width, rank, regrown, scales.flat(rank) | scales.flat(regrown))
 
-    `cost` must not rise when widths fall. Where even the highest sparsity is not enough it is what is returned.
+
+class Budget:
+    """The multiply-adds of a network by its widths, and how many there may be.
+
+    Args:
+        most: multiply-adds for one sample.
     """
-    total = sum(len(scale) for scale in scales.values())
-    low, high = 0, total - 1  # the answer is in [low, high]; no layer loses its last filter anyway
-    while low < high:
-        middle = (low + high) // 2
-        if cost(widths_at_rank(scales, middle)) <= flops:
-            high = middle
-        else:
-            low = middle + 1
-    # Ties and what is pruned already go together, so more than `low` may be at or under the threshold. A fraction,
-    # because a float could round up to the next rank.
-    return Fraction(min(total - sum(widths_at_rank(scales, low).values()), total - 1), total)
+
+    def __init__(self, pool: Pool, terms: Sequence[Term], most: int):
+        self.most, one = most, len(pool.sizes)
+        self._unit, self._out, self._into = torch.tensor(
+            [[term.unit, *(one if number is None else number for number in term[1:])] for term in terms],
+            device=pool.device,
+        ).T.contiguous()
+
+    def multiply_adds(self, widths: Tensor) -> Tensor:
+        """The sum of the terms at widths (..., L): (...) int64."""
+        whole = torch.nn.functional.pad(widths, (0, 1), value=1)  # (..., L + 1)
+        return (self._unit * whole[..., self._out] * whole[..., self._into]).sum(-1)
+
+
+def at_flops(scales: Scales, budget: Budget, extra: float, round_to: int, min_keep: int) -> Widths:
+    """Widths at the smallest global sparsity that is within the budget, and, after regrowth, at one `extra` lower.
+
+    Where even the highest sparsity is not enough it is what is taken.
+    """
+    pool = scales.pool
+    every = aligned(scales.all_widths(), pool.n_out, round_to, min_keep)  # (T, L)
+    # Multiply-adds never rise with the rank, so the first rank within the budget is the number of those over it.
+    rank = (budget.multiply_adds(every) > budget.most).sum().clamp_max(pool.total - 1)
+    # Ties and what is pruned already go together, so more than `rank` may be at or under the threshold.
+    rank = (pool.total - scales.widths(rank).sum()).clamp_max(pool.total - 1)
+    regrown = (rank - math.floor(Fraction(str(extra)) * pool.total)).clamp_min(0)  # ceil(s * T - extra * T)
+    keep, width = (aligned(scales.widths(r), pool.n_out, round_to, min_keep) for r in (rank, regrown))
+    return Widths(keep, width, rank, regrown, scales.flat(rank) | scales.flat(regrown))
+
+
+def round_up(width: int, n_out: int, round_to: int, min_keep: int) -> int:
+    """`aligned`, of one layer."""
+    return int(aligned(torch.tensor(width), torch.tensor(n_out), round_to, min_keep))
+
+
+def aligned(width: Tensor, n_out: Tensor, round_to: int, min_keep: int) -> Tensor:
+    """Widths (..., L) raised to a multiple of `round_to`, at least one such group and `min_keep`, at most all."""
+    width = width.clamp_min(max(min_keep, 1))
+    return torch.minimum((width + round_to - 1) // round_to * round_to, n_out)
 
 
 def regrow_share(epoch: int, until: int, start: float) -> float:

@@ -4,44 +4,85 @@ import numpy as np
 import pytest
 import torch
 
-from reprune_triton.errors import RepruneError
-from reprune_triton.regrow import regrow, residual_norms
+from reprune_triton import regrow, rng
+from reprune_triton.pool import Pool
+
+
+def mask_of(n: int, *kept: int) -> torch.Tensor:
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[list(kept)] = True
+    return mask
 
 
 @pytest.mark.parametrize("n, m, k, rank", [(12, 40, 5, 12), (12, 40, 5, 3), (20, 6, 10, 6), (5, 9, 1, 5), (6, 8, 3, 1)])
 def test_residuals_are_those_of_least_squares(n, m, k, rank):
-    rng = np.random.default_rng(n * m + rank)
-    filters = rng.standard_normal((n, rank)) @ rng.standard_normal((rank, m))
-    kept = rng.permutation(n)[:k]
-    basis = filters[kept].T
-    expected = [np.linalg.norm(f - basis @ np.linalg.lstsq(basis, f, rcond=1e-9)[0]) for f in filters]
-    found = residual_norms(torch.tensor(filters), torch.tensor(kept))
-    assert np.allclose(found, expected, atol=1e-9 * np.abs(filters).max())
+    generator = np.random.default_rng(n * m + rank)
+    pool, filters, masks, expected = Pool([n, n, 4, n]), [], [], []
+    for scale in (1.0, 1e-12, None, 1e12):  # layers of one size go through the linear algebra together
+        if scale is None:
+            filters, masks, expected = [*filters, None], [*masks, mask_of(4)], [*expected, np.zeros(4)]
+            continue
+        own = generator.standard_normal((n, rank)) @ generator.standard_normal((rank, m)) * scale
+        kept = generator.permutation(n)[:k]
+        basis = own[kept].T
+        expected.append([np.linalg.norm(f - basis @ np.linalg.lstsq(basis, f, rcond=1e-9)[0]) for f in own])
+        filters.append(torch.tensor(own))
+        masks.append(mask_of(n, *kept))
+    found = pool.split(regrow.residuals(filters, torch.cat(masks), pool))
+    for own, wanted, rows in zip(found, expected, filters, strict=True):
+        largest = 1.0 if rows is None else float(rows.norm(dim=1).max())
+        # What is in the span comes out as the root of the ridge; what is clearly outside as it is.
+        assert np.allclose(own, wanted, atol=30 * regrow.RIDGE**0.5 * largest, rtol=0)
+        outside = np.asarray(wanted) > 0.05 * largest
+        assert np.allclose(own[outside], np.asarray(wanted)[outside], rtol=1e-6)
 
 
 def test_zero_filters_keep_their_own_norm():
     filters = torch.randn(4, 6)
     filters[0] = 0
-    assert torch.allclose(residual_norms(filters, torch.tensor([0])), filters.double().norm(dim=1))
+    for rows in (filters, torch.zeros(4, 6)):
+        found = regrow.residuals([rows], mask_of(4, 0), Pool([4]))
+        assert torch.allclose(found, rows.double().norm(dim=1), rtol=1e-9)
+
+
+def drawn(residual: torch.Tensor, kept: torch.Tensor, width: int, seed: int) -> list[int]:
+    pool = Pool([len(kept)])
+    bits = rng.random_bits(seed, 0, len(kept))
+    return regrow.draw(residual.double(), kept, torch.tensor([width]), bits, pool).nonzero().flatten().tolist()
 
 
 def test_draws_follow_the_softmax_of_the_residual():
-    filters = torch.diag(torch.tensor([5.0, 0.0, 1.0, 2.0]))  # orthogonal: the residual is the norm
-    draws = torch.tensor([regrow(filters, torch.tensor([0]), 1, seed).item() for seed in range(4000)])
-    counts = torch.bincount(draws, minlength=4).double()
+    residual, kept = torch.tensor([5.0, 0.0, 1.0, 2.0]), mask_of(4, 0)
+    draws = [next(i for i in drawn(residual, kept, 2, seed) if i) for seed in range(4000)]
+    counts = torch.bincount(torch.tensor(draws), minlength=4).double()
     expected = torch.softmax(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64), 0) * 4000
     assert counts[0] == 0
     chi_square = float(((counts[1:] - expected) ** 2 / expected).sum())
     assert chi_square < 13.8, counts  # 0.1% point at two degrees of freedom
 
 
-def test_draws_are_without_replacement_never_kept_and_repeatable():
-    filters, kept = torch.randn(30, 12), torch.arange(0, 30, 3)
+def test_draws_are_without_replacement_repeatable_and_keep_the_kept():
+    residual, kept = torch.rand(30), mask_of(30, *range(0, 30, 3))
+    found = set()
     for seed in range(20):
-        back = regrow(filters, kept, 7, seed)
-        assert len(set(back.tolist())) == 7 and not set(back.tolist()) & set(kept.tolist())
-        assert torch.equal(back, regrow(filters, kept, 7, seed)) and torch.equal(back, back.sort().values)
-    assert len(regrow(filters, kept, 0, 0)) == 0
-    assert regrow(filters, kept, 20, 0).tolist() == [i for i in range(30) if i % 3]
-    with pytest.raises(RepruneError, match="cannot regrow 21"):
-        regrow(filters, kept, 21, 0)
+        back = drawn(residual, kept, 17, seed)
+        assert len(back) == 17 and set(range(0, 30, 3)) <= set(back)
+        assert back == drawn(residual, kept, 17, seed)
+        found.add(tuple(back))
+    assert len(found) > 15
+    for width in (0, 10):
+        assert drawn(residual, kept, width, 0) == list(range(0, 30, 3)), "nothing comes back, and nothing goes"
+    assert drawn(residual, kept, 30, 0) == drawn(residual, kept, 99, 0) == list(range(30))
+
+
+def test_layers_are_drawn_apart():
+    """A layer's draw is what it would be alone."""
+    sizes, widths = [9, 1, 20, 6], [5, 1, 20, 2]
+    pool = Pool(sizes)
+    residual, kept = torch.rand(36).double(), torch.rand(36) < 0.3
+    bits = torch.cat([rng.random_bits(seed, 0, n) for seed, n in enumerate(sizes)])
+    found = pool.split(regrow.draw(residual, kept, torch.tensor(widths), bits, pool))
+    for seed, (own, norms, mask, width) in enumerate(
+        zip(found, pool.split(residual), pool.split(kept), widths, strict=True)
+    ):
+        assert own.nonzero().flatten().tolist() == drawn(norms, mask, width, seed)

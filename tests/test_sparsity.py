@@ -1,44 +1,60 @@
 """How many filters each layer keeps, in exact integers."""
 
 import math
-from fractions import Fraction
 
 import pytest
 import torch
 
-from reprune_triton import sparsity
+from reprune_triton import channels, models, sparsity
 from reprune_triton.errors import RepruneError
+from reprune_triton.pool import Pool
 
 
-def brute_force(scales, s):
-    """inf{g : F(g) >= s} by looking at every candidate, and the filters above it."""
-    pooled = torch.cat(list(scales.values())).tolist()
+def scales_of(layers, active=None):
+    pool = Pool([len(scale) for scale in layers])
+    every = torch.cat([torch.as_tensor(scale) for scale in layers])
+    return sparsity.Scales(pool, every, torch.ones_like(every, dtype=torch.bool) if active is None else active)
+
+
+def brute_force(layers, percent):
+    """inf{g : F(g) >= s} by looking at every candidate, and the filters above it. Integers throughout."""
+    pooled = torch.cat(layers).tolist()
     threshold = -math.inf
-    if s > 0:
-        # integers throughout: s is given in hundredths
-        threshold = min(g for g in pooled if sum(x <= g for x in pooled) * 100 >= round(s * 100) * len(pooled))
-    return {name: sum(x > threshold for x in scale.tolist()) for name, scale in scales.items()}
+    if percent > 0:
+        threshold = min(g for g in pooled if sum(x <= g for x in pooled) * 100 >= percent * len(pooled))
+    return [sum(x > threshold for x in scale.tolist()) for scale in layers]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_threshold_is_the_quantile(seed):
     generator = torch.Generator().manual_seed(seed)
-    scales = {f"l{i}": torch.rand(n, generator=generator) for i, n in enumerate((7, 16, 31, 100))}
+    layers = [torch.rand(n, generator=generator) for n in (7, 16, 31, 100)]
+    scales = scales_of([scale * (-1) ** i for i, scale in enumerate(layers)])  # the sign does not count
     for percent in (0, 1, 7, 10, 29, 50, 55, 57, 90, 99):
-        assert sparsity.widths_at_sparsity(scales, percent / 100) == brute_force(scales, percent / 100), (seed, percent)
+        found = sparsity.at_sparsity(scales, percent / 100, 0.05, 1, 1)
+        floors = [[max(width, 1) for width in brute_force(layers, p)] for p in (percent, max(percent - 5, 0))]
+        assert [found.keep.tolist(), found.width.tolist()] == floors, (seed, percent)
+        assert int(found.rank) == -(-percent * 154 // 100) and not found.flat
 
 
 def test_pruned_channels_count_as_zero_and_ties_go_together():
-    scales = {"a": torch.tensor([0.0, 0.0, 1.0, 2.0]), "b": torch.tensor([0.5, 0.6, 3.0, 4.0])}
-    assert sparsity.widths_at_sparsity(scales, 0.25) == {"a": 2, "b": 4}
-    assert sparsity.widths_at_sparsity(scales, 0.125) == {"a": 2, "b": 4}  # both zeros are at the threshold
-    assert sparsity.widths_at_sparsity(scales, 0.375) == {"a": 2, "b": 3}
-    assert sparsity.widths_at_sparsity(scales, -0.2) == {"a": 4, "b": 4}
+    layers = [torch.tensor([7.0, -9.0, 1.0, 2.0]), torch.tensor([0.5, 0.6, 3.0, 4.0])]
+    scales = scales_of(layers, torch.tensor([False, False] + [True] * 6))
+    for rank, widths in ((2, [2, 4]), (1, [2, 4]), (3, [2, 3]), (0, [4, 4]), (8, [0, 0])):  # both zeros go together
+        assert scales.widths(rank).tolist() == widths
+        assert scales.widths(torch.tensor(rank)).tolist() == widths
+    every = scales.all_widths()
+    assert every.tolist() == [scales.widths(rank).tolist() for rank in range(8)]
 
 
-def test_scales_that_do_not_rank_are_refused():
+def test_scales_that_do_not_rank_are_found_and_refused():
+    scales = scales_of([torch.ones(64)])
+    assert sparsity.at_sparsity(scales, 0.5, 0.0, 1, 1).flat
     with pytest.raises(RepruneError, match="64 of 64 BatchNorm scales are equal .*Train before"):
-        sparsity.widths_at_sparsity({"a": torch.ones(64)}, 0.5)
+        scales.check(32)
+    pruned = scales_of([torch.rand(64)], torch.arange(64) >= 40)
+    assert not pruned.flat(3), "what is pruned is equal, too, and at or under every threshold"
+    pruned.check(3)
 
 
 @pytest.mark.parametrize("width, n_out, round_to, min_keep, expected", [
@@ -51,16 +67,33 @@ def test_alignment_and_floor(width, n_out, round_to, min_keep, expected):
 
 def test_flops_budget_is_met_as_closely_as_ranks_allow():
     generator = torch.Generator().manual_seed(0)
-    scales = {"a": torch.rand(32, generator=generator), "b": torch.rand(47, generator=generator)}
-
-    def cost(w):
-        return (w["a"] + w["a"] * w["b"] + w["b"]) / (32 + 32 * 47 + 47)
-
+    a, b = torch.rand(32, generator=generator), torch.rand(47, generator=generator)
+    scales = scales_of([a, b])
+    terms = [sparsity.Term(1, 0, None), sparsity.Term(1, 1, 0), sparsity.Term(1, None, 1), sparsity.Term(5, None, None)]
     for rank in range(79):  # every rank is the answer to its own cost
-        budget = cost(sparsity.widths_at_rank(scales, rank))
-        s = sparsity.sparsity_for_flops(scales, budget, cost)
-        assert s == Fraction(rank, 79)
-        assert sparsity.widths_at_sparsity(scales, s) == sparsity.widths_at_rank(scales, rank)
+        keep = [max(width, 1) for width in scales.widths(rank).tolist()]
+        cost = keep[0] + keep[0] * keep[1] + keep[1] + 5
+        budget = sparsity.Budget(scales.pool, terms, cost)
+        assert int(budget.multiply_adds(torch.tensor(keep))) == cost
+        found = sparsity.at_flops(scales, budget, 0.1, 1, 1)
+        assert found.keep.tolist() == keep
+        least = next(r for r in range(79) if [max(w, 1) for w in scales.widths(r).tolist()] == keep)
+        assert int(found.rank) == least and int(found.regrown) == max(least - 7, 0)  # 7.9 filters more
+        assert found.width.tolist() == [max(width, 1) for width in scales.widths(max(least - 7, 0)).tolist()]
+    out_of_reach = sparsity.at_flops(scales, sparsity.Budget(scales.pool, terms, 0), 0.0, 1, 1)
+    assert int(out_of_reach.rank) == 78
+
+
+def test_the_budget_of_a_network_is_its_multiply_adds():
+    """Products of widths, and the analysis' own exact count."""
+    for name in ("resnet8", "mobilenet_v2"):
+        found = channels.analyse(models.build(name, num_classes=10), models.example_inputs(name))
+        pool = Pool([layer.n_out for layer in found.prunable])
+        budget = sparsity.Budget(pool, found.terms(), 0)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            widths = {x.name: int(torch.randint(1, x.n_out + 1, (), generator=generator)) for x in found.prunable}
+            assert int(budget.multiply_adds(torch.tensor(list(widths.values())))) == sum(found.macs(widths).values())
 
 
 def test_regrowth_follows_the_cosine():

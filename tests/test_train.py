@@ -29,7 +29,7 @@ def bits(value):
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
-        return {key: bits(item) for key, item in value.items() if key not in ("ms", "cluster_ms")}
+        return {key: bits(item) for key, item in value.items() if key not in ("ms", "stages")}
     return [bits(item) for item in value] if isinstance(value, list | tuple) else value
 
 

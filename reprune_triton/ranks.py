@@ -1,0 +1,81 @@
+"""The processes that share one event: who does what, and how they put it together.
+
+    problems --equal shares by cost--> levels --max--> labels --sum--> layers --one owner each--> filters --sum-->
+
+Every process has the same weights. Each result is computed once and sent to all, so all of them go on with the same
+channels, and these are bit for bit those of one process alone. One that fails still takes part in what the others wait
+for; then all of them raise its error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import RepruneError
+
+
+class Ranks:
+    """A process group; without one, this process alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def maximum(self, tensor: Tensor) -> None:
+        """The largest of all processes, entry by entry, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+
+    def total(self, tensor: Tensor) -> None:
+        """The sum over all processes, in place; here of parts that are 0 but in one process."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group)
+
+    def raise_failure(self, failure: BaseException | None) -> NoReturn:
+        """For all processes, when at least one of them has failed: tell each other, and raise.
+
+        Raises:
+            RepruneError: what went wrong, and in which process; the process's own error where it was this one's.
+        """
+        if failure is not None and self.size == 1:
+            raise failure
+        found: list[str | None] = [None] * self.size
+        own = None if failure is None else f"{type(failure).__name__}: {failure}"
+        dist.all_gather_object(found, own, group=self.group)
+        if failure is not None:
+            raise failure
+        rank, text = next((rank, text) for rank, text in enumerate(found) if text is not None)
+        raise RepruneError(f"the pruning event failed in process {rank} of {self.size}: {text}")
+
+
+def shares(problems: Sequence[int], cost: Sequence[int], rank: int, size: int) -> list[tuple[int, int]]:
+    """Which problems of every layer, first .. last - 1, are this process's: of equal cost, but for one problem.
+
+    Args:
+        problems: per layer.
+        cost: of one problem of each layer.
+    """
+    total = sum(count * each for count, each in zip(problems, cost, strict=True))
+    found, done = [], 0
+    for count, each in zip(problems, cost, strict=True):
+        # A problem belongs to the process in whose part of the whole cost it begins.
+        first, last = (
+            min(max(-((done - total * number // size) // each), 0), count) for number in (rank, rank + 1)
+        )
+        found.append((first, last))
+        done += count * each
+    return found
+
+
+def owners(cost: Sequence[int], size: int) -> list[int]:
+    """The process for every layer: the dearest first, each to the one with least to do so far."""
+    load, found = [0] * size, [0] * len(cost)
+    for layer in sorted(range(len(cost)), key=lambda number: -cost[number]):
+        found[layer] = min(range(size), key=load.__getitem__)
+        load[found[layer]] += cost[layer]
+    return found
