@@ -84,7 +84,7 @@ def membership_kernel(
         label = tl.load(label_ptr + i, mask=i < n, other=0)
         at = tl.atomic_add(count_ptr + label, 1, mask=i < n, sem="relaxed", scope="cta")
         tl.store(member_ptr + at, i.to(tl.int16), mask=i < n)
-    tl.atomic_add(totals_ptr + table.whole(row_ptr, table.LAYER) * TOTALS + CLUSTERS, clusters)
+    tl.atomic_add(totals_ptr + table.whole(row_ptr, table.LAYER) * TOTALS + CLUSTERS, clusters, sem="relaxed")
 
 
 @table.kernel
@@ -97,8 +97,8 @@ def cover_kernel(
     """One program chooses the filters of one layer: keep[layer] of them, or all.
 
     gain[i] is how many clusters filter i would be first to cover. A step takes the largest key (gain, tie, reversed
-    index), and then every cluster that is first covered takes 1 off the gain of each of its members: over all steps that
-    is one subtraction for every filter and channel at most.
+    index), and then every cluster that is first covered takes 1 off the gain of each of its members: over all steps
+    that is one subtraction for every filter and channel at most.
 
     Ties: RANDOM draws fresh bits for every step and filter, tl.randint(seed, step * n + i); else level (all filters,)
     orders the filters, and the lowest index goes first where that is equal.

@@ -228,7 +228,7 @@ def plan(
         launch = Launch(config, [], [], [], 0, 0)
         for _, number, begin, last in sorted(group, key=lambda entry: -entry[0]):
             floats_each, ints_each = table_rows[number][-2:]
-            row = number
+            row: int | None = number
             while begin < last:
                 room = (SCRATCH_BYTES // 4 - launch.floats - launch.ints) // (floats_each + ints_each)
                 if room < 1 and launch.rows:
@@ -360,7 +360,7 @@ def draw_bits(event: Event) -> Tensor:
 def cut_layer(parent: Tensor, height: Tensor, keep: int) -> tuple[Tensor, float]:
     """Cut the problems (P, n) of one layer: labels (P, n) int32, and h in the units of height. Waits for the device."""
     parent, height = parent.contiguous(), height.contiguous()
-    event, report = layer_event(*parent.shape, parent.device)
+    event, report = layer_event(parent.shape, parent.device)
     forests = Forests(parent.view(-1), height.view(-1), report, report)
     level(event, forests, torch.tensor([keep], dtype=torch.int32, device=parent.device))
     labels, _ = label(event, forests)
@@ -369,13 +369,14 @@ def cut_layer(parent: Tensor, height: Tensor, keep: int) -> tuple[Tensor, float]
 
 def cover_layer(labels: Tensor, keep: int, seed: int, order: Tensor | None) -> Covers:
     """Choose keep filters of one layer with labels (P, n) int32, numbers under n."""
-    event, report = layer_event(*labels.shape, labels.device, seed)
+    event, report = layer_event(labels.shape, labels.device, seed)
     members = membership(event, report, labels.contiguous().view(-1))
     return cover(event, report, members, torch.tensor([keep], dtype=torch.int32, device=labels.device), order)
 
 
-def layer_event(columns: int, n: int, device: torch.device, seed: int = 0) -> tuple[Event, Tensor]:
-    """An event over one layer without weights, and its report: its problems are clustered."""
+def layer_event(shape: Sequence[int], device: torch.device, seed: int = 0) -> tuple[Event, Tensor]:
+    """An event over one layer without weights of this many problems and filters, and its report: all is clustered."""
+    columns, n = shape
     row = [{"n": n, "n_out": n, "columns": columns, "tie_seed": seed}.get(name, 0) for name in table.NAMES]
     arrays = [table.owners([0], [0], [columns]), table.owners([0], [0], [1])]
     own_table, problems, one = table.to_device([row], arrays, device)
@@ -389,7 +390,7 @@ def read_report(report: Tensor) -> list[Report]:
     return [read_row(row) for row in report.tolist()]
 
 
-def read_row(row: Sequence[int]) -> Report:
+def read_row(row: Sequence[float]) -> Report:
     """What a layer's row of the report says."""
     magnitude, unfinished, over = (int(row[field.value]) for field in (table.MAGNITUDE, table.UNFINISHED, table.CUT))
     h = struct.unpack("f", struct.pack("i", over - 1))[0] if over else 0.0

@@ -9,10 +9,10 @@ from reprune_triton.kernels import table
 def level_kernel(table_ptr, owner_ptr, report_ptr, keep_ptr, height_ptr, BLOCK: tl.constexpr):
     """report[layer, CUT] = 1 + bits of h, h = max over the layer's problems of the c-th smallest height.
 
-    One program per problem, c = n - keep[layer]. The c-th smallest is the least value that c heights do not exceed, found by halving the
-    range of bits: as integers, the bits of non-negative floats are in the order of the floats. Integer maxima come out
-    the same in any order, so the atomics do no harm, and nothing else is stored. With c = 0 nothing is to merge, not
-    even copies at height 0: the report keeps its 0.
+    One program per problem, c = n - keep[layer]. The c-th smallest is the least value that c heights do not exceed,
+    found by halving the range of bits: as integers, the bits of non-negative floats are in the order of the floats.
+    Integer maxima come out the same in any order, so the atomics do no harm, and nothing else is stored. With c = 0
+    nothing is to merge, not even copies at height 0: the report keeps its 0.
     """
     row_ptr, number = table.locate(table_ptr, owner_ptr)
     n = table.points_to_cluster(row_ptr, report_ptr)

@@ -178,13 +178,15 @@ class Event:
             self.request.check()
             what = "weights or scales that are not finite" if infinite else "scales that are all equal"
             raise RepruneError(f"another process has {what}: its model is not the one of this process.")
-        rows = [[int(x) for x in numbers[4 + 4 * i : 8 + 4 * i]] for i in range(L)]
         heights, at = [0.0] * L, 4 + 4 * L
         for group, level in zip(self._groups, levels, strict=True):
             for number, h in zip(group.numbers, group.steps.heights(numbers[at : at + len(level)]), strict=True):
                 heights[number] = h
             at += len(level)
-        found = [LayerOutcome(*row, h) for row, h in zip(rows, heights, strict=True)]
+        found = []
+        for i, h in enumerate(heights):
+            chosen, width, covered, clusters = (int(x) for x in numbers[4 + 4 * i : 8 + 4 * i])
+            found.append(LayerOutcome(chosen, width, covered, clusters, h))
         return Outcome(found, rank, active > 0, kept > 0)
 
     # ------------------------------------------------------------------ its parts
@@ -302,7 +304,8 @@ class _Group:
         self.steps.membership(self.labels)
 
     def cover(self, keep: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.steps.cover(self.index.of(keep), self._request.tie, None if order is None else self.filters.of(order))
+        order = None if order is None else self.filters.of(order)
+        return self.steps.cover(self.index.of(keep), self._request.tie, order)
 
 
 def _cost(layer: ops.Layer, linkage: str) -> int:

@@ -286,6 +286,8 @@ def cover(
     found = launch.cover_layer(torch.empty_like(number).scatter_(1, order, number).int(), keep, seed, levels)
     covered, clusters = found.totals[0].tolist()
     return Cover(found.order[:keep], found.gains[:keep], covered, clusters)
+
+
 def select_filters(
     weight: Tensor,
     keep: int,

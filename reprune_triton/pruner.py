@@ -158,7 +158,9 @@ class REPrune:
         self.epoch = 0
         self.history: list[Event] = []
         self.active: dict[str, Tensor] = {}  # per prunable conv the sorted indices of its active filters
-        self._place(self._device())
+        self._pool = Pool([x.n_out for x in self.channels.prunable], self._device())
+        self._budget = self._new_budget()
+        self._mask: Tensor  # (T,) the active ones among all filters
         self._take(torch.ones_like(self._pool.layer, dtype=torch.bool), self._pool.sizes)
         self._check_budget()
         self._check_trained()
@@ -186,7 +188,7 @@ class REPrune:
     @torch.no_grad()
     def _event(self) -> Event:
         started = time.perf_counter()
-        self._place(self._device())
+        self._follow()
         clock = event.Clock(self._pool.device)
         found = event.Event(self._request(), self._ranks)
         found.launch(clock)
@@ -215,9 +217,8 @@ class REPrune:
     def _apply(self, outcome: event.Outcome) -> None:
         """Run on the chosen channels from now on."""
         rows = self._pool.split(self._pool.partition(outcome.kept))
-        gone = {
-            x.name: row[found.kept :] for x, row, found in zip(self.channels.prunable, rows, outcome.layers, strict=True)
-        }  # fmt: skip
+        names, kept = [x.name for x in self.channels.prunable], [found.kept for found in outcome.layers]
+        gone = {name: row[count:] for name, row, count in zip(names, rows, kept, strict=True)}
         self._narrowing.forget(self.channels.frozen(gone))  # the regrown come back without momentum
         self._take(outcome.active, [found.width for found in outcome.layers])
         self._narrow()
@@ -253,8 +254,7 @@ class REPrune:
 
     def _widths(self, extra: float) -> Callable[[], sparsity.Widths]:
         """How to find the filters to choose by coverage, and those to have after regrowth."""
-        config, n_out = self.config, self._pool.n_out
-        assert config.round_to is not None
+        config = self.config
         if isinstance(config.sparsity, Mapping):
             own = [(self._own_width(x, 0.0), self._own_width(x, extra)) for x in self.channels.prunable]
             keep, width = event.to_device(own, self._pool.device).T.unbind()
@@ -284,19 +284,20 @@ class REPrune:
             )
         return found.pop()
 
-    def _place(self, device: torch.device) -> None:
-        """What does not change from event to event, on the device where the model is now."""
-        if "_pool" in self.__dict__ and self._pool.device == device:
-            return
-        self._pool = Pool([x.n_out for x in self.channels.prunable], device)
-        terms, flops = self.channels.terms(), self.config.flops
-        dense = sum(cost.macs for cost in self.channels.costs)
-        most = 0 if flops is None else int(flops * dense) + 1
-        while most / dense > (flops or 0):  # as `Channels.flops` will say it
+    def _follow(self) -> None:
+        """Keep what an event reads where the model is, should it have been moved since the last one."""
+        device = self._device()
+        if self._pool.device != device:
+            self._pool, self._mask = Pool(self._pool.sizes, device), self._mask.to(device)
+            self._budget = self._new_budget()
+
+    def _new_budget(self) -> sparsity.Budget:
+        """The most multiply-adds of which `Channels.flops` says that they are in the budget."""
+        flops, dense = self.config.flops or 0.0, sum(cost.macs for cost in self.channels.costs)
+        most = int(flops * dense) + 1
+        while most / dense > flops:
             most -= 1
-        self._budget = sparsity.Budget(self._pool, terms, most)
-        if self.active:
-            self._mask = self._mask.to(device)
+        return sparsity.Budget(self._pool, self.channels.terms(), most)
 
     def _take(self, mask: Tensor, widths: Sequence[int]) -> None:
         """Make these filters (T,) bool the active ones, `widths` of every layer."""
@@ -430,7 +431,7 @@ class REPrune:
             Event(**{**event, "layers": tuple(LayerEvent(**layer) for layer in event["layers"])})
             for event in state["history"]
         ]
-        self._place(self._device())
+        self._follow()
         mask = torch.zeros_like(self._pool.layer, dtype=torch.bool)
         active = [state["layers"][layer.name]["active"] for layer in self.channels.prunable]
         for row, index in zip(self._pool.split(mask), active, strict=True):
@@ -553,7 +554,7 @@ def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
     """Of DistributedDataParallel, wherever it is wrapped."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
-            return module.process_group  # type: ignore[no-any-return]
+            return module.process_group
     return None
 
 

@@ -64,9 +64,7 @@ def shares(problems: Sequence[int], cost: Sequence[int], rank: int, size: int) -
     found, done = [], 0
     for count, each in zip(problems, cost, strict=True):
         # A problem belongs to the process in whose part of the whole cost it begins.
-        first, last = (
-            min(max(-((done - total * number // size) // each), 0), count) for number in (rank, rank + 1)
-        )
+        first, last = (min(max(-((done - total * number // size) // each), 0), count) for number in (rank, rank + 1))
         found.append((first, last))
         done += count * each
     return found

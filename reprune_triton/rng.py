@@ -6,12 +6,12 @@ The words equal those of Triton's `tl.randint(seed, offset)`.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-Word = TypeVar("Word", int, np.ndarray, torch.Tensor)  # 32-bit words, held in Python ints or in int64
+Word = TypeVar("Word", int, "np.ndarray[Any, Any]", torch.Tensor)  # 32-bit words, held in Python ints or in int64
 
 _LOW32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -26,9 +26,7 @@ def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(
-    c0: Word, c1: Word, c2: Word, c3: Word, k0: int | Word, k1: int | Word
-) -> tuple[Word, Word, Word, Word]:
+def philox(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word | int, k1: Word | int) -> tuple[Word, Word, Word, Word]:
     """Ten rounds of Philox-4x32 on the counter (c0, c1, c2, c3) under the key (k0, k1)."""
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
@@ -60,12 +58,14 @@ def derive_seed(seed: int, *ints: int) -> int:
     return seed
 
 
-def derive_seeds(seed: int, epoch: int, layers: int, streams: int) -> np.ndarray:
+def derive_seeds(seed: int, epoch: int, layers: int, streams: int) -> np.ndarray[Any, Any]:
     """derive_seed(seed, epoch, layer, stream) for all layers and streams: (layers, streams) int64."""
-    of_layer = _derived(np.int64(_derived(seed, epoch, 0)), np.arange(layers), 1)
+    of_layer = _derived(np.array(_derived(seed, epoch, 0)), np.arange(layers), 1)
     return _derived(of_layer[:, None], np.arange(streams)[None, :], 2)
 
 
 def _derived(seed: Word, value: Word, position: int) -> Word:
-    low, high, _, _ = philox(value & _LOW32, (value >> 32) & _LOW32, position, 1, seed & _LOW32, (seed >> 32) & _LOW32)
+    first, second = value * 0 + position, value * 0 + 1  # of the type of the others
+    key = seed & _LOW32, (seed >> 32) & _LOW32
+    low, high, _, _ = philox(value & _LOW32, (value >> 32) & _LOW32, first, second, *key)
     return (high & 0x7FFFFFFF) << 32 | low

@@ -12,7 +12,7 @@ their results together: levels by the maximum, all others by the sum, as what is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch import Tensor
 from reprune_triton import reference, rng
 from reprune_triton.errors import RepruneError
 from reprune_triton.ops import Clusters, Layer, Merges, check_finite, check_indices, scale_of, working_dtype
+
+if TYPE_CHECKING:
+    from reprune_triton.kernels.launch import Report
 
 
 class Work(NamedTuple):
@@ -222,10 +225,10 @@ class Triton:
         reports = self._reports(numbers)
         return [report.h * self._scale(report) for report in reports]
 
-    def _scale(self, report) -> float:  # type: ignore[no-untyped-def]
+    def _scale(self, report: Report) -> float:
         return 2.0 ** (2 * report.exponent if self.work.linkage == "ward" else report.exponent)
 
-    def _reports(self, numbers: Sequence[float]):  # type: ignore[no-untyped-def]
+    def _reports(self, numbers: Sequence[float]) -> list[Report]:
         """What the kernels say of every layer.
 
         Raises:
