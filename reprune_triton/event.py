@@ -81,7 +81,7 @@ class Clock:
     """Milliseconds of every stage: between events on a GPU, by the clock elsewhere."""
 
     def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
         self("")
 
@@ -89,7 +89,7 @@ class Clock:
         """This stage has been launched."""
         if self._cuda:
             mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
+            mark.record(torch.cuda.current_stream(self._device))
         self._marks.append((stage, mark if self._cuda else time.perf_counter()))
 
     def ms(self) -> dict[str, float]:

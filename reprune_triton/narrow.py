@@ -99,8 +99,8 @@ class Narrowing:
 
         Args:
             slices: the channels they run on.
-            frozen: the others, which are frozen from now on, and forgotten by the optimizer. Without it they are found
-                here, and the device is waited for.
+            frozen: the others, which keep their values from now on, and whose momentum every step leaves at zero.
+                Without it they are found here, and the device is waited for.
         """
         self._remove(self._handles)
         self._frozen = []
@@ -118,7 +118,6 @@ class Narrowing:
                 module.register_forward_hook(shadow.leave, always_call=True),
             ]
         self._frozen = self._parameters(self._others(slices) if frozen is None else frozen)
-        self._forget(self._frozen)
         # Compiled code does not look at hooks that come after it: without this it would go on with the old channels.
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()

@@ -391,7 +391,7 @@ class REPrune:
             "epoch": self.epoch,
             "finished": self._finished,
             "layers": {
-                layer.name: {"n_out": layer.n_out, "active": self.active[layer.name].cpu()}
+                layer.name: {"n_out": layer.n_out, "active": self.active[layer.name].cpu().clone()}
                 for layer in self.channels.prunable
             },
             "history": [_plain(asdict(event)) for event in self.history],
