@@ -135,7 +135,7 @@ def time_cell(
 def rounds(layer: ops.Layer, algorithm: str, args: argparse.Namespace) -> float:
     from reprune_triton.kernels import launch
 
-    return float(launch.cluster([layer], args.linkage, algorithm).work[:, 0].cpu().double().median())
+    return float(launch.cluster(launch.prepare([layer], args.linkage, algorithm)).work[:, 0].cpu().double().median())
 
 
 def against_scipy(

@@ -139,7 +139,7 @@ needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the ke
 def test_rounds_are_those_of_the_kernels(n, d):
     points = torch.from_numpy(problems(gaussian, 1, n, d, n)).float()
     layer = ops.Layer(points.transpose(0, 1).unsqueeze(2))
-    work = launch.cluster([layer], "ward", "auto" if d == 1 else "reciprocal").work[0].tolist()
+    work = launch.cluster(launch.prepare([layer], "ward", "auto" if d == 1 else "reciprocal")).work[0].tolist()
     if d == 1:
         (live,) = cost.count_line_rounds(points)
         assert work == [len(live), sum(-(-count // 32) for count in live)]
@@ -155,7 +155,7 @@ def test_rounds_are_those_of_the_kernels(n, d):
 def test_searches_are_those_of_the_chain(n, d, linkage):
     points = torch.from_numpy(problems(gaussian, 1, n, d, n)).float()
     layer = ops.Layer(points.transpose(0, 1).unsqueeze(2))
-    work = launch.cluster([layer], linkage, "chain").work[0].tolist()
+    work = launch.cluster(launch.prepare([layer], linkage, "chain")).work[0].tolist()
     assert [work[0]] == cost.count_searches(points, linkage)
 
 

@@ -38,6 +38,10 @@ BUDGET = {
     # One warp, all of it waiting for memory: 32 at once on an SM, its maximum, at 64 registers.
     "level_kernel": Budget(64, 8192, 0),
     "label_kernel": Budget(64, 8192, 1),
+    "membership_kernel": Budget(64, 8192, 4),
+    # One program for each layer, of 16 warps: what counts is how soon it is done.
+    "cover_kernel": Budget(128, 8192, 3),
+    "bits_kernel": Budget(64, 8192, 0),
 }
 # What is known to spill, and at most how much. An entry that is not needed any more fails.
 SPILLS = {
@@ -72,6 +76,7 @@ for config in launch.configurations():
     print(json.dumps({
         "kernel": config.kernel.__name__, "constants": dict(config.constants), "warps": config.warps,
         "resources": compiled.resources(binary)._asdict(), "ttgir": binary.asm["ttgir"],
+        "code": compiled.machine_code(binary) if cuda else [],
         "deepest_spill": deepest_spill(compiled.machine_code(binary)) if cuda else 0,
         "scratch": 0 if cuda else int(re.search(r"private_segment_fixed_size: *(\\d+)", binary.asm["amdgcn"])[1]),
         "parameters": [[p.name, p.is_constexpr, p.do_not_specialize_on_alignment] for p in config.kernel.params],
@@ -106,7 +111,7 @@ def barriers_of(row: dict) -> int:
 def test_a_layer_is_always_given_a_configuration_that_is_compiled_here():
     found = list(launch.configurations())
     known = set(found)
-    assert len(known) == len(found) and {launch.MAGNITUDE, launch.LEVEL, launch.LABEL} <= known
+    assert len(known) == len(found) and set(launch.FIXED) <= known
     sizes = {n for k in range(13) for n in (2**k - 1, 2**k, 2**k + 1) if 1 <= n <= launch.MAX_FILTERS}
     sizes |= {launch.SMALL, launch.SMALL + 1, 96, 160, 320, 1000, 3000}
     cases = [("ward", algorithm) for algorithm in launch.ALGORITHMS] + [(linkage, "auto") for linkage in chain.LINKAGES]
@@ -114,7 +119,7 @@ def test_a_layer_is_always_given_a_configuration_that_is_compiled_here():
         launch.configuration(n, d, *case)
         for n, d, case in itertools.product(sizes, range(1, launch.MAX_AREA + 1), cases)
     }
-    assert used == known - {launch.MAGNITUDE, launch.LEVEL, launch.LABEL}
+    assert used == known - set(launch.FIXED)
     assert {config.kernel.__name__ for config in known} == set(BUDGET)
 
 
@@ -174,17 +179,48 @@ def test_a_round_begins_and_ends_with_a_barrier(built, target):
     memory = re.compile(r"tt\.load|tt\.store|tt\.atomic|(?:ttg|gpu)\.barrier")
     seen = set()
     for row in built[target]:
-        if row["kernel"] not in ("chain_kernel", "reciprocal_kernel", "line_kernel"):
+        if row["kernel"] not in ("chain_kernel", "reciprocal_kernel", "line_kernel", "cover_kernel"):
             continue
         lines = row["ttgir"].splitlines()
-        (begin,) = (at for at, line in enumerate(lines) if "scf.while" in line)
+        if row["kernel"] == "cover_kernel":  # the second of the outer loops; the first clears the gains
+            loops = [at for at, line in enumerate(lines) if "scf.for" in line]
+            outermost = min(len(lines[at]) - len(lines[at].lstrip()) for at in loops)
+            _, begin = (at for at in loops if len(lines[at]) - len(lines[at].lstrip()) == outermost)
+        else:
+            (begin,) = (at for at, line in enumerate(lines) if "scf.while" in line)
         indent = lines[begin][: -len(lines[begin].lstrip())]
         end = next(at for at, line in enumerate(lines) if at > begin and re.match(indent + r"}(?! do)", line))
         for what, part in (("before", lines[:begin]), ("in", lines[begin:end])):
             last = [found[0] for line in part if (found := memory.search(line))][-1]
             assert last.endswith("barrier"), f"{target} {name(row)}: the last thing {what} the loop is {last}"
         seen.add(row["kernel"])
-    assert len(seen) == 3
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("target", compiled.TARGETS)
+def test_gains_change_after_all_have_read_them(built, target):
+    """In a step of coverage: loads of gains past the first-level cache, a barrier, and only then atomics."""
+    rows = [row for row in built[target] if row["kernel"] == "cover_kernel"]
+    assert len(rows) == 2
+    for row in rows:
+        lines = row["ttgir"].splitlines()
+        loads = [at for at, line in enumerate(lines) if "tt.load" in line and "cacheModifier = cg" in line]
+        atomics = [at for at, line in enumerate(lines) if "tt.atomic_rmw" in line]
+        barriers = [at for at, line in enumerate(lines) if re.search(r"\b(?:ttg|gpu)\.barrier\b", line)]
+        assert len(loads) == 1 and len(atomics) == 2, name(row)
+        assert any(loads[0] < at < atomics[0] for at in barriers), name(row)
+        assert all("relaxed, cta" in lines[at] for at in atomics), name(row)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_coverage_does_not_wait_for_its_atomics(built, target):
+    """Subtractions without an answer, and no fence of the whole GPU."""
+    for row in built[target]:
+        if row["kernel"] == "cover_kernel":
+            code = row["code"]
+            assert sum(line.startswith("RED") for line in code) >= 2, name(row)
+            assert not [line for line in code if line.startswith(("ATOM", "MEMBAR"))], name(row)
+            assert any(line.startswith("LDG.E.STRONG.GPU") for line in code), name(row)
 
 
 @pytest.mark.parametrize("target", NVIDIA)

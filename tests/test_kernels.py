@@ -47,16 +47,6 @@ ALGORITHMS = {  # name: linkage, algorithm, d
 }  # fmt: skip
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="kernels are not interpreted where there is a GPU")),
-        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a GPU")]),
-    ]
-)
-def device(request) -> str:
-    return request.param
-
-
 def points_of(family, P: int, n: int, d: int, seed: int, device: str) -> torch.Tensor:
     return torch.from_numpy(problems(family, P, n, d, seed)).float().to(device)
 
@@ -287,7 +277,7 @@ def test_distances_that_underflow(name, device):
 def test_an_evenly_spaced_line_takes_few_rounds(device):
     n = 4096 if device == "cuda" else 200
     layer = ops.Layer(torch.arange(float(n), device=device).view(n, 1, 1, 1))
-    forests = launch.cluster([layer])
+    forests = launch.cluster(launch.prepare([layer]))
     assert forests.work[0, 0] <= 2 * n.bit_length()
     assert int((forests.height - 0.5).abs().lt(1e-6).sum()) == n // 2, "the first round pairs everyone"
 
@@ -309,7 +299,7 @@ def test_signed_zeros_are_equal(device):
 
 def rounds(points: torch.Tensor, algorithm: str = "reciprocal") -> int:
     layer = ops.Layer(points.transpose(0, 1).unsqueeze(2))
-    return int(launch.cluster([layer], "ward", algorithm).work[:, 0].max())
+    return int(launch.cluster(launch.prepare([layer], "ward", algorithm)).work[:, 0].max())
 
 
 def test_copies_do_not_take_a_round_each(device):
@@ -516,8 +506,10 @@ def test_cut_of_some_problems_of_a_network(device):
     ]
     keeps = [3, 9, 2, 1]
     found = ops.cluster_network(layers, keeps, impl="triton")
-    forests = launch.cluster(layers, merges=[layer.n - keep for layer, keep in zip(layers, keeps, strict=True)])
-    labels, clusters = launch.cut(forests)
+    prepared = launch.prepare(layers)
+    forests = launch.cluster(prepared)
+    launch.level(prepared, forests, torch.tensor(keeps, dtype=torch.int32, device=device))
+    labels, clusters = launch.label(prepared, forests)
     assert torch.equal(labels, torch.cat([own.labels.flatten() for _, own in found]))
     counted = [len(row.unique()) for _, own in found for row in own.labels]
     assert clusters.tolist() == counted
@@ -558,7 +550,7 @@ def test_a_weight_that_is_not_finite_is_named(value, dtype, device):
     layers = [ops.Layer(weight, name="stem"), ops.Layer(bad, name="body"), ops.Layer(weight, name="head")]
     with pytest.raises(RepruneError, match="body has NaN or infinity in problem 2"):
         ops.ward_network(layers, impl="triton")
-    forests = launch.cluster(layers)
+    forests = launch.cluster(launch.prepare(layers))
     assert [report.clustered for report in launch.read_report(forests.report)] == [True, False, True]
     pruned = ops.Layer(bad, torch.arange(3, device=device)), ops.Layer(bad, None, torch.tensor([1, 0], device=device))
     assert len(ops.ward_network(pruned, impl="triton")) == 2, "a filter that is not active may be anything"
@@ -605,7 +597,7 @@ def test_an_index_that_does_not_exist_is_named_and_not_followed(index, device):
         layers = [ops.Layer(weight, right, right), ops.Layer(weight, filters, inputs, "body")]
         with pytest.raises(RepruneError, match="body: (filters|inputs) has an index outside 0 .. 5"):
             ops.ward_network(layers, impl="triton")
-        forests = launch.cluster(layers)  # without the check that ops makes for the CPU
+        forests = launch.cluster(launch.prepare(layers))  # without the check that ops makes for the CPU
         assert [report.clustered for report in launch.read_report(forests.report)] == [True, False]
 
 
@@ -634,10 +626,13 @@ def test_every_loop_ends(bad, name, device, monkeypatch):
         points[0, 2:4] = torch.inf
     layers = [ops.Layer(x.transpose(0, 1).unsqueeze(2)) for x in (good, points)]
     without_magnitudes(monkeypatch)
-    forests = launch.cluster(layers, method, algorithm, [4, 4])
+    prepared = launch.prepare(layers, method, algorithm)
+    forests = launch.cluster(prepared)
     assert ((forests.parent >= 0) & (forests.parent < 9)).all()
     assert (forests.work[:, 0] <= 9 * 10).all()
-    launch.cut(forests)
+    launch.level(prepared, forests, torch.tensor([5, 5], dtype=torch.int32, device=device))
+    labels, _ = launch.label(prepared, forests)
+    assert ((labels >= 0) & (labels < 9)).all(), "what reads them next may follow them"
     first, second = launch.read_report(forests.report)
     assert first.finished and first.clustered and second.clustered
     if name in ("reciprocal", "line") and bad == "all":
@@ -685,7 +680,7 @@ def test_one_launch_for_each_kernel_and_area_largest_first():
         (70, 1, 1),
     ]  # n, columns, k
     layers = [ops.Layer(torch.empty(1).expand(n, columns, k, k)) for n, columns, k in shapes]
-    rows, launches = launch.plan(layers, merges=range(10))
+    rows, launches = launch.plan(layers, seeds=[(number, 2**40 + number) for number in range(10)])
     assert len(rows) == len(layers)
     assert [(part.configuration.kernel.__name__, part.rows) for part in launches] == [
         ("reciprocal_kernel", [1, 0, 3]), ("chain_kernel", [2, 5]), ("chain_kernel", [4]), ("reciprocal_kernel", [6]),
@@ -703,7 +698,9 @@ def test_one_launch_for_each_kernel_and_area_largest_first():
         assert at == part.floats
     assert [row["problem"] for row in named] == list(np.cumsum([0] + [columns for _, columns, _ in shapes[:-1]]))
     assert [row["forest"] for row in named] == list(np.cumsum([0] + [n * columns for n, columns, _ in shapes[:-1]]))
-    assert [row["merges"] for row in named] == [row["layer"] for row in named] == list(range(10))
+    assert [row["filter"] for row in named] == list(np.cumsum([0] + [n for n, _, _ in shapes[:-1]]))
+    assert [row["tie_seed"] for row in named] == [row["layer"] for row in named] == list(range(10))
+    assert [row["draw_seed"] - 2**40 for row in named] == list(range(10))
     assert [(row["n"], row["columns"], row["d"], row["kernel_w"]) for row in named] == [
         (n, columns, k * k, k) for n, columns, k in shapes
     ]

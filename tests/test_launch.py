@@ -43,9 +43,16 @@ def compile_only(self, programs, *arguments):
 launch.Configuration.run = compile_only
 for sizes in (((40, 3), (100, 3), (300, 1)), ((41, 3), (111, 3), (511, 1)), ((64, 3), (1, 3), (2, 2))):
     layers = [ops.Layer(torch.randn(n, 16, k, k)[:, 1:], torch.arange(n + 1)[1:] % n) for n, k in sizes]
-    launch.cut(launch.cluster(layers, "ward", "auto", [0] * len(layers)))
+    event, keep = launch.prepare(layers, seeds=[(5, 1 << 40)] * 3), torch.zeros(4, dtype=torch.int32)[1:]
+    forests = launch.cluster(event)
+    launch.level(event, forests, keep)
+    labels, _ = launch.label(event, forests)
+    for order in (None, torch.zeros(event.sizes.filters + 1, dtype=torch.int32)[1:]):
+        launch.cover(event, forests.report, launch.membership(event, forests.report, labels), keep, order)
+    launch.draw_bits(event)
     launch.cut_layer(torch.zeros(33, dtype=torch.int32)[1:].view(2, 16), torch.zeros(33)[1:].view(2, 16), 1)
-    launch.cluster(layers, "average")
+    launch.cover_layer(torch.zeros(33, dtype=torch.int32)[1:].view(2, 16), 1, 0, None)
+    launch.cluster(launch.prepare(layers, "average"))
 print(json.dumps([[config.kernel.__name__, len(hashes), sorted({*hashes, digest(compiled.build(config, "sm_90"))})]
                   for config, hashes in kernels.items()]))
 """
@@ -58,6 +65,7 @@ def test_a_launch_compiles_what_was_tested_and_nothing_else(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     kernels = {"magnitude_kernel", "chain_kernel", "reciprocal_kernel", "line_kernel", "level_kernel", "label_kernel"}
+    kernels |= {"membership_kernel", "cover_kernel", "bits_kernel"}
     assert {name for name, _, _ in found} == kernels
     for name, _, hashes in found:
         assert len(hashes) == 1, f"{name} was compiled in {len(hashes)} ways"
