@@ -61,8 +61,8 @@ LABEL = Configuration(cut.label_kernel, (("BLOCK", 128),), 1)
 MEMBERSHIP = Configuration(coverage.membership_kernel, (("BLOCK", 128),), 1)
 # One program chooses all filters of a layer, one after another: the more lanes, the fewer waits for memory.
 _COVER = (("FILTERS", 512), ("COLUMNS", 1024), ("MEMBERS", 4))
-COVER_AT_RANDOM = Configuration(coverage.cover_kernel, (("RANDOM", 1), *_COVER), 16)
-COVER_IN_ORDER = Configuration(coverage.cover_kernel, (("RANDOM", 0), *_COVER), 16)
+COVER_AT_RANDOM = Configuration(coverage.cover_kernel, (("RANDOM", 1), *_COVER), 16, max_registers=96)
+COVER_IN_ORDER = Configuration(coverage.cover_kernel, (("RANDOM", 0), *_COVER), 16, max_registers=96)
 BITS = Configuration(coverage.bits_kernel, (("BLOCK", 256),), 4)
 FIXED = (MAGNITUDE, LEVEL, LABEL, MEMBERSHIP, COVER_AT_RANDOM, COVER_IN_ORDER, BITS)  # of any linkage and size
 

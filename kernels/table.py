@@ -72,7 +72,7 @@ def exponent(bits: int) -> int:
 def owners(rows: Sequence[int], begins: Sequence[int], ends: Sequence[int]) -> np.ndarray:
     """The owner array of a launch that has the problems begins[i] .. ends[i] - 1 of each rows[i], in this order."""
     parts = [np.arange(begin, end) + (row << 32) for row, begin, end in zip(rows, begins, ends, strict=True)]
-    return np.concatenate(parts)
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def to_device(rows: Sequence[Sequence[int]], owner_arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:

@@ -40,7 +40,7 @@ BUDGET = {
     "label_kernel": Budget(64, 8192, 1),
     "membership_kernel": Budget(64, 8192, 4),
     # One program for each layer, of 16 warps: what counts is how soon it is done.
-    "cover_kernel": Budget(128, 8192, 3),
+    "cover_kernel": Budget(96, 8192, 3),
     "bits_kernel": Budget(64, 8192, 0),
 }
 # What is known to spill, and at most how much. An entry that is not needed any more fails.

@@ -22,14 +22,19 @@ def sets_of(labels: torch.Tensor) -> list[set]:
     return [{(j, int(label)) for j, label in enumerate(column)} for column in labels.T]
 
 
+# In a process with a GPU the kernels are compiled, and take no tensors of the CPU: see test_coverage.
+IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled"))]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("tie", ops.TIES)
-def test_greedy_replayed_with_sets(tie):
+def test_greedy_replayed_with_sets(tie, impl):
     for seed, (n_in, n_out, clusters, keep) in enumerate(
         [(1, 1, 1, 1), (1, 9, 4, 9), (3, 5, 9, 1), (8, 16, 6, 8), (20, 37, 12, 18), (64, 64, 20, 32), (5, 20, 3, 20)]
     ):
         labels = random_labels(n_in, n_out, clusters, seed)
         score = torch.from_numpy(np.random.default_rng(seed).integers(0, 4, n_out)).float()  # with equal scores
-        cover = ops.cover(labels, keep, tie, seed, score=score)
+        cover = ops.cover(labels, keep, tie, seed, impl, score)
         filters, seen, gains = sets_of(labels), set(), []
         assert len(set(cover.order.tolist())) == keep
         for step, choice in enumerate(cover.order.tolist()):
@@ -50,13 +55,14 @@ def test_greedy_replayed_with_sets(tie):
         assert cover.coverage == len(seen) / cover.clusters
 
 
-def test_at_least_63_percent_of_the_best_cover():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_at_least_63_percent_of_the_best_cover(impl):
     for seed in range(30):
         labels = random_labels(4, 9, 4, seed)
         filters = sets_of(labels)
         for keep in (2, 3, 4):
             best = max(len(set().union(*chosen)) for chosen in itertools.combinations(filters, keep))
-            covered = ops.cover(labels, keep, seed=seed).covered
+            covered = ops.cover(labels, keep, seed=seed, impl=impl).covered
             assert (1 - 1 / math.e) * best <= covered <= best, f"seed {seed} keep {keep}"
 
 
@@ -82,10 +88,11 @@ def chi_square(counts: np.ndarray) -> float:
     return float(((counts - expected) ** 2).sum() / expected)
 
 
-def test_random_ties_are_uniform_at_every_step():
-    n, seeds = 6, 1500
+@pytest.mark.parametrize("impl", IMPLS)
+def test_random_ties_are_uniform_at_every_step(impl):
+    n, seeds = 6, 1500 if impl == "reference" else 300
     labels = torch.arange(n).expand(2, n)  # all alike: every step ties among all that are left
-    picks = np.array([ops.cover(labels, 3, seed=seed).order.tolist() for seed in range(seeds)])
+    picks = np.array([ops.cover(labels, 3, seed=seed, impl=impl).order.tolist() for seed in range(seeds)])
     for step in range(3):
         assert chi_square(np.bincount(picks[:, step], minlength=n)) < 25.7, "5 degrees of freedom, p = 1e-4"
     pairs = np.unique(picks[:, 0] * n + picks[:, 1], return_counts=True)[1]
