@@ -1,8 +1,10 @@
-"""Time one pruning event: clustering and cut of all layers in one call, then the selection, beside other libraries.
+"""Time one pruning event: clustering and cut of all layers in one call, beside other libraries; then the whole event,
+stage by stage, as the pruner runs it.
 
 Times are only shown once the results are the same: the heights of every merge, and the clusters at the cut. Where two
 merges are closer than float32 can tell, ours may take the other one; then all merges of that problem are carried out
-again in float64, and each must have been a cheapest one at its turn.
+again in float64, and each must have been a cheapest one at its turn. Of the whole event the filters must be those that
+the reference chooses from these merges.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,14 +24,28 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from reprune_triton import models, ops
+from reprune_triton import REPrune, models, ops, reference, sparsity
+from reprune_triton import event as events
 from reprune_triton.bench import rows
 from reprune_triton.errors import RepruneError
+from reprune_triton.pool import Pool
+from reprune_triton.rng import derive_seeds
 
 TOLERANCE = 1e-5  # float32 heights against float64 ones, relative to the largest
 RULES = ("prunable", "resnet", "all")
 Peer = Callable[[np.ndarray], np.ndarray]  # points (n, d) -> linkage matrix
 Result = tuple[ops.Merges, ops.Clusters]
+EPOCH, UNTIL, REGROW = 1, 2, 0.3  # of the whole event: half of the regrowth is left
+BETWEEN = 92.0
+# What the profiler calls the work of an event, by how the names begin.
+WORK = {
+    "launches": ("cudaLaunchKernel", "cuLaunchKernel"),
+    "transfers": ("Memcpy DtoH",),
+    "synchronisations": (
+        "cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cuStreamSynchronize",
+        "cuEventSynchronize", "cuCtxSynchronize",
+    ),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is the same there, the first 3x3 of a BasicBlock, the first 1x1 and the 3x3 of a Bottleneck; all: every conv "
         "that is not grouped (default: prunable)",
     )  # fmt: skip
-    parser.add_argument("--sparsity", type=float, default=0.5, help="of every layer (default: 0.5)")
+    parser.add_argument(
+        "--sparsity", type=float, default=0.5, help="of every layer; in the whole event, of all layers (default: 0.5)"
+    )
     parser.add_argument("--linkage", default="ward", choices=ops.LINKAGES)
     parser.add_argument("--impl", default="auto", choices=ops.IMPLS)
     parser.add_argument("--algorithm", default="auto", choices=ops.ALGORITHMS, help="of Triton (default: auto)")
@@ -53,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inputs", type=int, metavar="K", help="nobody clusters more than the first K input channels: a trial run"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the ties and the sampled channels")
+    parser.add_argument(
+        "--between", type=float, default=BETWEEN, metavar="SECONDS",
+        help="of training between two events, of which the event's share is shown (default: 92, a published time for "
+        "two epochs of ResNet-50 on ImageNet on 8 GPUs)",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
@@ -76,6 +100,8 @@ def run(args: argparse.Namespace) -> None:
     counts = (args.threads, args.repeat, *(k for k in (args.channels, args.inputs) if k is not None))
     if min(counts) < 1:
         raise RepruneError("--threads, --repeat, --channels and --inputs must be at least 1.")
+    if not args.between > 0:
+        raise RepruneError("--between must be more than 0 seconds.")
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe has no width to keep to
     device = torch.device(args.device)
     if device.type == "cuda":
@@ -91,6 +117,9 @@ def run(args: argparse.Namespace) -> None:
     ops.cluster_network([warm_up], [keeps[warm_up.name]], args.linkage, args.impl, args.algorithm)
     total = parts[-1]
     total.figures, results = time_ours(layers, keeps, args)
+    merges = merges_of_an_event(layers, results, args)
+    subject = of_a_pruner(layers, args) if runs_a_pruner(args) else alone(layers, args)
+    total.figures |= time_event(subject, merges, args)
     for part in parts[:-1]:
         if len(part.layers) == len(layers):
             part.figures = dict(total.figures)
@@ -98,6 +127,8 @@ def run(args: argparse.Namespace) -> None:
         part.figures, again = time_ours(part.layers, keeps, args)
         for name in again:
             check_same_bits(name, again[name], results[name])
+        if part.row != "layer":
+            part.figures |= time_event(alone(part.layers, args), merges, args)
     checked = [results]
     if device.type == "cuda" and sums[0][1]:
         on_cpu = Part("1x1 on the CPU", [layer._replace(weight=layer.weight.cpu()) for layer in sums[0][1]])
@@ -114,8 +145,12 @@ def run(args: argparse.Namespace) -> None:
     impl = "+".join(sorted({"triton" if ops.uses_triton(layer, args.impl) else "reference" for layer in layers}))
     if impl == "triton":
         add_rounds(parts, layers, args)
+        add_counts(console, total, subject, args)
         if device.type == "cuda":
+            add_graph(console, total, args)
             add_floor(console, parts, args)
+    total.figures["between_s"] = args.between
+    total.figures["share_of_training"] = total.figures["event_s"] / args.between
     report(console, parts, keeps, list(peers), impl, doubts, args)
 
 
@@ -126,8 +161,7 @@ def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def choose(args: argparse.Namespace) -> list[ops.Layer]:
     """The layers of the event, freshly initialised, on the device."""
-    torch.manual_seed(args.seed)
-    model = models.build(args.model, num_classes=10 if args.model in models.CIFAR_RESNETS else 1000)
+    model = build(args)
     if args.layers == "all":
         names = [name for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d) and conv.groups == 1]
     elif args.layers == "resnet":
@@ -136,7 +170,8 @@ def choose(args: argparse.Namespace) -> list[ops.Layer]:
         from reprune_triton import channels
 
         try:
-            names = [layer.name for layer in channels.analyse(model, models.example_inputs(args.model)).prunable]
+            found = channels.analyse(model, models.example_inputs(args.model)).prunable
+            names = [layer.name for layer in found if layer.norm]  # the scales share out a global sparsity
         except ModuleNotFoundError as error:
             raise RepruneError(
                 "--layers prunable needs torch-pruning: pip install torch-pruning. "
@@ -147,6 +182,11 @@ def choose(args: argparse.Namespace) -> list[ops.Layer]:
     weights = [model.get_parameter(f"{name}.weight").detach().to(args.device) for name in names]
     inputs = [torch.arange(min(args.inputs, w.shape[1]), device=w.device) if args.inputs else None for w in weights]
     return [ops.Layer(weight, None, index, name) for weight, index, name in zip(weights, inputs, names, strict=True)]
+
+
+def build(args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(args.seed)
+    return models.build(args.model, num_classes=10 if args.model in models.CIFAR_RESNETS else 1000)
 
 
 def resnet_rule(model: nn.Module) -> list[str]:
@@ -163,7 +203,7 @@ def resnet_rule(model: nn.Module) -> list[str]:
 def time_ours(
     layers: list[ops.Layer], keeps: dict[str, int], args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Result]]:
-    """Cluster and cut the layers in one call, then select layer by layer, as the pruner does."""
+    """Cluster and cut the layers in one call."""
     device, wanted = torch.device(args.device), [keeps[layer.name] for layer in layers]
     cuda = device.type == "cuda"
     turns: list[dict[str, float]] = []
@@ -186,19 +226,235 @@ def time_ours(
         turns.append(turn)
     del turns[:cuda]  # on a GPU the first one compiles
     figures = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
-
-    selections = []
-    for _ in range(min(args.repeat, 3)):
-        started = time.perf_counter()
-        for (_, clusters), keep in zip(found, wanted, strict=True):
-            ops.cover(clusters.labels, keep, seed=args.seed)
-        if cuda:
-            torch.cuda.synchronize(device)
-        selections.append(time.perf_counter() - started)
-    figures["select_s"] = statistics.median(selections)
-    figures["event_s"] = figures["cluster_s"] + figures["select_s"]
     names = [layer.name for layer in layers]
     return figures, dict(zip(names, found, strict=True))
+
+
+class Whole(NamedTuple):
+    """One event that has been run."""
+
+    stages: dict[str, float]  # ms
+    ms: float  # by the clock
+    outcome: events.Outcome
+    gammas: torch.Tensor  # (T,) the BatchNorm scales that it counted
+
+
+class Subject(NamedTuple):
+    """Layers on which the whole event can be run."""
+
+    layers: list[ops.Layer]
+    fresh: Callable[[], Callable[[], Whole]]  # prepares what is not timed, and gives the event to run
+
+
+class Watched(REPrune):
+    """A pruner that keeps what its event found."""
+
+    outcome: events.Outcome
+
+    def _apply(self, outcome: events.Outcome) -> None:
+        self.outcome = outcome
+        super()._apply(outcome)
+
+
+def runs_a_pruner(args: argparse.Namespace) -> bool:
+    """A pruner prunes what is prunable, over all its inputs."""
+    return args.layers == "prunable" and args.inputs is None
+
+
+def of_a_pruner(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
+    """The whole event is `REPrune.step`, each time of a new pruner; its analysis of the model is not timed."""
+
+    def fresh() -> Callable[[], Whole]:
+        model = build(args)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+                nn.init.uniform_(module.weight)
+        model.to(args.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        pruner = Watched(
+            model, optimizer, example_inputs=models.example_inputs(args.model).to(args.device), sparsity=args.sparsity,
+            every=EPOCH, until=UNTIL, regrow=REGROW, linkage=args.linkage, round_to=1, seed=args.seed, impl=args.impl,
+        )  # fmt: skip
+
+        def step() -> Whole:
+            event = pruner.step()
+            assert event is not None
+            return Whole(event.stages, event.ms, pruner.outcome, pruner._gammas())
+
+        return step
+
+    return Subject(layers, fresh)
+
+
+def alone(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
+    """The whole event without a model to apply it to."""
+    request, gammas = request_of(layers, args)
+
+    def run_event() -> Whole:
+        started = time.perf_counter()
+        clock = events.Clock(request.pool.device)
+        found = events.Event(request)
+        found.launch(clock)
+        outcome = found.read()
+        return Whole(clock.ms(), (time.perf_counter() - started) * 1e3, outcome, gammas)
+
+    return Subject(layers, lambda: run_event)
+
+
+def request_of(layers: list[ops.Layer], args: argparse.Namespace) -> tuple[events.Request, torch.Tensor]:
+    """An event over these layers as a pruner would ask for it, and the scales (T,) that it counts."""
+    pool = Pool([layer.n_out for layer in layers], layers[0].weight.device)
+    gammas = torch.rand(pool.total, generator=torch.Generator().manual_seed(args.seed)).to(pool.device)
+    active = torch.ones_like(gammas, dtype=torch.bool)
+
+    def widths() -> sparsity.Widths:
+        return sparsity.at_sparsity(sparsity.Scales(pool, gammas, active), args.sparsity, extra(), 1, 1)
+
+    watched = [gammas, *(layer.weight for layer in layers)]
+    return events.Request(layers, pool, widths, seeds(layers, args), args.linkage, args.impl, watched=watched), gammas
+
+
+def extra() -> float:
+    """By how much the network is denser after regrowth."""
+    return sparsity.regrow_share(EPOCH, UNTIL, REGROW)
+
+
+def seeds(layers: list[ops.Layer], args: argparse.Namespace) -> list[tuple[int, int]]:
+    return derive_seeds(args.seed, EPOCH, len(layers), 2).tolist()
+
+
+def time_event(subject: Subject, merges: Mapping[str, ops.Merges], args: argparse.Namespace) -> dict[str, float]:
+    """Medians of the whole event and of its stages, in seconds, once its filters are the right ones."""
+    cuda = torch.device(args.device).type == "cuda"
+    runs: list[Whole] = []
+    for _ in range(args.repeat + cuda):
+        event = subject.fresh()
+        if cuda:
+            torch.cuda.synchronize(args.device)
+        runs.append(event())
+    check_selection(subject.layers, merges, runs[0], args)
+    if not all(same_outcome(run.outcome, runs[0].outcome) for run in runs):
+        raise RepruneError("two runs of the event chose other filters; no times are shown.")
+    del runs[:cuda]  # on a GPU the first one compiles
+    figures = {
+        f"stage_{stage}_s": statistics.median(run.stages[stage] for run in runs) / 1e3 for stage in runs[0].stages
+    }
+    figures["select_s"] = figures["stage_membership_s"] + figures["stage_cover_s"]
+    figures["event_s"] = statistics.median(run.ms for run in runs) / 1e3
+    return figures
+
+
+def same_outcome(one: events.Outcome, other: events.Outcome) -> bool:
+    masks = (one.kept, other.kept), (one.active, other.active)
+    return one.layers == other.layers and all(torch.equal(a, b) for a, b in masks)
+
+
+def merges_of_an_event(
+    layers: list[ops.Layer], results: dict[str, Result], args: argparse.Namespace
+) -> dict[str, ops.Merges]:
+    """An event knows no --algorithm. Else its merges are those that are checked against the other libraries."""
+    if args.algorithm == "auto":
+        return {name: merges for name, (merges, _) in results.items()}
+    found = ops.ward_network(layers, args.linkage, args.impl)
+    return {layer.name: merges for layer, merges in zip(layers, found, strict=True)}
+
+
+def check_selection(
+    layers: list[ops.Layer], merges: Mapping[str, ops.Merges], whole: Whole, args: argparse.Namespace
+) -> None:
+    """Cut and choose again with the reference, layer by layer, and count the widths again; raise where they differ."""
+    pool = Pool([layer.n_out for layer in layers])
+    outcome, gammas = whole.outcome, pool.split(whole.gammas.detach().cpu())
+    kept, active = pool.split(outcome.kept.cpu()), pool.split(outcome.active.cpu())
+    keeps, widths = (widths_at(gammas, share) for share in (args.sparsity, max(args.sparsity - extra(), 0)))
+    for number, (layer, found) in enumerate(zip(layers, outcome.layers, strict=True)):
+        parent, height = (tensor.cpu() for tensor in merges[layer.name][:2])
+        labels, _ = reference.cut(parent, height, found.kept)
+        seed = seeds(layers, args)[number][0]
+        order, _, covered, clusters = reference.cover(labels, found.kept, "random", seed, None)
+        chosen = torch.zeros_like(kept[number])
+        chosen[order] = True
+        if not torch.equal(chosen, kept[number]):
+            raise RepruneError(f"{layer.name}: other filters than the reference chooses; no times are shown.")
+        counted = (int(kept[number].sum()), int(active[number].sum()), covered, clusters)
+        if found[:4] != counted or counted[:2] != (keeps[number], widths[number]) or (chosen & ~active[number]).any():
+            raise RepruneError(f"{layer.name}: the widths do not add up; no times are shown.")
+
+
+def widths_at(gammas: Sequence[torch.Tensor], share: float) -> list[int]:
+    """Filters of each layer above the quantile of all scales, and one at least."""
+    ordered = torch.cat(list(gammas)).sort().values.tolist()
+    rank = len(ordered) - ops.keep_count(len(ordered), share)
+    threshold = ordered[rank - 1] if rank else -1.0
+    return [max(1, int((own > threshold).sum())) for own in gammas]
+
+
+def add_counts(console: Console, total: Part, subject: Subject, args: argparse.Namespace) -> None:
+    """What one whole event asks of the device."""
+    from reprune_triton.kernels import launch
+
+    event = subject.fresh()
+    if torch.device(args.device).type != "cuda":
+        run, launches = launch.Configuration.run, 0
+
+        def counted(configuration: launch.Configuration, programs: int, *arguments: torch.Tensor) -> None:
+            nonlocal launches
+            launches += programs > 0
+            run(configuration, programs, *arguments)
+
+        with mock.patch.object(launch.Configuration, "run", counted):
+            event()
+        total.figures["launches"] = launches
+        return
+    try:
+        before, after_it = (profiled(work) for work in (lambda: None, event))  # the profiler itself waits in the end
+    except Exception as error:  # measurements on a lent GPU must not be lost over it
+        console.print(f"Launches are not counted: {type(error).__name__}: {error}", markup=False)
+        return
+    if after_it["launches"]:
+        total.figures |= {key: after_it[key] - before[key] for key in WORK}
+    else:
+        console.print("Launches are not counted: the profiler saw none. CUPTI may be missing.")
+
+
+def profiled(work: Callable[[], object]) -> dict[str, int]:
+    """How often each kind of WORK happens."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        work()
+    names = [event.name for event in profiler.events()]
+    return {key: sum(name.startswith(begin) for name in names) for key, begin in WORK.items()}
+
+
+def add_graph(console: Console, total: Part, args: argparse.Namespace) -> None:
+    """The time of the event without `apply` as a CUDA graph, which must find what the event finds."""
+    found, spent = events.Event(request_of(total.layers, args)[0]), list[float]()
+    try:
+        stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            found.launch()
+        here.wait_stream(stream)
+        wanted = found.read()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found.launch()
+        for _ in range(args.repeat + 1):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize(args.device)
+            spent.append(begin.elapsed_time(end) / 1e3)
+        replayed = found.read()
+    except Exception as error:  # measurements on a lent GPU must not be lost over it
+        console.print(f"No CUDA graph: {type(error).__name__}: {error}", markup=False)
+        return
+    if not same_outcome(replayed, wanted):
+        raise RepruneError("a CUDA graph of the event chose other filters; no times are shown.")
+    total.figures["graph_s"] = statistics.median(spent[1:])
 
 
 def check_same_bits(name: str, one: Result, other: Result) -> None:
@@ -212,7 +468,7 @@ def add_rounds(parts: list[Part], layers: list[ops.Layer], args: argparse.Namesp
     """How many rounds the kernels took for a problem; of a chain, searches. Medians."""
     from reprune_triton.kernels import launch
 
-    rounds = launch.cluster(layers, args.linkage, args.algorithm).work[:, 0].cpu()
+    rounds = launch.cluster(launch.prepare(layers, args.linkage, args.algorithm)).work[:, 0].cpu()
     split = rounds.split([layer.columns for layer in layers])
     of_layer = {layer.name: some for layer, some in zip(layers, split, strict=True)}
     for part in parts:
@@ -401,25 +657,25 @@ def report(
     table = Table(
         title=f"One pruning event of {args.model} ({args.layers} layers{trial}): {args.linkage}, sparsity "
         f"{args.sparsity}, {impl}{algorithm} on {settings['device']}, {settings['threads']} CPU thread(s), seconds",
-        caption="Sums are one call for their layers. Others / ours: their clustering alone, our clustering and cut. "
-        "1x1 kernels are points on a line: that part of the gain is the algorithm's. "
+        caption="Sums are one call for their layers. Selection: in the whole event. Others / ours: their clustering "
+        "alone, our clustering and cut. 1x1 kernels are points on a line: that part of the gain is the algorithm's. "
         f"Other libraries{measured}: one call per input channel on {settings['cpu']}.",
     )
     # Columns that this run has, by key: heading and form.
     forms = {
-        "device_s": ("on the device", seconds), "scratch_mb": ("MB", "{:.1f}".format),
-        "rounds": ("rounds", "{:g}".format), "floor_ms": ("floor, ms", "{:.3f}".format),
-        "share": ("floor / time", "{:.0%}".format),
+        "select_s": ("selection", seconds), "device_s": ("on the device", seconds),
+        "scratch_mb": ("MB", "{:.1f}".format), "rounds": ("rounds", "{:g}".format),
+        "floor_ms": ("floor, ms", "{:.3f}".format), "share": ("floor / time", "{:.0%}".format),
     }  # fmt: skip
     forms = {key: form for key, form in forms.items() if key in total.figures}
     table.add_column("layer")
-    headings = ["n_out", "n_in", "kernel", "keep", "clustering, cut", "selection"]
+    headings = ["n_out", "n_in", "kernel", "keep", "clustering, cut"]
     for column in (*headings, *(head for head, _ in forms.values()), *peers, *(f"{name} / ours" for name in peers)):
         table.add_column(column, justify="right")
 
     def line(part: Part, title: str, *shape: str) -> None:
         figures = part.figures
-        cells = [seconds(figures["cluster_s"]), seconds(figures["select_s"])]
+        cells = [seconds(figures["cluster_s"])]
         cells += [form(figures[key]) if key in figures else "" for key, (_, form) in forms.items()]
         others = [figures[f"{name.lower()}_s"] for name in peers]
         ratios = [f"{theirs / figures['cluster_s']:.2f}x" for theirs in others]
@@ -441,8 +697,7 @@ def report(
             own = plain_settings(args) | {"cuda": None} if part.row == "1x1 on the CPU" else {}
             rows.append(args.json, settings | own | {"row": part.row} | about | part.figures)
     console.print(table)
-    others = "".join(f"; {name}'s clustering alone {seconds(total.figures[f'{name.lower()}_s'])} s" for name in peers)
-    console.print(f"The whole event: {seconds(total.figures['event_s'])} s (clustering, cut, selection){others}.")
+    report_stages(console, total, peers, args)
     if peers:
         console.print(
             f"Checked first: equal merge heights (to {TOLERANCE:g} of the largest) and equal clusters at the cut "
@@ -452,6 +707,37 @@ def report(
         )
     else:
         console.print("Nothing was compared. pip install scipy fastcluster")
+    console.print("The filters of the whole event are those that the reference chooses from the same merges.")
+
+
+def report_stages(console: Console, total: Part, peers: list[str], args: argparse.Namespace) -> None:
+    """Of the whole event."""
+    figures = total.figures
+    stages = [key for key in figures if key.startswith("stage_")]
+    table = Table(title="Stages")
+    for column in ("stage", "ms", "share"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for key in (*stages, "event_s"):
+        name = "all, by the clock" if key == "event_s" else key.removeprefix("stage_").removesuffix("_s")
+        share = f"{figures[key] / figures['event_s']:.1%}"
+        table.add_row(name, f"{figures[key] * 1e3:.3f}", share, end_section=key == stages[-1])
+    console.print(table)
+    if "transfers" in figures:
+        console.print(
+            f"One event: {figures['launches']} kernel launches, {figures['transfers']} copies to the host, "
+            f"{figures['synchronisations']} synchronising calls."
+        )
+    elif "launches" in figures:
+        console.print(f"One event: {figures['launches']} launches of Triton. Transfers are counted on a GPU.")
+    if "graph_s" in figures:
+        console.print(f"As a CUDA graph, applied to no model: {figures['graph_s'] * 1e3:.3f} ms on the device.")
+    if args.algorithm != "auto":
+        console.print("The whole event chooses the algorithm itself: --algorithm is of clustering alone.")
+    others = "".join(f"; {name}'s clustering alone {seconds(figures[f'{name.lower()}_s'])} s" for name in peers)
+    what = "REPrune.step" if runs_a_pruner(args) else "applied to no model"
+    console.print(f"The whole event ({what}, median of {args.repeat}): {seconds(figures['event_s'])} s{others}.")
+    share = f"{100 * figures['share_of_training']:.2g} %"
+    console.print(f"That is {share} of {args.between:g} s of training between two events.")
 
 
 def seconds(t: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter: a rehearsal"
     )
-    parser.add_argument("--bits", choices=("tiny", "small", "full"), help="only print hashes of fixed clusterings")
+    parser.add_argument("--bits", choices=("tiny", "small", "full"), help="only print hashes of some fixed choices")
     parser.add_argument("--twice", action="store_true", help="with --bits: in two fresh processes, and compare")
 
 
@@ -102,12 +103,14 @@ def parts(out: Path) -> list[Part]:
         skip = "" if sanitizer else "compute-sanitizer not found"
         found.append(Part(tool, command, 60, environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),), skip=skip))
 
-    def event(model: str, layers: str, *options: str, limit: float = 60, needs: float = LEAST) -> Part:
+    def event(model: str, layers: str, *options: str, limit: float = 60, needs: float = LEAST, skip: str = "") -> Part:
         command = (*BENCH, *f"event --model {model} --layers {layers} --device cuda --repeat 10".split(), *options)
         name = " ".join(("event", model, layers, *(option.removeprefix("--") for option in options)))
-        return Part(name, (*command, "--json", str(out / "event.jsonl")), limit, needs)
+        return Part(name, (*command, "--json", str(out / "event.jsonl")), limit, needs, skip=skip)
 
     found += [
+        # Every repeat analyses the model anew, which is not timed.
+        event("resnet50", "prunable", "--channels", "8", "--repeat", "5", limit=90, skip=without_torch_pruning()),
         event("resnet50", "resnet", "--channels", "8", limit=90),
         event("resnet18", "resnet", "--channels", "8"),
         event("resnet56", "resnet"),
@@ -130,8 +133,19 @@ def tiny_parts(out: Path) -> list[Part]:
         Part("event resnet8", (*event, "--algorithm", "reciprocal", "--json", event_rows), 60),
         Part("scaling", (*BENCH, "scaling", *sizes, *interpreted, "--json", scaling_rows), 60),
         Part("event resnet8 average", (*event, "--linkage", "average", "--json", event_rows), 60),
-    ]
+        # A pruner takes all inputs, which are too many for the interpreter.
+        Part(
+            "event resnet8 prunable",
+            (*BENCH, *"event --model resnet8 --repeat 1 --impl reference --json".split(), event_rows),
+            60, skip=without_torch_pruning(),
+        ),
+    ]  # fmt: skip
     return [part._replace(environment=(("TRITON_INTERPRET", "1"),)) for part in found]
+
+
+def without_torch_pruning() -> str:
+    """Why no pruner can be run here."""
+    return "" if importlib.util.find_spec("torch_pruning") else "torch-pruning is not installed"
 
 
 def run_parts(some: list[Part], out: Path, minutes: float) -> list[ResultRow]:
@@ -221,7 +235,7 @@ def fill_in_commit(out: Path, commit: str) -> None:
 
 
 def print_bits(size: str) -> None:
-    """A hash of parents, heights and labels for a fixed set of clusterings."""
+    """A hash of parents, heights, labels and kept filters for a fixed set of clusterings."""
     device = "cuda" if torch.cuda.is_available() and size != "tiny" else "cpu"
     ward = [("ward", algorithm) for algorithm in ops.ALGORITHMS]
     others = [(linkage, "auto") for linkage in ops.LINKAGES if linkage != "ward"]
@@ -235,8 +249,10 @@ def print_bits(size: str) -> None:
         keeps = [(len(weight) + 1) // 2 for weight in weights]
         for linkage, algorithm in cases:
             digest = hashlib.sha256()
-            for merges, clusters in ops.cluster_network(layers, keeps, linkage, "triton", algorithm):
-                for tensor in (merges.parent, merges.height, clusters.labels):
+            found = ops.cluster_network(layers, keeps, linkage, "triton", algorithm)
+            for seed, ((merges, clusters), keep) in enumerate(zip(found, keeps, strict=True)):
+                kept = ops.cover(clusters.labels, keep, seed=seed, impl="triton").order
+                for tensor in (merges.parent, merges.height, clusters.labels, kept):
                     digest.update(tensor.cpu().numpy().tobytes())
             print(f"{len(layers)} layers, {linkage}, {algorithm}: {digest.hexdigest()}", flush=True)
 

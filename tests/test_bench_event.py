@@ -1,6 +1,7 @@
 """The benchmark of one event: rows, sampling, missing libraries, and that wrong results show no times."""
 
 import argparse
+import contextlib
 import json
 import sys
 import types
@@ -11,7 +12,8 @@ import torch
 from families import gaussian, problems
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 
-from reprune_triton import bench, channels, models, ops
+from reprune_triton import bench, channels, models, ops, regrow, sparsity, steps
+from reprune_triton import event as events
 from reprune_triton.bench import event as bench_event
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
@@ -43,13 +45,108 @@ def test_rows(tmp_path, capsys):
         assert row["near_ties"] == row["undecided"] == 0
         assert row["torch"] == torch.__version__ and row["scipy"] and row["cpu"] and "commit" in row and "dirty" in row
         assert row["scipy_s"] > 0 and row["fastcluster_s"] > 0 and row["cluster_s"] > 0
-        assert row["event_s"] == pytest.approx(row["cluster_s"] + row["select_s"])
         assert not {"device_s", "scratch_mb", "floor_ms", "rounds"} & set(row), "of a GPU, or of Triton"
     assert total["scipy_s"] == pytest.approx(sum(row["scipy_s"] for row in rows[:3]))
     assert total["problems"] == 16 + 16 + 32
+    for row in rows[:3]:
+        assert not {"select_s", "event_s", "between_s"} & set(row), "one layer is no event"
+    check_stages(rows[3:], [*events.STAGES, "apply"])
+    assert (total["between_s"], total["share_of_training"]) == (92, pytest.approx(total["event_s"] / 92))
+    assert not {"launches", "transfers", "graph_s"} & set(total), "of Triton, or of a GPU"
     assert "equal clusters at the cut in every channel" in " ".join(capsys.readouterr().out.split())
     assert event("--json", str(tmp_path / "new" / "event.jsonl")) == 0
     assert len(rows_of(tmp_path / "new" / "event.jsonl")) == 10, "rows are appended"
+
+
+def check_stages(rows: list[dict], stages: list[str]) -> None:
+    for row in rows:
+        spent = {key.removeprefix("stage_").removesuffix("_s"): row[key] for key in row if key.startswith("stage_")}
+        assert sorted(spent) == sorted(stages) and min(spent.values()) > 0
+        assert row["select_s"] == pytest.approx(spent["membership"] + spent["cover"])
+        assert row["event_s"] > max(spent.values())
+
+
+def test_without_a_pruner_the_event_is_applied_to_nothing(tmp_path, capsys):
+    arguments = ("--layers", "all", "--channels", "1", "--inputs", "2", "--between", "0.5")
+    assert event(*arguments, "--json", str(tmp_path / "rows")) == 0
+    rows = rows_of(tmp_path / "rows")
+    check_stages(rows[-3:], list(events.STAGES))
+    assert [row["row"] for row in rows[-3:]] == ["1x1", "KxK", "total"]
+    assert rows[-1]["share_of_training"] == pytest.approx(rows[-1]["event_s"] / 0.5)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "applied to no model" in printed and "of 0.5 s of training between two events" in printed
+
+
+def test_a_pruner_is_run_where_it_prunes_these_layers(monkeypatch):
+    stepped, step = [], bench_event.REPrune.step
+
+    def counted(self):
+        stepped.append([layer.name for layer in self.channels.prunable])
+        assert all(state["momentum_buffer"] is not None for state in self.optimizer.state.values())
+        return step(self)
+
+    monkeypatch.setattr(bench_event.REPrune, "step", counted)
+    assert event("--repeat", "2") == 0
+    assert stepped == [["stage1.0.conv1", "stage2.0.conv1", "stage3.0.conv1"]] * 2
+    assert event("--layers", "resnet") == event("--inputs", "1") == 0 and len(stepped) == 2
+
+
+def other_filters(monkeypatch):
+    cover = steps.Reference.cover
+    monkeypatch.setattr(steps.Reference, "cover", lambda *given: ((found := cover(*given))[0].roll(1), found[1]))
+
+
+def other_totals(monkeypatch):
+    cover = steps.Reference.cover
+    monkeypatch.setattr(steps.Reference, "cover", lambda *given: ((found := cover(*given))[0], found[1] + 1))
+
+
+def other_seeds(monkeypatch):
+    monkeypatch.setattr(bench_event, "seeds", lambda layers, args: [(5, 6)] * len(layers))
+
+
+def fewer_come_back(monkeypatch):
+    monkeypatch.setattr(regrow, "draw", lambda residual, kept, *rest: kept)
+
+
+def one_more_to_keep(monkeypatch):
+    count = sparsity.at_sparsity
+    monkeypatch.setattr(sparsity, "at_sparsity", lambda *given: (found := count(*given))._replace(keep=found.keep + 1))
+
+
+def chance(monkeypatch):
+    turns, cover = [], steps.Reference.cover
+
+    def changing(*given):
+        turns.append(1)
+        kept, totals = cover(*given)
+        return (kept if len(turns) == 1 else kept.flip(0)), totals
+
+    monkeypatch.setattr(steps.Reference, "cover", changing)
+
+
+@pytest.mark.parametrize("rule", ["prunable", "resnet"])
+@pytest.mark.parametrize(
+    ("defect", "message"),
+    [
+        (other_filters, "other filters than the reference chooses"), (other_totals, "the widths do not add up"),
+        (fewer_come_back, "the widths do not add up"), (one_more_to_keep, "the widths do not add up"),
+        (chance, "two runs of the event chose other filters"),
+    ],
+)  # fmt: skip
+def test_no_times_for_a_wrong_selection(tmp_path, capsys, monkeypatch, defect, message, rule):
+    defect(monkeypatch)
+    assert event("--repeat", "2", "--layers", rule, "--json", str(tmp_path / "rows")) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err and "no times are shown" in printed.err and "Stages" not in printed.out
+    assert not (tmp_path / "rows").exists()
+
+
+def test_ties_are_those_of_the_seed(capsys, monkeypatch):
+    """The pruner draws them as it always does: with others the filters are not the same."""
+    other_seeds(monkeypatch)
+    assert event() == 1
+    assert "other filters than the reference chooses" in capsys.readouterr().err
 
 
 def test_sums_are_one_call(tmp_path, monkeypatch):
@@ -99,14 +196,32 @@ def test_without_torch_pruning_there_is_the_rule(monkeypatch, capsys):
     assert event("--layers", "resnet", "--channels", "1") == 0
 
 
-def test_triton_shows_its_rounds(tmp_path, capsys):
+def test_triton_shows_its_rounds(tmp_path, capsys, monkeypatch):
+    choose = bench_event.choose
+    monkeypatch.setattr(bench_event, "choose", lambda args: choose(args)[:2])
     arguments = ("--impl", "triton", "--algorithm", "reciprocal", "--inputs", "1", "--layers", "resnet")
     if torch.cuda.is_available():
         arguments += ("--device", "cuda")
     assert event(*arguments, "--json", str(tmp_path / "rows")) == 0
     rows = rows_of(tmp_path / "rows")
     assert {(row["impl"], row["algorithm"]) for row in rows} == {("triton", "reciprocal")}
-    assert all(2 < row["rounds"] < 64 for row in rows) and "rounds" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(2 < row["rounds"] < 64 for row in rows) and "rounds" in printed
+    assert rows[-1]["launches"] >= 7 and "--algorithm is of clustering alone" in printed
+    if not torch.cuda.is_available():
+        assert "transfers" not in rows[-1] and "Transfers are counted on a GPU" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+def test_launches_are_a_fixed_sequence():
+    counts = []
+    for seed in range(2):
+        args = argparse.Namespace(device="cpu", seed=seed, sparsity=0.5, linkage="ward", impl="triton")
+        layers = [layer._replace(weight=layer.weight + seed) for layer in few_layers(args)]
+        total = bench_event.Part("total", layers)
+        bench_event.add_counts(bench_event.Console(), total, bench_event.alone(layers, args), args)
+        counts.append(total.figures)
+    assert counts[0] == counts[1] == {"launches": 8}, "two to cluster, and one for every other step"
 
 
 def test_floor_of_the_sums(monkeypatch, capsys):
@@ -133,7 +248,7 @@ def test_floor_of_the_sums(monkeypatch, capsys):
 
 def few_layers(args: argparse.Namespace) -> list[ops.Layer]:
     generator = torch.Generator().manual_seed(0)
-    return [ops.Layer(torch.randn(n, 1, k, k, generator=generator), name=f"{k}x{k}") for n, k in ((9, 1), (12, 3))]
+    return [ops.Layer(torch.randn(n, 1, k, k, generator=generator), name=f"{k}x{k}") for n, k in ((6, 1), (7, 3))]
 
 
 def check_rows_of_a_gpu(rows: list[dict], layers: list[str], repeat: int) -> None:
@@ -141,6 +256,10 @@ def check_rows_of_a_gpu(rows: list[dict], layers: list[str], repeat: int) -> Non
     for row in rows[:-1]:
         assert row["impl"] == "triton" and row["device_s"] > 0 and row["scratch_mb"] > 0 and row["rounds"] > 2
         assert row["repeat"] == repeat
+        assert ("event_s" in row) == (row["row"] != "layer")
+    check_stages(rows[-4:-1], list(events.STAGES))
+    total = rows[-2]
+    assert total["graph_s"] > 0 and total["launches"] > 0 and total["transfers"] > 0 and total["synchronisations"] > 0
     for row in rows[-4:-1]:
         assert row["floor_ms"] > 0 and row["share"] == pytest.approx(row["floor_ms"] / 1e3 / row["cluster_s"])
     last = rows[-1]
@@ -148,22 +267,57 @@ def check_rows_of_a_gpu(rows: list[dict], layers: list[str], repeat: int) -> Non
     assert last["scipy_s"] == rows[-4]["scipy_s"] and not {"device_s", "rounds", "share"} & set(last)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the next test has a real one")
-def test_what_a_gpu_adds(tmp_path, capsys, monkeypatch):
+class Mark:
+    """An event of a GPU that is played."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.recorded = True
+
+    def elapsed_time(self, other):
+        assert self.recorded and other.recorded
+        return 2.0
+
+
+class Profiler:
+    """The profiler's own wait is in every session; the second one is that of the event."""
+
+    sessions = 0
+
+    def __init__(self, activities):
+        assert len(activities) == 2
+
+    def __enter__(self):
+        Profiler.sessions += 1
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def events(self):
+        names = ["cudaDeviceSynchronize", "Activity Buffer Request"]
+        if Profiler.sessions == 2:
+            names += ["cudaLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernelExC", "aten::sort", "cudaMemcpyAsync"]
+            names += ["Memcpy DtoH (Device -> Pageable)", "Memcpy HtoD (Pinned -> Device)", "cudaStreamSynchronize"]
+        return [types.SimpleNamespace(name=name) for name in names]
+
+
+@pytest.fixture
+def played_gpu(monkeypatch):
     """With a GPU that is played: everything around the kernels."""
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.recorded = True
-
-        def elapsed_time(self, other):
-            assert self.recorded and other.recorded
-            return 2.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    if torch.cuda.is_available():
+        pytest.skip("there is a real one")
+    Profiler.sessions = 0
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
     for name, answer in (("set_device", None), ("synchronize", None), ("reset_peak_memory_stats", None),
                          ("memory_allocated", 1 << 20), ("max_memory_allocated", 4 << 20),
                          ("get_device_name", "played")):  # fmt: skip
@@ -173,14 +327,55 @@ def test_what_a_gpu_adds(tmp_path, capsys, monkeypatch):
         part.figures.update(floor_ms=1.0, share=1e-3 / part.figures["cluster_s"])
         for part in parts if part.row in ("1x1", "KxK", "total")
     ])  # fmt: skip
-    arguments = ("--device", "cuda", "--impl", "triton", "--json", str(tmp_path / "rows"))
-    assert main(["event", "--repeat", "2", *arguments]) == 0
+
+
+def on_played_gpu(path, repeat: int = 1) -> int:
+    arguments = ("--layers", "all", "--device", "cuda", "--impl", "triton", "--json", str(path))
+    return main(["event", "--repeat", str(repeat), *arguments])
+
+
+def test_what_a_gpu_adds(tmp_path, capsys, played_gpu):
+    assert on_played_gpu(tmp_path / "rows", repeat=2) == 0
     rows = rows_of(tmp_path / "rows")
     check_rows_of_a_gpu(rows, ["layer"] * 2, 2)
     assert all(row["device"] == "played" and row["device_s"] == 0.002 and row["scratch_mb"] == 3 for row in rows[:-1])
+    total = rows[-2]
+    assert (total["launches"], total["transfers"], total["synchronisations"]) == (3, 1, 1)
+    assert total["graph_s"] == 0.002
     printed = capsys.readouterr().out
-    for heading in ("on the device", "MB", "rounds", "floor", "1x1 on the CPU"):
+    for heading in ("on the device", "MB", "rounds", "floor", "1x1 on the CPU", "As a CUDA graph",
+                    "3 kernel launches, 1 copies to the host, 1 synchronising calls"):  # fmt: skip
         assert heading in printed
+
+
+@pytest.mark.parametrize("nothing", [False, True], ids=["fails", "sees nothing"])
+def test_times_are_not_lost_over_a_graph_or_a_profiler(tmp_path, capsys, monkeypatch, played_gpu, nothing):
+    def fail(*given, **named):
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    if nothing:
+        monkeypatch.setattr(Profiler, "events", lambda self: [])
+    else:
+        monkeypatch.setattr(torch.profiler, "profile", fail)
+    assert on_played_gpu(tmp_path / "rows") == 0
+    assert all(row.keys().isdisjoint({"graph_s", "launches", "transfers"}) for row in rows_of(tmp_path / "rows"))
+    printed = capsys.readouterr().out
+    assert "No CUDA graph: RuntimeError: not now" in printed
+    assert f"Launches are not counted: {'the profiler saw none' if nothing else 'RuntimeError: not now'}" in printed
+
+
+def test_a_graph_must_find_what_the_event_finds(tmp_path, capsys, monkeypatch, played_gpu):
+    reads, read = [], events.Event.read
+
+    def another(self):
+        outcome = read(self)
+        reads.append(self)
+        return outcome._replace(kept=~outcome.kept) if reads.count(self) == 2 else outcome
+
+    monkeypatch.setattr(events.Event, "read", another)
+    assert on_played_gpu(tmp_path / "rows") == 1
+    assert "a CUDA graph of the event chose other filters; no times are shown" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
@@ -309,7 +504,7 @@ def test_the_cut_must_be_that_of_the_merges():
 
 
 def test_refused_settings(capsys):
-    assert event("--channels", "0") == 1
+    assert event("--channels", "0") == event("--between", "0") == 1
     assert event("--sparsity", "1.5") == 1
     assert "sparsity is 1.5" in capsys.readouterr().err
     assert event("--algorithm", "chain") == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reprune_triton import ops
 from reprune_triton.bench import gpu
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
@@ -74,14 +75,17 @@ def test_rehearsal(tmp_path, capfd, monkeypatch):
     parts = lines(out / "parts.jsonl")
     assert [row["part"] for row in parts if row["result"] == "passed"] == [
         "tests", "same bits", "event resnet8", "scaling", "event resnet8 average",
+        "event resnet8 prunable",
     ]  # fmt: skip
     assert [row["part"] for row in parts if row["result"] == "skipped"] == ["memcheck"]
     assert {path.name for path in out.iterdir()} == {"log.txt", "parts.jsonl", "event.jsonl", "scaling.jsonl"}
     assert "the same bits" in printed and "Parts" in (out / "log.txt").read_text()
     events, scaling = lines(out / "event.jsonl"), lines(out / "scaling.jsonl")
     assert {(row["linkage"], row["impl"], row["checked"]) for row in events} == {
-        ("ward", "triton", True), ("average", "triton", True),
+        ("ward", "triton", True), ("average", "triton", True), ("ward", "reference", True),
     }  # fmt: skip
+    totals = [row for row in events if row["row"] == "total"]
+    assert ["stage_apply_s" in row for row in totals] == [False, False, True], "the last one is of a pruner"
     assert {row["algorithm"] for row in scaling} == {"auto", "chain", "reciprocal"}
     assert all(row["commit"] for row in events + scaling)
 
@@ -124,6 +128,23 @@ def test_parts_of_a_real_run(tmp_path):
             assert done.value.code == 0, part.name
     files = {word for part in made for word in part.command if str(tmp_path) in word}
     assert len(files) <= 4
+
+
+def test_a_pruner_needs_torch_pruning(tmp_path, monkeypatch):
+    for found, why in ((object(), ""), (None, "torch-pruning is not installed")):
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name, found=found: found)
+        for made in (gpu.parts(tmp_path), gpu.tiny_parts(tmp_path)):
+            (part,) = (part for part in made if "prunable" in part.name)
+            assert part.skip == why and "--device" in part.command or "reference" in part.command
+
+
+def test_bits_are_also_of_the_kept_filters(capsys, monkeypatch):
+    gpu.print_bits("tiny")
+    before, cover = capsys.readouterr().out.splitlines(), ops.cover
+    monkeypatch.setattr(ops, "cover", lambda labels, keep, **named: cover(labels.flip(1), keep, **named))
+    gpu.print_bits("tiny")
+    after = capsys.readouterr().out.splitlines()
+    assert len(before) == len(after) == 2 and all(a != b for a, b in zip(before, after, strict=True))
 
 
 def test_refusals(capsys, monkeypatch):
