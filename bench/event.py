@@ -294,8 +294,8 @@ def alone(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
 
     def run_event() -> Whole:
         started = time.perf_counter()
-        clock = events.Clock(request.pool.device)
         found = events.Event(request)
+        clock = events.Clock(request.pool.device)
         found.launch(clock)
         outcome = found.read()
         return Whole(clock.ms(), (time.perf_counter() - started) * 1e3, outcome, gammas)

@@ -189,8 +189,8 @@ class REPrune:
     def _event(self) -> Event:
         started = time.perf_counter()
         self._follow()
-        clock = event.Clock(self._pool.device)
         found = event.Event(self._request(), self._ranks)
+        clock = event.Clock(self._pool.device)
         found.launch(clock)
         outcome = found.read()
 
