@@ -45,6 +45,9 @@ def test_event_table():
         assert row["checked"] and not row["extrapolated"] and row["threads"] == 1
         times = [row[key] for key in ("cluster_s", "select_s", "scipy_s", "fastcluster_s")]
         assert line(label, f"{row['problems']:,}", *(f"{seconds:.1f} s" for seconds in times)) in README
+    small = next(row for row in rows("event.jsonl") if (row["model"], row["row"]) == ("resnet20", "total"))
+    whole = " ".join(README.split())
+    assert f"takes {totals['total']['event_s']:.1f} s there, and {small['event_s']:.2f} s for ResNet-20" in whole
 
 
 def test_estimates_table():
