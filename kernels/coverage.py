@@ -21,7 +21,6 @@ NEVER = tl.constexpr(0x7FFF)  # later than all steps: there are at most 4096
 # The key by which filters are chosen: gain | tie | reversed index. See reference.cover.
 INDEX_BITS, TIE_BITS = tl.constexpr(12), tl.constexpr(31)
 LAST = tl.constexpr((1 << 12) - 1)
-CHOSEN = tl.constexpr(1 << 30)  # taken off the gain of a chosen filter: more than any gain
 
 # Per layer, int32, zero at first.
 TOTALS = tl.constexpr(2)
@@ -98,7 +97,8 @@ def cover_kernel(
 
     gain[i] is how many clusters filter i would be first to cover. A step takes the largest key (gain, tie, reversed
     index), and then every cluster that is first covered takes 1 off the gain of each of its members: over all steps
-    that is one subtraction for every filter and channel at most.
+    that is one subtraction for every filter and channel at most. So the filter itself comes to 0, and with one more to
+    -1, which is never taken again.
 
     Ties: RANDOM draws fresh bits for every step and filter, tl.randint(seed, step * n + i); else level (all filters,)
     orders the filters, and the lowest index goes first where that is equal.
@@ -147,7 +147,7 @@ def cover_kernel(
         tl.store(gains_ptr + first + step, found)
         tl.store(kept_ptr + first + table.pick(filters, choice, choice >= 0), 1)
         tl.debug_barrier()
-        tl.atomic_add(gain_ptr + choice, -CHOSEN, sem="relaxed", scope="cta")
+        tl.atomic_add(gain_ptr + choice, -1, sem="relaxed", scope="cta")
         for begin in range(0, columns, COLUMNS):
             j = begin + tl.arange(0, COLUMNS)  # [COLUMNS]
             at = tl.load(place_ptr + choice.to(tl.int64) * columns + j, mask=j < columns, other=0).to(tl.int64)
