@@ -128,7 +128,12 @@ class Event:
 
     @torch.no_grad()
     def launch(self, mark: Callable[[str], None] = lambda stage: None) -> None:
-        """Start all steps. mark is called after each of STAGES."""
+        """Start all steps. mark is called after each of STAGES.
+
+        A CUDA graph can hold this after a first call of it, if every layer goes through the kernels (the reference
+        looks at values on the host) and the processes talk by NCCL. It is good for other weights at the same addresses
+        with the same active channels; these change from one event to the next.
+        """
         request, pool = self.request, self.request.pool
         zero = torch.zeros_like(pool.n_out)
         self._widths = self._try(request.widths, Widths(zero, zero, zero[0], zero[0], zero[0] > 0))
