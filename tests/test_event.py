@@ -143,12 +143,12 @@ def test_what_is_not_finite_is_left_to_the_check(where, impl, device):
             found.read()
 
 
-def test_more_to_keep_than_there_are_is_all(device):
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_more_to_keep_than_there_are_is_all(impl, device):
     layers = network(device)
-    ask = request(layers, extra=0.0, impl="triton")
+    ask = request(layers)
     wide = sparsity.Widths(ask.pool.n_out, ask.pool.n_out, *ask.widths()[2:])
-    ask = event.Request(layers, ask.pool, lambda: wide, ask.seeds, impl="triton", regrow=False)
-    found = event.Event(ask)
+    found = event.Event(event.Request(layers, ask.pool, lambda: wide, ask.seeds, impl=impl, regrow=False))
     found.launch()
     assert [layer.kept for layer in found.read().layers] == [layer.n for layer in layers]
 
