@@ -28,7 +28,9 @@ COMPILED = [(2048, 512, 240, 256), (64, 4096, 900, 2048), (5000, 40, 9, 40), (30
 
 @pytest.mark.parametrize("tie", ops.TIES)
 def test_the_kernel_chooses_what_the_reference_chooses(tie, device):
-    for seed, (n_in, n_out, clusters, keep) in enumerate(SIZES + LARGE + (COMPILED if device == "cuda" else [])):
+    # Of the large ones, which the interpreter takes long for, one order by bits and one by levels.
+    sizes = SIZES + (LARGE if tie in ("random", "norm") else []) + (COMPILED if device == "cuda" else [])
+    for seed, (n_in, n_out, clusters, keep) in enumerate(sizes):
         labels = labels_of(n_in, n_out, clusters, seed, device)
         score = torch.from_numpy(np.random.default_rng(seed).integers(0, 4, n_out)).float().to(device)  # some are equal
         ours = ops.cover(labels, keep, tie, 2**40 + seed, "triton", score)

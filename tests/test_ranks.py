@@ -26,7 +26,7 @@ SETTINGS = {  # by name: how the pruners of this test differ
 def network() -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for n_in, n_out, k in ((3, 9, 3), (9, 7, 1), (7, 9, 3), (9, 8, 1)):
+    for n_in, n_out, k in ((3, 6, 3), (6, 5, 1), (5, 6, 3), (6, 8, 1)):
         layers += [nn.Conv2d(n_in, n_out, k, padding=k // 2), nn.BatchNorm2d(n_out), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     for module in model.modules():
