@@ -122,7 +122,7 @@ class Event:
         limits = [(layer.n, layer.n_out * own) for layer, own in zip(request.layers, mine, strict=True)]
         self._candidates, self._mine = to_device(limits, self.device).T.unbind()
         for group in self._groups:
-            self._try(group.prepare, None)
+            self._try(group.prepare)
 
     # ------------------------------------------------------------------ the sequence
 
@@ -136,32 +136,35 @@ class Event:
         """
         request, pool = self.request, self.request.pool
         zero = torch.zeros_like(pool.n_out)
-        self._widths = self._try(request.widths, Widths(zero, zero, zero[0], zero[0], zero[0] > 0))
+        none = Widths(zero, zero, zero[0], zero[0], zero[0] > 0)
+        self._widths = self._try(request.widths) or none
         # Never more to keep than are active: what is pruned has scale 0, and delta_t only falls. But NaN counts oddly.
         self._keep = torch.minimum(self._widths.keep, self._candidates).int()
-        finite = self._try(self._finite, zero[0] == 0)
+        finite = self._try(self._finite)
         mark("sparsity")
         for group in self._groups:
-            self._try(group.cluster, None)
+            self._try(group.cluster)
         mark("cluster")
         for group in self._groups:
-            blank = steps.blank_level(group.work, group.by_triton)
-            group.levels = self._try(partial(group.level, self._keep), blank)
+            levels = self._try(partial(group.level, self._keep))
+            group.levels = steps.blank_level(group.work, group.by_triton) if levels is None else levels
             self.ranks.maximum(group.levels)
         for group in self._groups:
-            blank = torch.zeros(group.work.points, dtype=torch.int32, device=self.device)
-            group.labels = self._try(group.label, blank)
+            labels = self._try(group.label)
+            group.labels = steps.blank_labels(group.work) if labels is None else labels
             self.ranks.total(group.labels)
         mark("cut")
         for group in self._groups:
-            self._try(group.membership, None)
+            self._try(group.membership)
         mark("membership")
         kept = torch.zeros_like(pool.layer, dtype=torch.int32)
         totals = torch.zeros(len(zero), 2, dtype=torch.int32, device=self.device)
-        self._try(partial(self._cover, kept, totals), None)
+        self._try(partial(self._cover, kept, totals))
         mark("cover")
-        active = self._try(partial(self._regrow, kept > 0), kept > 0)
+        active = self._try(partial(self._regrow, kept > 0))
         mark("regrow")
+        finite = zero[0] == 0 if finite is None else finite
+        active = kept > 0 if active is None else active
         self._result = self._assemble(finite, kept, totals, active)
         self.ranks.total(self._result)
 
@@ -241,9 +244,9 @@ class Event:
         rows = torch.stack([pool.count(kept), pool.count(active), *totals.long().unbind(1)], 1)
         return torch.cat([head, rows.flatten(), active.long(), kept.long()]).int()
 
-    def _try(self, step: Callable[[], Result], instead: Result) -> Result:
-        """What the step gives. A process among others that fails goes on with something of the same shape, as the
-        others wait for it."""
+    def _try(self, step: Callable[[], Result]) -> Result | None:
+        """What the step gives. A process among others that has failed gets None, and goes on with something of the same
+        shape, as the others wait for it."""
         if self._failure is None:
             try:
                 return step()
@@ -251,7 +254,7 @@ class Event:
                 if self.ranks.size == 1:
                     raise
                 self._failure = error
-        return instead
+        return None
 
 
 class _Some:

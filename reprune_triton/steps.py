@@ -57,6 +57,11 @@ def blank_level(work: Work, by_triton: bool) -> Tensor:
     return torch.full((len(work.layers),), -1.0, dtype=torch.float64, device=work.device)
 
 
+def blank_labels(work: Work) -> Tensor:
+    """... and to the sum of labels."""
+    return torch.zeros(work.points, dtype=torch.int32, device=work.device)
+
+
 class Steps(Protocol):
     """What both have in common. `cluster` comes first, then one after another; L layers."""
 
@@ -135,8 +140,7 @@ class Reference:
         return self._level
 
     def labels(self) -> Tensor:
-        labels = torch.zeros(self.work.points, dtype=torch.int32, device=self.work.device)
-        start = 0
+        labels, start = blank_labels(self.work), 0
         for number, (layer, merges) in enumerate(zip(self.work.layers, self._merges, strict=True)):
             if merges is not None and len(merges.parent):
                 first = start + layer.n * (0 if self.work.shares is None else self.work.shares[number][0])
