@@ -135,7 +135,7 @@ def test_a_pruner_needs_torch_pruning(tmp_path, monkeypatch):
         monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name, found=found: found)
         for made in (gpu.parts(tmp_path), gpu.tiny_parts(tmp_path)):
             (part,) = (part for part in made if "prunable" in part.name)
-            assert part.skip == why and "--device" in part.command or "reference" in part.command
+            assert part.skip == why
 
 
 def test_bits_are_also_of_the_kept_filters(capsys, monkeypatch):
