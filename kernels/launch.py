@@ -19,8 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from reprune_triton.kernels import chain, coverage, line, magnitude, reciprocal, table
-from reprune_triton.kernels import level as cut
+from reprune_triton.kernels import chain, coverage, cut, line, magnitude, reciprocal, table
 
 if TYPE_CHECKING:
     from reprune_triton.ops import Layer
@@ -275,7 +274,9 @@ def prepare(
     arrays += [table.owners(numbers, [0] * len(numbers), [1] * len(numbers)) for numbers in (everyone, some)]
     arrays += [table.owners(some, [0] * len(some), [columns[number] for number in some])]
     arrays += [table.owners(launch.rows, launch.begins, launch.ends) for launch in launches]
-    own_table, programs, problems, all_layers, few_layers, of_few, *owners = table.to_device(rows, arrays, device)
+    own_table, programs, problems, all_layers, few_layers, of_few, *owners = table.tables_to_device(
+        rows, arrays, device
+    )
     sizes = Sizes(
         layers=len(layers),
         filters=sum(layer.weight.shape[0] for layer in layers),
@@ -379,7 +380,7 @@ def layer_event(shape: Sequence[int], device: torch.device, seed: int = 0) -> tu
     columns, n = shape
     row = [{"n": n, "n_out": n, "columns": columns, "tie_seed": seed}.get(name, 0) for name in table.NAMES]
     arrays = [table.owners([0], [0], [columns]), table.owners([0], [0], [1])]
-    own_table, problems, one = table.to_device([row], arrays, device)
+    own_table, problems, one = table.tables_to_device([row], arrays, device)
     sizes = Sizes(layers=1, filters=n, points=columns * n, problems=columns, floats=0, ints=0)
     report = torch.zeros(1, table.REPORT.value, dtype=torch.int32, device=device)
     return Event(own_table, problems, problems, [], [one, one], problems, sizes), report

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reprune_triton import pool
+
 # The columns of the table, in order. Offsets and strides count elements, addresses bytes; an index address 0 is "all".
 NAMES = (
     "weight", "kind", "filters", "inputs", "stride_out", "stride_in", "stride_h", "stride_w", "kernel_w",
@@ -75,13 +77,12 @@ def owners(rows: Sequence[int], begins: Sequence[int], ends: Sequence[int]) -> n
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 
-def to_device(rows: Sequence[Sequence[int]], owner_arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+def tables_to_device(
+    rows: Sequence[Sequence[int]], owner_arrays: Sequence[np.ndarray], device: torch.device
+) -> list[Tensor]:
     """The table and all owner arrays, in one transfer for which the host does not wait."""
     parts = [np.array(rows, dtype=np.int64).ravel(), *owner_arrays]
-    whole = torch.from_numpy(np.concatenate(parts))
-    if device.type == "cuda":
-        whole = whole.pin_memory().to(device, non_blocking=True)
-    return list(whole.split([len(part) for part in parts]))
+    return list(pool.to_device(np.concatenate(parts), device).split([len(part) for part in parts]))
 
 
 @triton.jit

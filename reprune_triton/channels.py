@@ -105,7 +105,7 @@ class Channels:
         return sum(self.macs(widths).values()) / sum(cost.macs for cost in self.costs)
 
     def terms(self) -> list[Term]:
-        """The same by layer number and as products, in which no division is left."""
+        """`macs` as products of widths, by the numbers of the layers: for `sparsity.Budget`."""
         number = {layer.name: i for i, layer in enumerate(self.prunable)} | {None: None}
         full = {layer.name: layer.n_out for layer in self.prunable} | {None: 1}
         return [Term(c.macs // (full[c.out] * full[c.into]), number[c.out], number[c.into]) for c in self.costs]

@@ -2,9 +2,9 @@
 
     scales -> widths -> forests -> level -> labels -> cover -> regrow -> filters to run on
 
-`prepare` carries to the device what the host knows: shapes, addresses, seeds. `launch` starts the steps; nothing in it
-waits for the device, the host knows no size that depends on a weight, and every event of the same shapes is the same
-sequence of launches, which a CUDA graph can hold. `read` waits, in one transfer.
+Making an `Event` carries to the device what the host knows: shapes, addresses, seeds. `launch` starts the steps;
+nothing in it waits for the device, the host knows no size that depends on a weight, and every event of the same shapes
+is the same sequence of launches, which a CUDA graph can hold. `read` waits, in one transfer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import ops, ranks, regrow, steps
 from .errors import RepruneError
-from .pool import Pool
+from .pool import Pool, to_device
 from .ranks import Ranks
 from .sparsity import Widths
 
@@ -319,9 +319,3 @@ class _Group:
 def _cost(layer: ops.Layer, linkage: str) -> int:
     """About how much work one clustering problem of the layer is: sorted lines take n, all others n^2."""
     return 40 * layer.n if layer.d == 1 and linkage == "ward" else layer.n**2 * (4 + layer.d)
-
-
-def to_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """int64, without waiting for the device."""
-    found = torch.tensor(numbers, dtype=torch.int64)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found

@@ -281,7 +281,7 @@ def cover(
     value, order = labels.sort(dim=1, stable=True)
     number = torch.nn.functional.pad((value[:, 1:] != value[:, :-1]).long().cumsum(1), (1, 0))  # from 0, any integers
     levels = None if tie == "random" else torch.zeros(n_out, dtype=torch.int32, device=labels.device)
-    if score is not None and tie != "random" and tie != "index":
+    if score is not None and tie in ("norm", "gamma"):
         levels = Pool([n_out], labels.device).levels(score)
     found = launch.cover_layer(torch.empty_like(number).scatter_(1, order, number).int(), keep, seed, levels)
     covered, clusters = found.totals[0].tolist()

@@ -4,9 +4,17 @@ No method waits for the device: sizes that only the device knows stay tensors th
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def to_device(numbers: Any, device: torch.device) -> Tensor:
+    """Integers, nested in lists or in an array, as int64 on the device; the host does not wait for it."""
+    found = torch.from_numpy(np.asarray(numbers, dtype=np.int64))
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 class Pool:
@@ -24,8 +32,7 @@ class Pool:
     def __init__(self, sizes: Sequence[int], device: torch.device | str | None = None):
         self.sizes, self.total = list(sizes), sum(sizes)
         self.starts = [sum(self.sizes[:number]) for number in range(len(self.sizes))]
-        self.n_out = torch.tensor(self.sizes, device=device)
-        self.start = torch.tensor(self.starts, device=device)
+        self.n_out, self.start = (to_device(row, torch.device(device or "cpu")) for row in (self.sizes, self.starts))
         self.layer = torch.arange(len(self.sizes), device=device).repeat_interleave(self.n_out, output_size=self.total)
 
     @property

@@ -19,7 +19,7 @@ from . import channels as channel_analysis
 from . import event, narrow, ops, sparsity
 from .channels import Channels, Prunable
 from .errors import RepruneError
-from .pool import Pool
+from .pool import Pool, to_device
 from .ranks import Ranks
 from .rng import derive_seeds
 
@@ -257,7 +257,7 @@ class REPrune:
         config = self.config
         if isinstance(config.sparsity, Mapping):
             own = [(self._own_width(x, 0.0), self._own_width(x, extra)) for x in self.channels.prunable]
-            keep, width = event.to_device(own, self._pool.device).T.unbind()
+            keep, width = to_device(own, self._pool.device).T.unbind()
             none = torch.zeros_like(keep[0])
             given = sparsity.Widths(keep, width, none, none, none > 0)
             return lambda: given
@@ -532,11 +532,10 @@ class REPrune:
                 )
         if not isinstance(self.config.sparsity, Mapping):
             assert self.config.until is not None
-            scales, found = self._scales(), self._widths(
-                sparsity.regrow_share(self.epoch, self.config.until, self.config.regrow)
-            )()  # fmt: skip
+            extra = sparsity.regrow_share(self.epoch, self.config.until, self.config.regrow)
+            found = self._widths(extra)()
             for rank in (found.rank, found.regrown):
-                scales.check(int(rank))
+                self._scales().check(int(rank))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

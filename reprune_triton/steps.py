@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Work(NamedTuple):
-    """What of an event is to be done."""
+    """What of an event is to be done: the arguments of `launch.prepare`."""
 
     layers: Sequence[Layer]
     linkage: str = "ward"
@@ -133,6 +133,7 @@ class Reference:
 
     def level(self, keep: Tensor) -> Tensor:
         """In true units: (L,) float64, -1 where nothing merges."""
+        self._level = blank_level(self.work, by_triton=False)  # an event may be launched again
         for number, merges in enumerate(self._merges):
             if merges is not None and len(merges.parent):
                 level = reference.level(merges.height, int(keep[number]))
@@ -198,9 +199,7 @@ class Triton:
         from reprune_triton.kernels import launch
 
         self.work, self._launch = work, launch
-        self._event = launch.prepare(
-            work.layers, work.linkage, work.algorithm, work.shares, work.chosen, work.seeds
-        )  # fmt: skip
+        self._event = launch.prepare(*work)
 
     def cluster(self) -> None:
         self._forests = self._launch.cluster(self._event)

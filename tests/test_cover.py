@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from reprune_triton import ops, reference
-from reprune_triton.rng import derive_seed, philox, random_bits
+from reprune_triton.rng import derive_seed, derive_seeds, philox, random_bits
 
 
 def random_labels(n_in: int, n_out: int, clusters: int, seed: int) -> torch.Tensor:
@@ -168,6 +168,13 @@ def test_derived_seeds_differ():
     assert len(seeds) == len(names) and all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, 1, 2) != derive_seed(0, 2, 1) != derive_seed(1, 2, 1)
     assert derive_seed(5, 1, 2) == derive_seed(5, 1, 2)
+
+
+def test_seeds_of_all_layers_are_those_of_each():
+    for seed, epoch in ((0, 1), (2**40 + 3, 179), (2**63 - 1, 0)):
+        wanted = [[derive_seed(seed, epoch, layer, stream) for stream in range(2)] for layer in range(70)]
+        assert derive_seeds(seed, epoch, 70, 2).tolist() == wanted
+    assert derive_seed(7, 2, 3, 1) == 7597340813229092902, "a change of these numbers changes every run"
 
 
 def test_keep_count_is_exact_where_floats_are_not():

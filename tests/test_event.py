@@ -143,6 +143,20 @@ def test_what_is_not_finite_is_left_to_the_check(where, impl, device):
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_an_event_can_be_launched_again(impl, device):
+    """With other weights at the same addresses; nothing is left of the first time."""
+    layers = network(device)
+    found = event.Event(request(layers, impl=impl))
+    found.launch()
+    first = found.read()
+    for layer, other in zip(layers, network(device, 1), strict=True):
+        layer.weight.copy_(other.weight / 8)  # lower levels than before
+    found.launch()
+    again = found.read()
+    assert same(again, run(layers, impl=impl)) and not same(again, first)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_more_to_keep_than_there_are_is_all(impl, device):
     layers = network(device)
     ask = request(layers)
