@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,18 +39,25 @@ class Resources(NamedTuple):
     instructions: int
 
 
-def build(config: Configuration, target: str) -> Any:
-    """Compile, as a launch on that GPU would: no pointer or number is specialised."""
+def build(
+    config: Configuration, target: str, types: Mapping[str, str] | None = None, aligned: Sequence[str] = ()
+) -> Any:
+    """Compile, as a launch on that GPU would.
+
+    types: of arguments, as Triton writes them ("*bf16", "fp32"); for others see `_TYPES`.
+    aligned: arguments that a launch finds to be divisible by 16, pointers or numbers. Kernels that work on a table of
+        layers are never told (`table.kernel`).
+    """
     if not isinstance(config.kernel, triton.JITFunction):
         raise RepruneError("Triton interprets kernels in this process: unset TRITON_INTERPRET to compile them.")
-    constants = dict(config.constants)
-    signature = {
-        name: "constexpr" if name in constants else _TYPES.get(name, "*i32") for name in config.kernel.arg_names
-    }
+    constants, names = dict(config.constants), config.kernel.arg_names
+    known = _TYPES | dict(types or {})
+    signature = {name: "constexpr" if name in constants else known.get(name, "*i32") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     options = config.options()
     if target.startswith("gfx"):
         options.pop("maxnreg", None)
-    source = ASTSource(config.kernel, signature, constexprs=constants)
+    source = ASTSource(config.kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

@@ -39,15 +39,16 @@ class Configuration(NamedTuple):
     constants: tuple[tuple[str, int], ...]
     warps: int
     max_registers: int | None = None  # per thread, on NVIDIA
+    stages: int = 1  # of pipelined loads; in clustering none are: one copy of the state is all a barrier protects
 
     def options(self) -> dict[str, int]:
-        # Loads are not pipelined: one copy of the state is all a barrier protects.
         nvidia = torch.version.hip is None
         limit = {"maxnreg": self.max_registers} if nvidia and self.max_registers is not None else {}
-        return {"num_warps": self.warps, "num_stages": 1, **limit}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
-    def run(self, programs: int, *arguments: Tensor) -> None:
-        """Launch on the device of the arguments, which Triton takes to be the current one."""
+    def run(self, programs: int, *arguments: Tensor | int | float) -> None:
+        """Launch on the device of the first argument, a tensor; Triton takes it to be the current one."""
+        assert isinstance(arguments[0], Tensor)
         device = arguments[0].device
         if programs:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
