@@ -118,9 +118,7 @@ class Narrowing:
                 module.register_forward_hook(shadow.leave, always_call=True),
             ]
         self._frozen = self._parameters(self._others(slices) if frozen is None else frozen)
-        # Compiled code does not look at hooks that come after it: without this it would go on with the old channels.
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
+        _forget_compiled()
 
     def forget(self, slices: Slices) -> None:
         """Zero what the optimizer remembers of these channels."""
@@ -220,10 +218,7 @@ def compact(model: nn.Module, slices: Slices) -> nn.Module:
         )
     slim = copy.deepcopy(model)
     for name, module in slim.named_modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in _shadows(hooks):
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        _remove_shadows(module)
         if name in slices:
             part, full, depthwise = slices[name], dict(_tensors(module)), is_depthwise(module)
             resize(module, {key: gather(full[key].detach(), cut) for key, cut in cuts(module, part).items()})
@@ -234,6 +229,20 @@ def compact(model: nn.Module, slices: Slices) -> nn.Module:
                     if index is not None and hasattr(module, attribute):
                         setattr(module, attribute, len(index))
     return slim
+
+
+def swap_in(model: nn.Module, slim: nn.Module) -> None:
+    """Give `model` the parameters, buffers and widths of `slim`, its compacted copy: from now on they share them."""
+    modules = dict(model.named_modules())
+    for name, narrow in slim.named_modules():
+        module = modules[name]
+        module._parameters.update(narrow._parameters)
+        module._buffers.update(narrow._buffers)
+        for attribute in (*_OUT_WIDTHS, *_IN_WIDTHS, "groups"):
+            if hasattr(narrow, attribute):
+                setattr(module, attribute, getattr(narrow, attribute))
+        _remove_shadows(module)
+    _forget_compiled()
 
 
 def resize(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -255,7 +264,8 @@ def carry_optimizer(optimizer: Optimizer, model: nn.Module, slim: nn.Module, sli
         where |= {prefix + key: cut for key, cut in cuts(model.get_submodule(name), part).items()}
     for name, old in model.named_parameters():
         for key, value in optimizer.state.get(old, {}).items():
-            if name in where and torch.is_tensor(value) and value.numel() > 1 and value.shape != old.shape:
+            shapes = (old.shape, new[name].shape)  # narrow already: loaded from a checkpoint
+            if name in where and torch.is_tensor(value) and value.numel() > 1 and value.shape not in shapes:
                 raise RepruneError(
                     f"{type(optimizer).__name__} keeps a state {key} {tuple(value.shape)} for {name} "
                     f"{tuple(old.shape)}, which cannot be made narrow: use an optimizer that works entry by entry"
@@ -272,9 +282,22 @@ def carry_optimizer(optimizer: Optimizer, model: nn.Module, slim: nn.Module, sli
             }
 
 
+def _forget_compiled() -> None:
+    """Compiled code does not look at hooks that come or go after it: it would go on with the old channels."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 def _shadows(hooks: Mapping[int, Any]) -> list[int]:
     """The keys of our own among a module's hooks."""
     return [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Shadow)]
+
+
+def _remove_shadows(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in _shadows(hooks):
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

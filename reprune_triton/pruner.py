@@ -3,6 +3,7 @@
 widths (sparsity.py) -> merges -> cut -> cover -> regrow, all on the device (event.py) -> run narrow (narrow.py)
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +24,7 @@ from .pool import Pool, to_device
 from .ranks import Ranks
 from .rng import derive_seeds
 
-FORMAT = 3  # of state_dict
+FORMAT = 4  # of state_dict
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Config:
         min_keep: no layer keeps fewer channels.
         ignore: convs to leave alone, by name or pattern ("layer1.*").
         seed: decides every random choice here, whatever else the program draws.
+        compact: "auto" makes the model itself physically narrow at the last event; "off" leaves that to `finalize`.
         impl: of clustering, cut, coverage and draw: "auto", "reference" or "triton", see `ops.ward_network`.
     Raises:
         RepruneError: if an option is out of its range.
@@ -59,6 +61,7 @@ class Config:
     ignore: tuple[str, ...] = ()
     seed: int = 0
     impl: str = "auto"
+    compact: str = "off"
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.flops is None):
@@ -83,6 +86,7 @@ class Config:
             raise RepruneError(f"regrow must be in [0, 1); got {self.regrow!r}")
         for name, choice, known in (
             ("linkage", self.linkage, ops.LINKAGES), ("tie", self.tie, ops.TIES), ("impl", self.impl, ops.IMPLS),
+            ("compact", self.compact, ("off", "auto")),
         ):  # fmt: skip
             if choice not in known:
                 raise RepruneError(f"{name} must be one of {', '.join(known)}; got {choice!r}")
@@ -136,13 +140,17 @@ class REPrune:
         optimizer: the optimizer that trains it; pruned channels are frozen through its step hooks. None to prune
             without training.
         example_inputs: what the model's forward takes, a batch of 1 or 2 (see `channels.analyse`).
+        ema: averages of the model (an AveragedModel, say), one or several, that compact="auto" makes narrow with it.
         options: the fields of `Config`.
     Raises:
         RepruneError: for an option out of range, a model with nothing to prune, a FLOPs budget out of reach, or an
             optimizer of another model.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None, *, example_inputs: Any, **options: Any):
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | None, *, example_inputs: Any,
+        ema: nn.Module | Sequence[nn.Module] = (), **options: Any,
+    ):  # fmt: skip
         unknown = set(options) - {field.name for field in fields(Config)}
         if unknown:
             raise RepruneError(
@@ -154,6 +162,12 @@ class REPrune:
         on_cuda = any(p.is_cuda for p in model.parameters())
         self.config = replace(config, round_to=config.round_to or (16 if on_cuda else 1))
         self.model, self.optimizer, self._ranks = model, optimizer, Ranks(group)
+        self._averages = [_unwrapped(x) for x in ((ema,) if isinstance(ema, nn.Module) else ema)]
+        if config.compact == "auto" and group is not None:
+            raise RepruneError(
+                'compact="auto" would swap parameters that DistributedDataParallel holds on to: leave it off, call '
+                "finalize() after the last event, and wrap what it returns anew."
+            )
         self.channels = self._restricted(channel_analysis.analyse(model, example_inputs, self.config.ignore))
         self.epoch = 0
         self.history: list[Event] = []
@@ -171,6 +185,9 @@ class REPrune:
 
     def step(self) -> Event | None:
         """Call once after every epoch. Prunes when an event is due, and returns what it did."""
+        if self._swapped:
+            self.epoch += 1
+            return None
         if self._finished:
             raise RepruneError("step() after finalize(): the network is final, train the one that finalize() returned")
         self.epoch += 1
@@ -183,6 +200,8 @@ class REPrune:
         except Exception:
             self.epoch -= 1  # put right what the error names, and call step() again
             raise
+        if self.config.compact == "auto" and self.epoch == self.config.until:
+            self._swap_in()
         return self.history[-1]
 
     @torch.no_grad()
@@ -334,14 +353,21 @@ class REPrune:
         """A physically narrow copy of `model` (default: the one in training), for instance of its EMA: same structure,
         the channels that are active now."""
         model = self.model if model is None else _unwrapped(model)
+        if self._swapped and any(model is x for x in (self.model, *self._averages)):
+            return copy.deepcopy(model)
         return narrow.compact(model, self.channels.slices(self.active))
 
     def finalize(self) -> nn.Module:
         """End pruning: an ordinary, physically narrow module with the active channels.
 
-        The optimizer trains that module from now on, with its state carried over. The model that was in training stays
-        as it is; throw it away.
+        The optimizer trains that module from now on, with its state carried over; learning-rate schedulers go on with
+        the optimizer. The model that was in training stays as it is; throw it away. With compact="auto" it is the model
+        itself that is returned, narrow since the last event.
         """
+        if self.config.compact == "auto":
+            if not self._finished:
+                self._swap_in()
+            return self.model
         if self._finished:
             raise RepruneError("finalize() was called before")
         slices = self.channels.slices(self.active)
@@ -351,6 +377,21 @@ class REPrune:
         self._narrowing.close(optimizer_only=True)
         self._finished = True
         return slim
+
+    def _swap_in(self) -> None:
+        """Make the model, its averages and what the optimizer holds physically narrow, in place."""
+        slices = self.channels.slices(self.active)
+        for model in (self.model, *self._averages):
+            slim = narrow.compact(model, slices)
+            if model is self.model and self.optimizer is not None:
+                narrow.carry_optimizer(self.optimizer, model, slim, slices)
+            narrow.swap_in(model, slim)
+        self._narrowing.close()
+        self._finished = True
+
+    @property
+    def _swapped(self) -> bool:
+        return self._finished and self.config.compact == "auto"
 
     # ------------------------------------------------------------------ reports
 
@@ -400,12 +441,16 @@ class REPrune:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state; before or after the model's and the optimizer's own.
 
+        Of a run that compact="auto" has made narrow, load it before the model's own: it makes the model narrow.
+
         Raises:
             RepruneError: if it is the state of another model, of a finished run, or of other options.
         """
+        if self._swapped:
+            raise RepruneError("this pruner's model is narrow already: build model and pruner anew, then load")
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise RepruneError(f"this is not a pruner's state_dict of format {FORMAT}")
-        if state["finished"]:
+        if state["finished"] and state["config"]["compact"] != "auto":
             raise RepruneError("this state was saved after finalize(): load the narrow model instead")
         here = {layer.name: layer.n_out for layer in self.channels.prunable}
         there = {name: layer["n_out"] for name, layer in state["layers"].items()}
@@ -438,6 +483,8 @@ class REPrune:
             row[index.to(mask.device)] = True
         self._take(mask, [len(index) for index in active])
         self._narrow()
+        if state["finished"]:
+            self._swap_in()
 
     # ------------------------------------------------------------------ checks
 

@@ -271,7 +271,7 @@ def _pruner(
     return REPrune(
         model, optimizer, example_inputs=example, sparsity=options.sparsity, flops=options.flops, every=options.every,
         until=options.until or max(1, round(0.72 * options.epochs)), regrow=options.regrow, linkage=options.linkage,
-        tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=options.seed,
+        tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=options.seed, compact="auto",
     )  # fmt: skip
 
 
@@ -336,12 +336,12 @@ class _Run:
         ]
         if other:
             raise RepruneError(f"{self.last}: this run was started with other options: {'; '.join(other)}")
+        if self.pruner:  # first: after the last event it makes the model narrow
+            self.pruner.load_state_dict(state["pruner"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        if self.pruner:
-            self.pruner.load_state_dict(state["pruner"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)

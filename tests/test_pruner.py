@@ -326,6 +326,8 @@ def test_distributed_data_parallel_is_unwrapped(tmp_path):
             train(wrapped, optimizer)
             pruner.step()
         assert pruner.finalize().state_dict().keys() == model.state_dict().keys()
+        with pytest.raises(RepruneError, match="wrap what it returns anew"):
+            REPrune(wrapped, None, example_inputs=X[:2], sparsity=0.5, until=3, compact="auto")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -528,3 +530,86 @@ def test_a_state_of_an_older_format_is_refused():
     pruner = prune(*network(), epochs=1)
     with pytest.raises(RepruneError, match="of format"):
         pruner.load_state_dict({**pruner.state_dict(), "format": 1})
+
+
+def ema_of(model):
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+
+
+def run_compacting(compact, epochs=6):
+    """Losses of a run with momentum, schedule and EMA, which goes on after its last event in epoch 3."""
+    model, optimizer = network("resnet20")
+    ema, scheduler = ema_of(model), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    pruner = REPrune(
+        model, optimizer, example_inputs=X[:2], ema=ema, sparsity=0.5, every=1, until=3, compact=compact
+    )  # fmt: skip
+    losses = []
+    for _ in range(epochs):
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(X), Y)
+            loss.backward()
+            optimizer.step()
+            ema.update_parameters(model)
+            losses.append(loss.item())
+        scheduler.step()
+        pruner.step()
+    return pruner, model, ema, losses
+
+
+def test_compact_auto_swaps_in_the_narrow_network_and_the_loss_goes_on():
+    pruner, model, ema, losses = run_compacting("auto")
+    wide, full, full_ema, expected = run_compacting("off")
+    assert losses[:9] == expected[:9]  # up to the last event nothing differs, from there on the order of sums may
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert pruner.finalize() is model and pruner.epoch == 6
+    own = {id(p) for group in pruner.optimizer.param_groups for p in group["params"]}
+    assert own == {id(p) for p in model.parameters()}
+    assert {id(p) for p in pruner.optimizer.state} == own
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *ema.modules()))
+    for mine, theirs in ((model, full), (ema, full_ema)):
+        slim, twin = pruner.compact(mine).state_dict(), wide.compact(theirs).state_dict()
+        assert slim.keys() == twin.keys()
+        assert all(torch.allclose(slim[key], twin[key], rtol=1e-3, atol=1e-4) for key in slim)
+    for layer in pruner.channels.prunable:
+        conv = model.get_submodule(layer.name)
+        assert conv.out_channels == len(conv.weight) == len(pruner.active[layer.name]) < layer.n_out
+
+
+@pytest.mark.parametrize("order", [("pruner", "model", "optimizer"), ("optimizer", "pruner", "model")])
+def test_a_compacted_run_resumes_bit_by_bit(tmp_path, order):
+    def parts():
+        model, optimizer = network()
+        pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=2, compact="auto")
+        return {"model": model, "optimizer": optimizer, "pruner": pruner}
+
+    def go_on(found, epochs):
+        for _ in range(epochs):
+            train(found["model"], found["optimizer"])
+            found["pruner"].step()
+
+    whole, resumed = parts(), parts()
+    go_on(whole, 3)
+    checkpoint.write(tmp_path / "c.safetensors", {name: part.state_dict() for name, part in whole.items()})
+    go_on(whole, 2)
+    state = checkpoint.read(tmp_path / "c.safetensors")
+    for name in order:
+        resumed[name].load_state_dict(state[name])
+    go_on(resumed, 2)
+    assert resumed["pruner"].epoch == 5
+    for name in ("model", "optimizer"):
+        a, b = (torch.utils._pytree.tree_leaves(found[name].state_dict()) for found in (whole, resumed))
+        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b, strict=True))
+    with pytest.raises(RepruneError, match="build model and pruner anew"):
+        resumed["pruner"].load_state_dict(state["pruner"])
+
+
+def test_a_compiled_model_runs_on_when_it_is_compacted():
+    model, optimizer = network()
+    fast = torch.compile(model, backend="eager")
+    pruner = REPrune(fast, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=1, compact="auto")
+    train(fast, optimizer)
+    pruner.step()
+    train(fast, optimizer)
+    model.eval(), fast.eval()
+    assert torch.allclose(fast(X), model(X), atol=1e-6)
