@@ -2,7 +2,8 @@
 
 from .checkpoint import load, save
 from .errors import RepruneError
+from .norm import fuse, unfuse
 from .pruner import Config, Event, REPrune
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Event", "REPrune", "RepruneError", "load", "save"]
+__all__ = ["Config", "Event", "REPrune", "RepruneError", "fuse", "load", "save", "unfuse"]

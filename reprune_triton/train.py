@@ -32,6 +32,7 @@ from reprune_triton import checkpoint, models
 from reprune_triton.data import Data
 from reprune_triton.data import load as load_data
 from reprune_triton.errors import RepruneError
+from reprune_triton.norm import fuse
 from reprune_triton.pruner import REPrune
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +71,7 @@ class Options:
     device: str | None = None  # default: cuda where there is one
     amp: str = "off"
     channels_last: bool = False
+    fuse: bool = False  # BatchNorm, addition and activation in one operation
     workers: int = 4
     threads: int | None = None
     out: str | None = None
@@ -144,6 +146,8 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None) ->
     model = models.build(options.model, data.classes, data.channels).to(device)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if options.fuse:
+        model = fuse(model)
     optimizer = torch.optim.SGD(_groups(model, options), options.lr, options.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     example = models.example_inputs(options.model, data.channels, data.size).to(device)
@@ -430,6 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--device", help="default: cuda where there is one")
     add("--amp", choices=AMP, help="mixed precision")
     add("--channels-last", action=argparse.BooleanOptionalAction)
+    add("--fuse", action=argparse.BooleanOptionalAction, help="BatchNorm, addition and activation in one operation")
     add("--workers", type=int, help="processes that decode images, for imagenet (default 4)")
     add("--threads", type=int, help="CPU threads")
     add("--out", help="folder of the run (default runs/DATA-MODEL)")

@@ -202,6 +202,18 @@ def test_mixed_precision_and_channels_last_resume_bit_exactly(tmp_path):
     crash_and_resume(tmp_path, common, after=1)
 
 
+def test_a_fused_run_is_the_same_run(tmp_path):
+    """On the CPU fusing changes who calls what, and no number; and the narrow model is saved as an ordinary one."""
+    runs = [trainer.train(trainer.recipe(**FAST | PRUNED["pruned"], fuse=fuse, out=str(tmp_path / str(fuse))))
+            for fuse in (False, True)]  # fmt: skip
+    assert [timeless(r) for r in runs[0].log] == [timeless(r) for r in runs[1].log]
+    assert all("forward" in vars(m) for m in runs[1].model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    path = tmp_path / "True" / "slim.safetensors"
+    about = checkpoint.read_extra(path)
+    back = checkpoint.load(path, models.build(about["model"], about["num_classes"], about["in_channels"]))
+    assert trainer.evaluate(back, data.load("digits")) == runs[0].accuracy
+
+
 def test_resume_restores_the_global_generator_too(tmp_path, monkeypatch):
     build = models.build
     monkeypatch.setattr(models, "build", lambda *args: torch.nn.Sequential(build(*args), torch.nn.Dropout(0.3)))

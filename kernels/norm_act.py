@@ -1,0 +1,289 @@
+"""BatchNorm, residual add and activation in one pass over channels_last activations.
+
+    forward   x -> partial statistics -> mean, rstd -> y = act((x - mean) * rstd * gamma + beta + residual)
+    backward  dy -> partial sums of g and g * x_hat -> dx, d(residual) = g,   g = dy where act lets it through
+
+Eager PyTorch makes three operations of it, and their backward five: here x is read twice forward, and twice backward.
+Whether the activation was active is computed again from x; with a residual, from y, which the next layer keeps anyway.
+
+Activations are rows: (M, C) with M = B * H * W. Statistics and sums are float32 (float64 for float64), taken in chunks
+of rows by one program each, around the mean of each tile, and merged by Chan's formula: as exact as two passes over x,
+and the same bits every time, since nothing is added up atomically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprune_triton.kernels.launch import Configuration
+
+ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+CHUNKS = 256  # the most programs that share the rows of a channel: two for each SM of the largest GPUs
+_ELEMENTS = 2048  # of a tile; with twice as many the gradient's registers spill
+
+
+@triton.jit
+def place(C, BLOCK_C: tl.constexpr):
+    """The chunk of rows and the channels [BLOCK_C] of this program; those of one chunk follow each other."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    program = tl.program_id(0)
+    channels = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return program // blocks, channels
+
+
+@triton.jit
+def tile(ptr, rows, channels, M, C, WIDE: tl.constexpr):
+    """Rows x channels of a tensor as float32, or float64 if WIDE; 0 outside it."""
+    inside = (rows < M)[:, None] & (channels < C)[None, :]
+    found = tl.load(ptr + rows.to(tl.int64)[:, None] * C + channels[None, :], mask=inside, other=0.0)
+    return found.to(tl.float64) if WIDE else found.to(tl.float32)
+
+
+@triton.jit
+def vector(ptr, channels, C, WIDE: tl.constexpr):
+    """A value for each of these channels, as float32 or float64."""
+    found = tl.load(ptr + channels, mask=channels < C, other=0.0)
+    return found.to(tl.float64) if WIDE else found.to(tl.float32)
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr, partial_ptr, M, C, each, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """partial[chunk, 0 | 1, C] = mean, and sum of squared deviations from it, of `each` rows."""
+    chunk, channels = place(C, BLOCK_C)
+    begin = chunk * each
+    end = tl.minimum(begin + each, M)
+    mean = tl.zeros((BLOCK_C,), tl.float64 if WIDE else tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float64 if WIDE else tl.float32)
+    for first in range(begin, end, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        value = tile(x_ptr, rows, channels, end, C, WIDE)
+        new = tl.minimum(end - first, BLOCK_M).to(mean.dtype)
+        before = (first - begin).to(mean.dtype)
+        own = tl.sum(value, 0) / new
+        off = tl.where((rows < end)[:, None], value - own[None, :], 0.0)
+        apart = own - mean
+        mean += apart * (new / (before + new))
+        squares += tl.sum(off * off, 0) + apart * apart * (before * new / (before + new))
+    at = partial_ptr + chunk.to(tl.int64) * 2 * C + channels
+    tl.store(at, mean, mask=channels < C)
+    tl.store(at + C, squares, mask=channels < C)
+
+
+@triton.jit
+def merge_kernel(
+    partial_ptr, mean_ptr, rstd_ptr, unbiased_ptr, M, C, each, chunks, eps, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean, 1 / sqrt(variance + eps), and the unbiased variance, of every channel, from those of its chunks."""
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk = tl.arange(0, CHUNKS)
+    mean = tile(partial_ptr, 2 * chunk, channels, 2 * chunks, C, WIDE)
+    squares = tile(partial_ptr, 2 * chunk + 1, channels, 2 * chunks, C, WIDE)
+    count = tl.minimum(tl.maximum(M - chunk * each, 0), each).to(mean.dtype)[:, None]
+    whole = tl.sum(mean * count, 0) / M
+    off = mean - whole[None, :]
+    total = tl.sum(squares + off * off * count, 0)
+    tl.store(mean_ptr + channels, whole, mask=channels < C)
+    tl.store(rstd_ptr + channels, 1.0 / tl.sqrt(total / M + eps), mask=channels < C)
+    tl.store(unbiased_ptr + channels, total / (M - 1), mask=channels < C)
+
+
+@triton.jit
+def apply_kernel(
+    x_ptr, residual_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, M, C, ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = act((x - mean) * rstd * weight + bias + residual)."""
+    chunk, channels = place(C, BLOCK_C)
+    rows = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+    scale = vector(rstd_ptr, channels, C, WIDE) * vector(weight_ptr, channels, C, WIDE)
+    value = tile(x_ptr, rows, channels, M, C, WIDE) - vector(mean_ptr, channels, C, WIDE)[None, :]
+    value = value * scale[None, :] + vector(bias_ptr, channels, C, WIDE)[None, :]
+    if RESIDUAL:
+        value += tile(residual_ptr, rows, channels, M, C, WIDE)
+    if ACT == 1:
+        value = tl.where(value < 0.0, 0.0, value)  # NaN goes through, as in PyTorch
+    if ACT == 2:
+        value = tl.where(value < 0.0, 0.0, tl.where(value > 6.0, 6.0, value))
+    inside = (rows < M)[:, None] & (channels < C)[None, :]
+    tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + channels[None, :], value.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def incoming(
+    grad_ptr, x_ptr, y_ptr, rows, channels, M, C, mean, rstd, weight, bias, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """g, the gradient behind the activation, and x_hat = (x - mean) * rstd."""
+    grad = tile(grad_ptr, rows, channels, M, C, WIDE)
+    normal = (tile(x_ptr, rows, channels, M, C, WIDE) - mean[None, :]) * rstd[None, :]
+    if ACT != 0:
+        if RESIDUAL:
+            value = tile(y_ptr, rows, channels, M, C, WIDE)
+        else:
+            value = normal * weight[None, :] + bias[None, :]
+        grad = tl.where(value <= 0.0, 0.0, grad)
+        if ACT == 2:
+            grad = tl.where(value >= 6.0, 0.0, grad)
+    return grad, normal
+
+
+@triton.jit
+def sums_kernel(
+    grad_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, partial_ptr, M, C, each, ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """partial[chunk, 0 | 1, C] = sums of g * x_hat and of g over `each` rows."""
+    chunk, channels = place(C, BLOCK_C)
+    mean, rstd = vector(mean_ptr, channels, C, WIDE), vector(rstd_ptr, channels, C, WIDE)
+    weight, bias = vector(weight_ptr, channels, C, WIDE), vector(bias_ptr, channels, C, WIDE)
+    with_normal, alone = tl.zeros_like(mean), tl.zeros_like(mean)
+    begin = chunk * each
+    end = tl.minimum(begin + each, M)
+    for first in range(begin, end, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        grad, normal = incoming(
+            grad_ptr, x_ptr, y_ptr, rows, channels, end, C, mean, rstd, weight, bias, ACT, RESIDUAL, WIDE
+        )
+        with_normal += tl.sum(grad * normal, 0)
+        alone += tl.sum(grad, 0)
+    at = partial_ptr + chunk.to(tl.int64) * 2 * C + channels
+    tl.store(at, with_normal, mask=channels < C)
+    tl.store(at + C, alone, mask=channels < C)
+
+
+@triton.jit
+def gradient_kernel(
+    grad_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr, grad_x_ptr, grad_residual_ptr, M, C,
+    ACT: tl.constexpr, RESIDUAL: tl.constexpr, TRAINING: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx = weight * rstd * (g - mean(g) - x_hat * mean(g * x_hat)), and d(residual) = g; not training: no means."""
+    chunk, channels = place(C, BLOCK_C)
+    rows = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+    mean, rstd = vector(mean_ptr, channels, C, WIDE), vector(rstd_ptr, channels, C, WIDE)
+    weight, bias = vector(weight_ptr, channels, C, WIDE), vector(bias_ptr, channels, C, WIDE)
+    grad, normal = incoming(
+        grad_ptr, x_ptr, y_ptr, rows, channels, M, C, mean, rstd, weight, bias, ACT, RESIDUAL, WIDE
+    )
+    inside = (rows < M)[:, None] & (channels < C)[None, :]
+    at = rows.to(tl.int64)[:, None] * C + channels[None, :]
+    if RESIDUAL and ACT != 0:
+        tl.store(grad_residual_ptr + at, grad.to(grad_residual_ptr.dtype.element_ty), mask=inside)
+    if TRAINING:
+        with_normal = vector(sums_ptr, channels, C, WIDE) / M
+        alone = vector(sums_ptr + C, channels, C, WIDE) / M
+        grad = grad - alone[None, :] - normal * with_normal[None, :]
+    grad *= (rstd * weight)[None, :]
+    tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+
+INTERPRETED = not isinstance(apply_kernel, triton.JITFunction)
+
+
+def blocks(channels: int) -> tuple[tuple[str, int], ...]:
+    """Of a tile: the fewer the channels, the more rows."""
+    block_c = min(64, max(16, triton.next_power_of_2(channels)))
+    return (("BLOCK_M", _ELEMENTS // block_c), ("BLOCK_C", block_c))
+
+
+def configurations(wide: bool = False) -> Iterator[Configuration]:
+    """Every configuration there can be, for float64 if `wide`."""
+    always = (("WIDE", int(wide)),)
+    yield Configuration(merge_kernel, (*always, ("CHUNKS", CHUNKS), ("BLOCK_C", 16)), 4)
+    for channels in (16, 32, 64):
+        tiles = (*always, *blocks(channels))
+        yield Configuration(statistics_kernel, tiles, 4)
+        for act in ACTIVATIONS.values():
+            for residual in (0, 1):
+                flags = (("ACT", act), ("RESIDUAL", residual))
+                yield Configuration(apply_kernel, (*flags, *tiles), 4)
+                yield Configuration(sums_kernel, (*flags, *tiles), 4)
+                for training in (0, 1):
+                    yield Configuration(gradient_kernel, (*flags, ("TRAINING", training), *tiles), 4)
+
+
+class _Rows:
+    """How M rows of C channels are cut up, and how a kernel is launched on them."""
+
+    def __init__(self, x: Tensor):
+        self.C = x.shape[1]
+        self.M = x.numel() // self.C
+        self.wide = x.dtype == torch.float64
+        self.constants = (("WIDE", int(self.wide)), *blocks(self.C))
+        self.block_m, self.block_c = (size for _, size in blocks(self.C))
+        tiles = triton.cdiv(self.M, self.block_m)
+        self.each = self.block_m * triton.cdiv(tiles, CHUNKS)  # rows of a chunk
+        self.chunks = triton.cdiv(self.M, self.each)
+        self.x = x
+
+    def empty(self, *shape: int) -> Tensor:
+        """For statistics, uninitialised."""
+        return self.x.new_empty(shape, dtype=torch.float64 if self.wide else torch.float32)
+
+    def run(self, kernel: object, flags: dict[str, int], chunks: int, *arguments: Tensor | int) -> None:
+        config = Configuration(kernel, (*flags.items(), *self.constants), 4)
+        config.run(chunks * triton.cdiv(self.C, self.block_c), *arguments)
+
+    @property
+    def tiles(self) -> int:
+        return triton.cdiv(self.M, self.block_m)
+
+
+def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, 1 / sqrt(biased variance + eps) and unbiased variance of every channel, (C,) each.
+
+    x: (B, C, H, W), channels_last, with more than one value a channel.
+    """
+    rows = _Rows(x)
+    partial = rows.empty(rows.chunks, 2, rows.C)
+    rows.run(statistics_kernel, {}, rows.chunks, x, partial, rows.M, rows.C, rows.each)
+    mean, rstd, unbiased = (rows.empty(rows.C) for _ in range(3))
+    config = Configuration(merge_kernel, (("WIDE", int(rows.wide)), ("CHUNKS", CHUNKS), ("BLOCK_C", 16)), 4)
+    programs = triton.cdiv(rows.C, 16)
+    config.run(programs, partial, mean, rstd, unbiased, rows.M, rows.C, rows.each, rows.chunks, eps)
+    return mean, rstd, unbiased
+
+
+def apply(
+    x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str
+) -> Tensor:
+    """y, like x."""
+    rows, y = _Rows(x), torch.empty_like(x)
+    flags = {"ACT": ACTIVATIONS[act], "RESIDUAL": int(residual is not None)}
+    rows.run(
+        apply_kernel, flags, rows.tiles, x, x if residual is None else residual, y, mean, rstd, weight, bias, rows.M,
+        rows.C,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str,
+    training: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """dx; d(residual), or None if there is none or it is `grad` itself; and d(weight), d(bias) (2, C).
+
+    y: what `apply` returned, if it had a residual.
+    """
+    rows = _Rows(x)
+    flags = {"ACT": ACTIVATIONS[act], "RESIDUAL": int(y is not None)}
+    given = (grad, x, x if y is None else y, mean, rstd, weight, bias)
+    partial = rows.empty(rows.chunks, 2, rows.C)
+    rows.run(sums_kernel, flags, rows.chunks, *given, partial, rows.M, rows.C, rows.each)
+    sums = partial.sum(0)
+    grad_x = torch.empty_like(x)
+    grad_residual = torch.empty_like(x) if y is not None and act != "none" else None
+    flags |= {"TRAINING": int(training)}
+    rows.run(
+        gradient_kernel, flags, rows.tiles, *given, sums, grad_x, grad_x if grad_residual is None else grad_residual,
+        rows.M, rows.C,
+    )  # fmt: skip
+    return grad_x, grad_residual, sums
