@@ -329,9 +329,9 @@ import importlib, json, sys
 from reprune_triton.bench import cost
 from reprune_triton.kernels import launch
 target, wanted = json.load(sys.stdin)
-for module, name, constants, warps, registers in wanted:
+for module, name, constants, *others in wanted:
     kernel = getattr(importlib.import_module(module), name)
-    config = launch.Configuration(kernel, tuple(map(tuple, constants)), warps, registers)
+    config = launch.Configuration(kernel, tuple(map(tuple, constants)), *others)
     print(json.dumps(cost.binary(config, target)))
 """
 _known: dict[tuple[Any, str], tuple[Binary, Code]] = {}
