@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -292,13 +293,28 @@ for config in norm_act.configurations():
 """
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_configuration_compiles_without_spills_and_reads_wide(target, tmp_path):
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def compile_all(target, cache):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM, target], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, f"{target}: {done.stderr}"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """What PROGRAM prints, for every target; two compilers at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda target: compile_all(target, tmp_path_factory.mktemp(target)), TARGETS)
+        return dict(zip(TARGETS, found, strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_compiles_without_spills_and_reads_wide(target, built):
+    rows = built[target]
     kernels = {"statistics_kernel", "merge_kernel", "apply_kernel", "sums_kernel", "gradient_kernel"}
     assert {row["kernel"] for row in rows} == kernels
     for row in rows:
