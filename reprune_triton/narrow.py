@@ -2,8 +2,9 @@
 
 While training, parameters keep their full shape: state_dict keys, optimizer, DDP and EMA see no difference. A narrowed
 module gathers the active slices of its tensors just before its forward and drops them just after, so activations
-between layers are narrow, and autograd scatters the gradients back. What is pruned is frozen: an optimizer step leaves
-its values as they are and its momentum at zero.
+between layers are narrow, and autograd scatters the gradients back. On CUDA one launch gathers the slices of the whole
+network, and one scatters their gradients (pack.py). What is pruned is frozen: an optimizer step leaves its values as
+they are and its momentum at zero.
 
     weight (n_out, n_in, kh, kw) --gather--> (active out, active in, kh, kw) --conv--> narrow activations
 
@@ -12,7 +13,7 @@ This equals training the full network with the mask applied after BatchNorm and 
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import RepruneError
+from .pack import Pack
 
 # Modules that treat every channel alone and hold only per-channel vectors.
 CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
@@ -42,6 +44,7 @@ class Slice(NamedTuple):
 
 Slices = dict[str, Slice]  # by module name
 Cuts = list[tuple[int, Tensor]]  # (dimension, indices to keep or to freeze)
+Entries = list[tuple[nn.Parameter, int, Tensor]]  # (parameter, dimension, indices)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -78,14 +81,20 @@ def gather(tensor: Tensor, where: Cuts) -> Tensor:
 class Narrowing:
     """Keeps `model` narrow: forward hooks on its modules, and step hooks on `optimizer` that freeze what is pruned.
 
-    The hooks hold index tensors only, so a deep copy of the model (an EMA, say) is narrow in the same way.
+    A deep copy of the model (an EMA, say) has hooks of its own, and is narrow in the same way.
+
+    Args:
+        impl: how slices are gathered and scattered: "triton", "torch", or "auto"; see `pack.Pack`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None = None):
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, impl: str = "auto"):
+        self._model, self._impl = model, impl
         self._modules = dict(model.named_modules())
         self._handles: list[Any] = []
-        self._frozen: list[tuple[nn.Parameter, int, Tensor]] = []  # (parameter, dimension, pruned indices)
-        self._held: list[Tensor] = []
+        self._frozen: Entries = []
+        self._freezer = Pack([], impl)
+        self._held: tuple[Tensor, ...] = ()  # what is frozen, from before an optimizer's step until after it
+        self._together = False  # whether the freezer holds it
         self._optimizer = optimizer
         self._step_handles: list[Any] = []
         if optimizer is not None:
@@ -103,29 +112,33 @@ class Narrowing:
                 Without it they are found here, and the device is waited for.
         """
         self._remove(self._handles)
-        self._frozen = []
-        for name, part in slices.items():
-            module = self._modules[name]
-            where = cuts(module, part)
-            widths = {}
-            if part.out is not None:  # what forward itself looks at
-                names = ("groups",) if is_depthwise(module) else ("num_features",)
-                widths = {key: (len(part.out), getattr(module, key)) for key in names if hasattr(module, key)}
-            shadow = _Shadow(where, widths)
-            self._handles += [
-                module.register_forward_pre_hook(shadow.enter),
-                # always_call: an exception inside forward must not leave the slices in place
-                module.register_forward_hook(shadow.leave, always_call=True),
-            ]
+        gathering = _Gathering(self._model, self._impl)
+        if slices:
+            self._register(self._model, gathering)
+        for name, module in self._modules.items() if slices else ():
+            where = cuts(module, slices[name]) if name in slices else {}
+            if gathering.casts(module):
+                where = {key: [] for key in ("weight", "bias") if module._parameters.get(key) is not None} | where
+            if name in slices or where:
+                self._register(module, gathering.shadow(module, where, slices.get(name, Slice()).out))
         self._frozen = self._parameters(self._others(slices) if frozen is None else frozen)
+        self._freezer = Pack([[(dim, index)] for _, dim, index in self._frozen], self._impl)
         _forget_compiled()
 
     def forget(self, slices: Slices) -> None:
         """Zero what the optimizer remembers of these channels."""
-        self._forget(self._parameters(slices))
+        entries = self._parameters(slices)
+        self._clear(entries, self._averages(entries))
 
-    def _parameters(self, slices: Slices) -> list[tuple[nn.Parameter, int, Tensor]]:
-        """Where they stand: (parameter, dimension, indices)."""
+    def _register(self, module: nn.Module, hooks: "_Gathering | _Shadow") -> None:
+        self._handles += [
+            module.register_forward_pre_hook(hooks.enter),
+            # always_call: an exception inside forward must not leave the slices in place
+            module.register_forward_hook(hooks.leave, always_call=True),
+        ]
+
+    def _parameters(self, slices: Slices) -> Entries:
+        """Where they stand."""
         found = []
         for name, part in slices.items():
             module = self._modules[name]
@@ -158,22 +171,40 @@ class Narrowing:
     @torch.no_grad()
     def _hold(self, *_: object) -> None:
         # Read at every step, not once per event: so it does not matter in which order a checkpoint is loaded.
-        self._held = [p.index_select(dim, index.to(p.device)) for p, dim, index in self._frozen]
+        parameters = [p for p, _, _ in self._frozen]
+        together = self._freezer.gather(parameters, [p.dtype for p in parameters])
+        apart = (p.index_select(dim, index.to(p.device)) for p, dim, index in self._frozen)
+        self._together, self._held = together is not None, tuple(apart) if together is None else together
 
     @torch.no_grad()
     def _restore(self, *_: object) -> None:
-        for (p, dim, index), held in zip(self._frozen, self._held, strict=True):
-            p.index_copy_(dim, index.to(p.device), held)
-        self._held = []
-        self._forget(self._frozen)
+        averages = list(self._averages(self._frozen))
+        if self._together:
+            parameters: Iterator[tuple[int, Tensor]] = ((number, p) for number, (p, _, _) in enumerate(self._frozen))
+            targets = [(number, p, False) for number, p in parameters]
+            targets += [(number, value, True) for number, value in averages if self._freezer.takes(value)]
+            self._freezer.put_back(self._held, targets)
+            averages = [(number, value) for number, value in averages if not self._freezer.takes(value)]
+        else:
+            for (p, dim, index), held in zip(self._frozen, self._held, strict=True):
+                p.index_copy_(dim, index.to(p.device), held)
+        self._clear(self._frozen, averages)
+        self._held = ()
 
+    @staticmethod
     @torch.no_grad()
-    def _forget(self, entries: list[tuple[nn.Parameter, int, Tensor]]) -> None:
-        for parameter, dim, index in entries:
+    def _clear(entries: Entries, averages: Iterable[tuple[int, Tensor]]) -> None:
+        for number, value in averages:
+            _, dim, index = entries[number]
+            value.index_fill_(dim, index.to(value.device), 0)
+
+    def _averages(self, entries: Entries) -> Iterator[tuple[int, Tensor]]:
+        """What the optimizer remembers of the gradients of these parameters, each with its entry's number."""
+        for number, (parameter, _, _) in enumerate(entries):
             if self._optimizer is not None and parameter in self._optimizer.state:
                 for key, value in self._optimizer.state[parameter].items():
                     if key in AVERAGES and torch.is_tensor(value) and value.shape == parameter.shape:
-                        value.index_fill_(dim, index.to(value.device), 0)
+                        yield number, value
 
 
 class _Shadow:
@@ -181,10 +212,15 @@ class _Shadow:
 
     def __init__(self, where: dict[str, Cuts], widths: dict[str, tuple[int, int]]):
         self.where, self.widths = where, widths  # widths: attribute -> (narrow, full)
+        self.ready: dict[str, _Ready] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:  # what is gathered already is the model's own, not its copy's
+        return _Shadow, (self.where, self.widths)
 
     def enter(self, module: nn.Module, args: object) -> None:
         for name, cut in self.where.items():
-            module.__dict__[name] = gather(getattr(module, name), cut)
+            full, ready = getattr(module, name), self.ready.get(name)
+            module.__dict__[name] = ready.slice if ready and ready.serves(full) else gather(full, cut)
         for name, (narrow, _) in self.widths.items():
             module.__dict__[name] = narrow
 
@@ -193,10 +229,102 @@ class _Shadow:
             module.__dict__[name] = width
         for name, cut in self.where.items():
             part = module.__dict__.pop(name, None)
-            full = module._buffers.get(name)
+            full, ready = module._buffers.get(name), self.ready.get(name)
             if full is not None and part is not None and module.training:  # BatchNorm updated its statistics
-                for dim, index in cut:
-                    full.index_copy_(dim, index.to(full.device), part)
+                if ready is None or part is not ready.slice:  # else it goes back with all the others
+                    for dim, index in cut:
+                        full.index_copy_(dim, index.to(full.device), part)
+
+
+class _Ready(NamedTuple):
+    """A slice that was gathered for the forward of the whole model."""
+
+    full: Tensor  # what it was taken of, and the version of its values
+    version: int
+    slice: Tensor
+    gathering: "_Gathering"
+
+    def serves(self, full: Tensor) -> bool:
+        """Whether it is what a module needs now: in that forward, or again in its backward (activation checkpointing),
+        and not where a part of the model runs alone; and in a type that the module's operations take now."""
+        again = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+        cast = self.slice.dtype != full.dtype and self.slice.dtype != _autocast_dtype(full.device)
+        same = full is self.full and full._version == self.version
+        return same and (self.gathering.running or again) and not cast
+
+
+class _Gathering:
+    """Around the forward of the whole model: gathers for all its shadows at once, where `Pack` can.
+
+    Under autocast convolutions and linears get their weights in the type they compute in, whole ones too: autocast has
+    nothing left to cast.
+    """
+
+    def __init__(self, model: nn.Module, impl: str):
+        self.model, self.impl = model, impl
+        self.items: list[tuple[nn.Module, str, _Shadow]] = []
+        self.packs: dict[bool, Pack] = {}  # whether whole tensors are among them, to be cast
+        self.running = False
+        self.statistics: list[tuple[int, Tensor]] = []  # BatchNorm's, that go back after this forward
+        self.gathered: tuple[Tensor, ...] | None = None
+
+    def casts(self, module: nn.Module) -> bool:
+        """Whether under autocast this module's tensors are gathered even if all channels are active."""
+        weight = module._parameters.get("weight")
+        asked = weight is not None and (self.impl == "triton" or (self.impl == "auto" and weight.is_cuda))
+        return asked and type(module) in (nn.Conv2d, nn.Linear)
+
+    def shadow(self, module: nn.Module, where: dict[str, Cuts], out: Tensor | None) -> _Shadow:
+        """A shadow for this module, of whose output channels `out` are active (None: all)."""
+        widths = {}
+        if out is not None:  # what forward itself looks at
+            names = ("groups",) if is_depthwise(module) else ("num_features",)
+            widths = {key: (len(out), getattr(module, key)) for key in names if hasattr(module, key)}
+        shadow = _Shadow(where, widths)
+        self.items += [(module, name, shadow) for name in where]
+        return shadow
+
+    def enter(self, model: nn.Module, args: object) -> None:
+        full = [module._parameters.get(name, module._buffers.get(name)) for module, name, _ in self.items]
+        if model is not self.model or any(tensor is None for tensor in full):  # a replica of DataParallel's, say
+            return
+        cast = _autocast_dtype(full[0].device) if full else None  # type: ignore[union-attr]
+        chosen = [
+            (module, name, shadow, tensor, self._dtype(module, tensor, cast))
+            for (module, name, shadow), tensor in zip(self.items, full, strict=True)
+            if tensor is not None and (cast is not None or shadow.where[name])
+        ]
+        pack = self.packs.get(cast is not None)
+        if pack is None:
+            pack = self.packs[cast is not None] = Pack([x[2].where[x[1]] for x in chosen], self.impl)
+        self.gathered = pack.gather([x[3] for x in chosen], [x[4] for x in chosen])
+        if self.gathered is None:
+            return
+        self.running, self.pack = True, pack
+        for number, ((module, name, shadow, tensor, _), part) in enumerate(zip(chosen, self.gathered, strict=True)):
+            shadow.ready[name] = _Ready(tensor, tensor._version, part, self)
+            if name in module._buffers and module.training:
+                self.statistics.append((number, tensor))
+
+    def leave(self, model: nn.Module, args: object, output: object) -> None:
+        if model is not self.model or self.gathered is None:
+            return
+        self.pack.put_back(self.gathered, [(number, tensor, False) for number, tensor in self.statistics])
+        self.running, self.gathered, self.statistics = False, None, []
+        for module, name, shadow in self.items:
+            if name in module._buffers or not torch.is_grad_enabled():
+                shadow.ready.pop(name, None)
+
+    @staticmethod
+    def _dtype(module: nn.Module, tensor: Tensor, cast: torch.dtype | None) -> torch.dtype:
+        """What this tensor is wanted in."""
+        computes = isinstance(module, (nn.Conv2d, nn.Linear)) and tensor.dtype != torch.float64
+        return cast if computes and cast is not None else tensor.dtype
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on this device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def check_whole(model: nn.Module) -> None:
@@ -290,7 +418,7 @@ def _forget_compiled() -> None:
 
 def _shadows(hooks: Mapping[int, Any]) -> list[int]:
     """The keys of our own among a module's hooks."""
-    return [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Shadow)]
+    return [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), (_Shadow, _Gathering))]
 
 
 def _remove_shadows(module: nn.Module) -> None:

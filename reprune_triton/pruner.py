@@ -44,7 +44,8 @@ class Config:
         ignore: convs to leave alone, by name or pattern ("layer1.*").
         seed: decides every random choice here, whatever else the program draws.
         compact: "auto" makes the model itself physically narrow at the last event; "off" leaves that to `finalize`.
-        impl: of clustering, cut, coverage and draw: "auto", "reference" or "triton", see `ops.ward_network`.
+        impl: of clustering, cut, coverage and draw, and of how narrow weights are gathered: "auto", "reference" or
+            "triton", see `ops.ward_network` and `pack.Pack`.
     Raises:
         RepruneError: if an option is out of its range.
     """
@@ -178,7 +179,8 @@ class REPrune:
         self._take(torch.ones_like(self._pool.layer, dtype=torch.bool), self._pool.sizes)
         self._check_budget()
         self._check_trained()
-        self._narrowing = narrow.Narrowing(model, optimizer)
+        impl = "torch" if self.config.impl == "reference" else self.config.impl
+        self._narrowing = narrow.Narrowing(model, optimizer, impl)
         self._finished = False
 
     # ------------------------------------------------------------------ the event

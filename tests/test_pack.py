@@ -1,0 +1,287 @@
+"""All slices of a network in one launch: the same numbers as tensor by tensor."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from reprune_triton import channels, models
+from reprune_triton.kernels.launch import Configuration
+from reprune_triton.narrow import Narrowing, gather
+from reprune_triton.pack import Pack
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tensors(device, dtype):
+    """Each with its cut: kernels of several sizes in both memory formats, matrices, vectors, whole ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, last=False):
+        found = torch.randn(*shape, generator=generator).to(device, dtype)
+        return (found.contiguous(memory_format=torch.channels_last) if last else found).requires_grad_()
+
+    def index(n, k):
+        return torch.randperm(n, generator=generator)[:k].sort().values.to(device)
+
+    return [
+        (draw(20, 70, 3, 3, last=True), [(0, index(20, 7)), (1, index(70, 66))]),
+        (draw(20, 70, 3, 3), [(0, index(20, 17)), (1, index(70, 5))]),
+        (draw(3, 5, 1, 3, last=True), [(1, index(5, 1))]),
+        (draw(30, 9, 1, 1), [(0, index(30, 1))]),
+        (draw(9, 1, 3, 3), [(0, index(9, 4))]),
+        (draw(11, 150), [(1, index(150, 131))]),
+        (draw(33), [(0, index(33, 19))]),
+        (draw(12, 3, 2, 2, last=True), []),
+    ]
+
+
+def layout(t):
+    """Strides, but of dimensions of one they say nothing."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [None, torch.bfloat16, torch.float16])
+def test_slices_and_gradients_are_those_of_torch(device, dtype, wanted):
+    pairs = tensors(device, dtype)
+    some, cuts = [t for t, _ in pairs], [cut for _, cut in pairs]
+    if wanted is not None and device == "cpu":  # the interpreter truncates what a GPU rounds
+        with torch.no_grad():
+            for t in some:
+                t.copy_(t.bfloat16().clamp(-8, 8).div(8).mul(256).round().div(32))
+    dtypes = [wanted or dtype] * len(some)
+    found = Pack(cuts, "triton").gather(some, dtypes)
+    assert found is not None
+    expected = [gather(t, cut).to(d) for t, cut, d in zip(some, cuts, dtypes, strict=True)]
+    factors = [torch.randint(-8, 8, t.shape).to(device, t.dtype) for t in expected]
+    factors[1] = factors[1].contiguous(memory_format=torch.channels_last)  # gradients come as they like
+    factors[5] = factors[5].T.contiguous().T
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype and layout(a) == layout(b) and a.requires_grad
+    mine, theirs = (torch.autograd.grad(outputs, some, factors) for outputs in (found, expected))
+    for a, b, t in zip(mine, theirs, some, strict=True):
+        assert torch.equal(a, b) and a.dtype == t.dtype and layout(a) == layout(t)
+
+
+def test_what_needs_no_gradient_gets_none_and_what_is_unused_neither(device):
+    a, b, c = (torch.randn(6, 3, device=device, requires_grad=grad) for grad in (True, False, True))
+    cut = [(0, torch.tensor([1, 4], device=device))]
+    x, y, z = Pack([cut] * 3, "triton").gather([a, b, c], [torch.float32] * 3)
+    assert x.requires_grad and not y.requires_grad
+    (x * y).sum().backward()
+    assert c.grad is None and torch.equal(a.grad[[1, 4]], b[[1, 4]]) and a.grad[0].abs().max() == 0
+
+
+def test_one_slice_may_change_while_others_are_saved(device):
+    """BatchNorm updates its averages in place between a forward and a backward."""
+    a, b = torch.randn(6, device=device, requires_grad=True), torch.zeros(6, device=device)
+    pack = Pack([[(0, torch.tensor([0, 2, 5], device=device))]] * 2, "triton")
+    x, y = pack.gather([a, b], [torch.float32] * 2)
+    loss = x.square().sum()
+    y.add_(1)
+    loss.backward()
+    pack.put_back((x, y), [(1, b, False), (0, a.grad, True)])
+    assert b.tolist() == [1, 0, 1, 0, 0, 1] and a.grad.abs().max() == 0
+
+
+def test_torch_is_left_to_it_where_the_kernels_cannot(device):
+    t, cut = torch.randn(6, device=device), [(0, torch.tensor([0, 2], device=device))]
+    assert Pack([cut], "torch").gather([t], [t.dtype]) is None
+    assert (Pack([cut], "auto").gather([t], [t.dtype]) is None) == (device == "cpu")
+    assert Pack([cut], "triton").gather([t.int()], [torch.int32]) is None
+    assert Pack([cut], "triton").gather([t.expand(2, 6)[0:1, :].expand(3, 6)], [t.dtype]) is None
+    assert Pack([], "triton").gather([], []) is None
+
+
+# ---------------------------------------------------------------------- a whole network
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 9, 3, padding=1, bias=False), nn.BatchNorm2d(9)
+        self.conv2, self.norm2 = nn.Conv2d(9, 6, 1), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6 * 16, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        return self.head(F.relu(self.norm2(self.conv2(x))).flatten(1))
+
+
+@pytest.fixture
+def small(device):
+    torch.manual_seed(0)
+    model, x = Small().to(device), torch.randn(4, 3, 4, 4, device=device)
+    found = channels.analyse(model, x)
+    assert len(found.prunable) == 2
+    return model, found.slices({x.name: torch.arange(0, x.n_out, 2, device=device) for x in found.prunable}), x
+
+
+def trained(model, slices, x, impl, dtype=None, steps=3, make=None):
+    """State of the model and of its optimizer after some steps, and the number of launches of the last one."""
+    model = copy.deepcopy(model)
+    make = make or (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1))
+    optimizer = make(model.parameters())
+    Narrowing(model, optimizer, impl).set(slices)
+    launches = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = Configuration.run
+        patch.setattr(Configuration, "run", lambda *a: launches.append(a[0]) or run(*a))
+        for _ in range(steps):
+            launches.clear()
+            optimizer.zero_grad()
+            with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+                loss = F.cross_entropy(model(x).float(), torch.arange(4, device=x.device))
+            loss.backward()
+            optimizer.step()
+    state = [t for p in model.parameters() for t in optimizer.state[p].values() if torch.is_tensor(t)]
+    return [*model.state_dict().values(), *state], launches
+
+
+@pytest.mark.parametrize("make", [None, lambda p: torch.optim.AdamW(p, 0.1)])
+def test_a_network_trains_to_the_same_bits_in_five_launches(small, make):
+    model, slices, x = small
+    (mine, launches), (theirs, none) = (trained(model, slices, x, impl, make=make) for impl in ("triton", "torch"))
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert len(launches) == 5 and not none  # gather, statistics, gradients, hold, restore
+
+
+def test_residual_blocks_train_to_the_same_bits(device):
+    torch.manual_seed(0)
+    model, x = models.build("resnet8", num_classes=10).double().to(device), torch.randn(4, 3, 8, 8).double().to(device)
+    found = channels.analyse(model, x)
+    slices = found.slices({x.name: torch.arange(0, x.n_out, 3, device=device) for x in found.prunable})
+    (mine, _), (theirs, _) = (trained(model, slices, x, impl, steps=1) for impl in ("triton", "torch"))
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_under_autocast_nothing_is_left_to_cast(small):
+    """Whole weights arrive in bfloat16 too."""
+    model, slices, x = small
+    with torch.no_grad():  # numbers that the interpreter need not round
+        for p in model.parameters():
+            p.copy_(p.bfloat16().float())
+    model = copy.deepcopy(model)
+    Narrowing(model, None, "triton").set(slices)
+    seen = {}
+    for name in ("conv1", "conv2", "head", "norm1"):
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, m.weight.dtype))
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = model(x)
+    plain = copy.deepcopy(small[0])
+    Narrowing(plain, None, "torch").set(slices)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        expected = plain(x)
+    assert torch.equal(y, expected)
+    assert seen == dict.fromkeys(("conv1", "conv2", "head"), torch.bfloat16) | {"norm1": torch.float32}
+    y.float().sum().backward(), expected.float().sum().backward()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert a.grad.dtype == torch.float32 and torch.allclose(a.grad, b.grad, rtol=1e-2, atol=1e-2)
+
+
+def test_a_part_of_the_model_never_runs_on_old_slices(small):
+    model, slices, x = small
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    Narrowing(model, optimizer, "triton").set(slices)
+    model(x).sum().backward()
+    optimizer.step()
+    expected = F.conv2d(x, gather(model.conv1.weight, [(0, slices["conv1"].out)]), padding=1)
+    assert torch.equal(model.conv1(x), expected)
+    with torch.no_grad():
+        model.conv1.weight.data.mul_(2)  # which no version tells
+        assert torch.equal(model.conv1(x), 2 * expected)
+    model.conv1(x).sum().backward()
+    assert model.conv1.weight.grad.abs().sum() > 0
+
+
+def test_copies_checkpointing_and_parts_without_autocast(small):
+    model, slices, x = small
+    Narrowing(model, None, "triton").set(slices)
+    model(x)
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        twin.conv1.weight.zero_()
+        assert not torch.equal(twin(x), model.eval()(x)), "the copy gathers its own weights"
+    model.train()
+    saved = copy.deepcopy(model.state_dict())
+    grads = []
+    for checkpointed in (False, True):
+        model.load_state_dict(saved)
+        model.zero_grad()
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        y.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+    class Parts(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            hidden = torch.utils.checkpoint.checkpoint(self.body.conv1, x, use_reentrant=False)
+            with torch.autocast(x.device.type, enabled=False):
+                hidden = F.relu(self.body.norm1(hidden.float()))
+                hidden = F.relu(self.body.norm2(self.body.conv2(hidden)))
+            return self.body.head(hidden.flatten(1))
+
+    results = []
+    for impl in ("torch", "triton"):
+        parts = Parts(copy.deepcopy(small[0]))
+        for hooked in parts.modules():
+            hooked._forward_hooks.clear(), hooked._forward_pre_hooks.clear()
+        Narrowing(parts, None, impl).set({f"body.{name}": part for name, part in slices.items()})
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = parts(x)
+        y.float().sum().backward()
+        assert all(p.grad is not None for p in parts.parameters())
+        results.append(y)
+    assert torch.allclose(*results, rtol=0.1, atol=0.1)
+
+
+def test_a_functional_call_and_an_exception(small):
+    model, slices, x = small
+    Narrowing(model, None, "triton").set(slices)
+    model.eval()
+    expected = model(x)
+    doubled = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    y = torch.func.functional_call(model, doubled, (x,))
+    assert not torch.equal(y, expected) and torch.equal(model(x), expected)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(4, 5, 4, 4, device=x.device))
+    assert torch.equal(model(x), expected) and "weight" not in vars(model.conv1)
+
+
+# ---------------------------------------------------------------------- ahead of time
+
+PROGRAM = """
+import json, sys
+from reprune_triton.kernels import compiled, pack
+for target in sys.argv[1:]:
+    for to_buffer in (True, False):
+        for wide in (False, True):
+            config = pack.configuration(to_buffer, wide)
+            found = compiled.resources(compiled.build(config, target, {"buffer_ptr": "*u8"}))
+            print(json.dumps({"target": target, "wide": wide} | found._asdict()))
+"""
+
+
+def test_it_compiles_without_spills(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *targets], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 4 * len(targets)
+    for row in rows:
+        assert row["spills"] == 0 and row["registers"] <= 128, row
