@@ -30,7 +30,7 @@ from reprune_triton.kernels.norm_act import vector
 RANGES = {"none": (float("-inf"), float("inf")), "relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
 PROGRAMS = 512  # that work on a weight's gradient: about four for each SM of the largest GPUs
 _FEW = 132  # programs that leave SMs idle: then tiles are smaller
-_SIZES = ("M", "H", "W", "P", "Q", "R", "S", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")
+SIZES = ("M", "H", "W", "P", "Q", "R", "S", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")
 # The interpreter takes the bits of bfloat16 for integers when it multiplies matrices.
 _WIDEN = tl.constexpr(norm_act.INTERPRETED)
 
@@ -49,7 +49,8 @@ def activated(x, inside, channels, CI, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, 
     scale = vector(rstd_ptr, channels, CI, WIDE) * vector(gamma_ptr, channels, CI, WIDE)
     value = x.to(scale.dtype) - vector(mean_ptr, channels, CI, WIDE)[None, :]
     value = tl.fma(value, scale[None, :], vector(beta_ptr, channels, CI, WIDE)[None, :])
-    value = tl.clamp(value, low.to(scale.dtype), high.to(scale.dtype), propagate_nan=tl.PropagateNan.ALL)
+    low, high = tl.cast(low, scale.dtype), tl.cast(high, scale.dtype)
+    value = tl.clamp(value, low, high, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(inside[:, None], value, 0.0).to(x.dtype)
 
 
@@ -66,7 +67,7 @@ def within(top, left, H, W):
     return (top >= 0) & (top < H) & (left >= 0) & (left < W)
 
 
-@triton.jit(do_not_specialize=(*_SIZES, "low", "high"))
+@triton.jit(do_not_specialize=(*SIZES, "low", "high"))
 def forward_kernel(
     x_ptr, w_ptr, y_ptr, partial_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, low, high, M, CI, CO, H, W, P, Q, R, S,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, POINTWISE: tl.constexpr, NORM: tl.constexpr, STATS: tl.constexpr,
@@ -111,7 +112,7 @@ def forward_kernel(
         tl.store(at + CO, tl.sum(off * off, 0), mask=filters < CO)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def input_gradient_kernel(
     grad_ptr, w_ptr, grad_x_ptr, M, CI, CO, H, W, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
     POINTWISE: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -151,7 +152,7 @@ def input_gradient_kernel(
     tl.store(at, acc.to(grad_x_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (channels < CI)[None, :])
 
 
-@triton.jit(do_not_specialize=(*_SIZES, "low", "high", "each"))
+@triton.jit(do_not_specialize=(*SIZES, "low", "high", "each"))
 def weight_gradient_kernel(
     grad_ptr, x_ptr, partial_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, low, high, each, M, CI, CO, H, W, P, Q, R, S,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, POINTWISE: tl.constexpr, NORM: tl.constexpr, TF32: tl.constexpr,
@@ -314,6 +315,8 @@ def forward(
     sizes = geometry(x.shape[2:], w.shape[2:], stride, padding, dilation)
     y = empty(x, x.shape[0], w.shape[0], sizes.P, sizes.Q)
     M, CI, CO = y.numel() // w.shape[0], x.shape[1], w.shape[0]
+    if stats_eps is not None and M == 1:
+        raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {tuple(y.shape)}")
     shape = tile(M, CO, sizes.pointwise)
     flags = {"POINTWISE": int(sizes.pointwise), "NORM": int(norm is not None), "STATS": int(stats_eps is not None)}
     config = configuration(forward_kernel, flags, x.dtype, uses_tf32(), shape)

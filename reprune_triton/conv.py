@@ -104,8 +104,6 @@ def norm_act_conv2d(
         y, *found = _conv(near, weight, mean, rstd, gamma, beta, act, batch, *moves, stats_eps)
         if stats_eps is not None:
             stats = found[0], found[1], found[2]
-    if stats_eps is not None and y.numel() == y.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {tuple(y.shape)}")
     return y, stats
 
 
@@ -190,7 +188,9 @@ def _statistics(y: Tensor, eps: float) -> Stats:
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
     count = y.numel() // y.shape[1]
-    return mean, (variance + eps).rsqrt(), variance * (count / max(count - 1, 1))
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {tuple(y.shape)}")
+    return mean, (variance + eps).rsqrt(), variance * (count / (count - 1))
 
 
 # ---------------------------------------------------------------------- in Triton
