@@ -182,10 +182,11 @@ def test_errors_are_no_larger_than_pytorchs(device, kind, tile, kernel, float32_
     peer = outcome(function("torch"), x, weight, gamma, beta)
     exact = outcome(function("torch"), *(tensor.double() for tensor in (x, weight, gamma, beta)))
     names = ("y", "mean", "rstd", "unbiased", "dx", "dw", "dgamma", "dbeta")
+    eps = torch.finfo(dtype).eps * (2 if device == "cpu" else 1)  # the interpreter does not round to bfloat16: it cuts
     for name, mine, theirs, truth in zip(names, found, peer, exact, strict=True):
         scale = truth.abs().max()
         error, allowed = ((tensor.double() - truth).abs().max() / scale for tensor in (mine, theirs))
-        assert error <= 2 * allowed + max(torch.finfo(dtype).eps, 4e-6), name
+        assert error <= 2 * allowed + max(eps, 4e-6), name
 
 
 def test_the_same_bits_every_time(device):
