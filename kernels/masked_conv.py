@@ -199,13 +199,13 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
-# What 4 warps hold in registers on every GPU. With 8 warps, loops over taps and channels have been miscompiled; a plain
-# matrix product has not, and 4 warps spill half of this tile on sm_80 and sm_100.
+# What the registers hold on every GPU. Only plain matrix products have 8 warps: loops over taps and channels have been
+# miscompiled with so many, and with 4 warps a tile of 128 x 128 spills on sm_80 and sm_100.
 WIDE = Tile(128, 128, 64, 8)
 TALL = Tile(128, 64, 64, 4)
 SHALLOW = Tile(128, 64, 32, 4)  # of a weight's gradient, where the loop keeps more in registers
 SMALL = Tile(64, 64, 64, 4)
-EXACT = Tile(32, 32, 16, 4, 2)  # float32 without, and float64 with tensor cores of its own
+EXACT = Tile(32, 32, 16, 4, 2)  # float32 without TF32, and float64
 
 
 class Prologue(NamedTuple):

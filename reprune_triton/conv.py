@@ -148,8 +148,9 @@ def _why_not(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves) -> str 
     sizes = masked_conv.geometry(x.shape[2:], weight.shape[2:], *moves)
     if 0 in (x.numel(), weight.numel()) or sizes.P < 1 or sizes.Q < 1:
         return "there is nothing to compute: x, the weight or the output is empty"
-    if x.shape[0] * max(sizes.H * sizes.W, sizes.P * sizes.Q) >= 1 << 30:
-        return "the pixels of x or of the output are more than 2^30 - 1"
+    pixels = max(sizes.H * sizes.W, sizes.P * sizes.Q)
+    if pixels * max(len(x), *weight.shape[:2]) >= 1 << 30:
+        return "x or the output has 2^30 or more pixels in all, or numbers in one image"
     if norm is not None and any(vector.shape != x.shape[1:2] for vector in norm[:4]):
         return f"mean, rstd, gamma and beta must have {x.shape[1]} numbers each"
     return None
