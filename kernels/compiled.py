@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -86,6 +87,7 @@ def resources(compiled: Any) -> Resources:
     return Resources(int(found[1]), spills, compiled.metadata.shared, barriers, len(code))
 
 
+@functools.lru_cache(maxsize=1)  # whoever asks for the resources wants the code too
 def machine_code(compiled: Any) -> list[str]:
     """The instructions of an NVIDIA binary, without predicates, and labels as 'LABEL:'."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -77,22 +77,41 @@ def statistics_kernel(
 
 
 @triton.jit
+def merged(partial_ptr, chunk, channels, M, C, each, chunks, WIDE: tl.constexpr):
+    """Mean, and sum of squared deviations from it, of these chunks [N] together, and how many rows they are."""
+    mean = tile(partial_ptr, 2 * chunk, channels, 2 * chunks, C, WIDE)
+    squares = tile(partial_ptr, 2 * chunk + 1, channels, 2 * chunks, C, WIDE)
+    count = tl.minimum(tl.maximum(M - chunk.to(tl.int64) * each, 0), each).to(mean.dtype)
+    rows = tl.sum(count, 0)
+    whole = tl.sum(mean * count[:, None], 0) / rows
+    off = mean - whole[None, :]
+    return whole, tl.sum(squares + off * off * count[:, None], 0), rows
+
+
+@triton.jit
+def combine_kernel(
+    partial_ptr, combined_ptr, M, C, each, chunks, WIDE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """combined[group, 0 | 1, C] = mean, and sum of squared deviations from it, of CHUNKS chunks of `each` rows."""
+    group, channels = place(C, BLOCK_C)
+    chunk = group * CHUNKS + tl.arange(0, CHUNKS)
+    mean, squares, _ = merged(partial_ptr, chunk, channels, M, C, each, chunks, WIDE)
+    at = combined_ptr + group.to(tl.int64) * 2 * C + channels
+    tl.store(at, mean, mask=channels < C)
+    tl.store(at + C, squares, mask=channels < C)
+
+
+@triton.jit
 def merge_kernel(
     partial_ptr, mean_ptr, rstd_ptr, unbiased_ptr, M, C, each, chunks, eps, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean, 1 / sqrt(variance + eps), and the unbiased variance, of every channel, from those of its chunks."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    chunk = tl.arange(0, CHUNKS)
-    mean = tile(partial_ptr, 2 * chunk, channels, 2 * chunks, C, WIDE)
-    squares = tile(partial_ptr, 2 * chunk + 1, channels, 2 * chunks, C, WIDE)
-    count = tl.minimum(tl.maximum(M - chunk * each, 0), each).to(mean.dtype)[:, None]
-    whole = tl.sum(mean * count, 0) / M
-    off = mean - whole[None, :]
-    total = tl.sum(squares + off * off * count, 0)
-    tl.store(mean_ptr + channels, whole, mask=channels < C)
-    tl.store(rstd_ptr + channels, 1.0 / tl.sqrt(total / M + eps), mask=channels < C)
-    tl.store(unbiased_ptr + channels, total / (M - 1), mask=channels < C)
+    mean, squares, rows = merged(partial_ptr, tl.arange(0, CHUNKS), channels, M, C, each, chunks, WIDE)
+    tl.store(mean_ptr + channels, mean, mask=channels < C)
+    tl.store(rstd_ptr + channels, 1.0 / tl.sqrt(squares / rows + eps), mask=channels < C)
+    tl.store(unbiased_ptr + channels, squares / (rows - 1), mask=channels < C)
 
 
 @triton.jit
@@ -197,7 +216,8 @@ def blocks(channels: int) -> tuple[tuple[str, int], ...]:
 def configurations(wide: bool = False) -> Iterator[Configuration]:
     """Every configuration there can be, for float64 if `wide`."""
     always = (("WIDE", int(wide)),)
-    yield Configuration(merge_kernel, (*always, ("CHUNKS", CHUNKS), ("BLOCK_C", 16)), 4)
+    for kernel in (combine_kernel, merge_kernel):
+        yield Configuration(kernel, (*always, ("CHUNKS", CHUNKS), ("BLOCK_C", 16)), 4)
     for channels in (16, 32, 64):
         tiles = (*always, *blocks(channels))
         yield Configuration(statistics_kernel, tiles, 4)
@@ -245,10 +265,21 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows = _Rows(x)
     partial = rows.empty(rows.chunks, 2, rows.C)
     rows.run(statistics_kernel, {}, rows.chunks, x, partial, rows.M, rows.C, rows.each)
-    mean, rstd, unbiased = (rows.empty(rows.C) for _ in range(3))
-    config = Configuration(merge_kernel, (("WIDE", int(rows.wide)), ("CHUNKS", CHUNKS), ("BLOCK_C", 16)), 4)
-    programs = triton.cdiv(rows.C, 16)
-    config.run(programs, partial, mean, rstd, unbiased, rows.M, rows.C, rows.each, rows.chunks, eps)
+    return merge(partial, rows.M, rows.each, eps)
+
+
+def merge(partial: Tensor, M: int, each: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What `statistics` returns, from partial (chunks, 2, C): of `each` rows, the last of the rest of M rows."""
+    chunks, _, C = partial.shape
+    constants = (("WIDE", int(partial.dtype == torch.float64)), ("CHUNKS", CHUNKS), ("BLOCK_C", 16))
+    blocks = triton.cdiv(C, 16)
+    while chunks > CHUNKS:
+        groups = triton.cdiv(chunks, CHUNKS)
+        combined = partial.new_empty(groups, 2, C)
+        Configuration(combine_kernel, constants, 4).run(groups * blocks, partial, combined, M, C, each, chunks)
+        partial, chunks, each = combined, groups, each * CHUNKS
+    mean, rstd, unbiased = (partial.new_empty(C) for _ in range(3))
+    Configuration(merge_kernel, constants, 4).run(blocks, partial, mean, rstd, unbiased, M, C, each, chunks, eps)
     return mean, rstd, unbiased
 
 

@@ -1,5 +1,7 @@
 """The operations of one pruning event: ward, cut, cover; ward_network and cluster_network for all layers at once.
 
+And `masked_conv2d`, what training on the active channels consists of.
+
 This is where input is checked and where an implementation is chosen. What the operations compute is defined by
 `reprune_triton.reference`; every implementation must give the same answer.
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from reprune_triton import reference
+from reprune_triton.conv import masked_conv2d as masked_conv2d
 from reprune_triton.errors import RepruneError
 from reprune_triton.pool import Pool
 from reprune_triton.reference import LINKAGES, TIES

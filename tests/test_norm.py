@@ -282,7 +282,8 @@ import json, sys
 from reprune_triton.kernels import compiled, norm_act
 types = {name: "*bf16" for name in ("x_ptr", "y_ptr", "residual_ptr", "grad_ptr", "grad_x_ptr", "grad_residual_ptr")}
 types |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "partial_ptr", "sums_ptr")}
-types |= {"unbiased_ptr": "*fp32", "eps": "fp32"} | dict.fromkeys(("M", "C", "each", "chunks"), "i32")
+types |= {"combined_ptr": "*fp32", "unbiased_ptr": "*fp32", "eps": "fp32"}
+types |= dict.fromkeys(("M", "C", "each", "chunks"), "i32")
 for config in norm_act.configurations():
     names = config.kernel.arg_names
     aligned = [name for name in names if name.endswith("_ptr") or name == "C"]
@@ -315,14 +316,15 @@ def built(tmp_path_factory):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration_compiles_without_spills_and_reads_wide(target, built):
     rows = built[target]
-    kernels = {"statistics_kernel", "merge_kernel", "apply_kernel", "sums_kernel", "gradient_kernel"}
+    merging = {"combine_kernel", "merge_kernel"}
+    kernels = merging | {"statistics_kernel", "apply_kernel", "sums_kernel", "gradient_kernel"}
     assert {row["kernel"] for row in rows} == kernels
     for row in rows:
         name, found = f"{row['kernel']} {row['constants']}", row["resources"]
         assert found["spills"] == 0, name
         if target.startswith("sm"):
             assert found["registers"] <= 128, name  # four programs of 4 warps at once on an SM
-            if row["kernel"] != "merge_kernel":  # bf16 activations: 8 values a load
+            if row["kernel"] not in merging:  # bf16 activations: 8 values a load
                 assert any(".128" in line for line in row["code"] if line.startswith("LDG")), name
                 narrow = [line for line in row["code"] if line.startswith("LDG") and ".U16" in line]
                 assert not narrow, name

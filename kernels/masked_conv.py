@@ -1,0 +1,372 @@
+"""Convolution of channels_last activations as a matrix product, with a normalisation before it and statistics after.
+
+    y[m, co] = sum over r, s, ci of a[pixel(m, r, s), ci] * w[co, r, s, ci],   a = act((x - mean) * rstd * gamma + beta)
+
+Activations hold only active channels, and the weight only the rows and columns of these (it is gathered once a step):
+a channel that is pruned costs nothing here. Rows are pixels, M = B * P * Q of the output or B * H * W of the input. The
+sum runs over R * S taps of CI channels in one loop, tile by tile, without a copy of x that is R * S times as large.
+A 1x1 convolution of stride 1 is the matrix product of x and w. What padding adds is zero after the activation.
+
+The gradient of the input is the same sum over dy, that of the weight one over pixels. The latter is shared by programs
+whose float32 parts are added in a fixed order: the same bits every time. All products are accumulated in float32, in
+float64 for float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reprune_triton.kernels import norm_act
+from reprune_triton.kernels.launch import Configuration
+from reprune_triton.kernels.norm_act import vector
+
+RANGES = {"none": (float("-inf"), float("inf")), "relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
+PROGRAMS = 512  # that work on a weight's gradient: about four for each SM of the largest GPUs
+_FEW = 132  # programs that leave SMs idle: then tiles are smaller
+SIZES = ("M", "H", "W", "P", "Q", "R", "S", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")
+# The interpreter takes the bits of bfloat16 for integers when it multiplies matrices.
+_WIDEN = tl.constexpr(norm_act.INTERPRETED)
+
+
+@triton.jit
+def product(a, b, acc, TF32: tl.constexpr):
+    """acc + a b."""
+    if _WIDEN:
+        a, b = a.to(acc.dtype), b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def activated(x, inside, channels, CI, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, low, high, WIDE: tl.constexpr):
+    """act((x - mean) * rstd * gamma + beta) of a tile [rows, channels], rounded to its type; 0 where not `inside`."""
+    scale = vector(rstd_ptr, channels, CI, WIDE) * vector(gamma_ptr, channels, CI, WIDE)
+    value = x.to(scale.dtype) - vector(mean_ptr, channels, CI, WIDE)[None, :]
+    value = tl.fma(value, scale[None, :], vector(beta_ptr, channels, CI, WIDE)[None, :])
+    low, high = tl.cast(low, scale.dtype), tl.cast(high, scale.dtype)
+    value = tl.clamp(value, low, high, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(inside[:, None], value, 0.0).to(x.dtype)
+
+
+@triton.jit
+def window(rows, H, W, P, Q, stride_h, stride_w, pad_h, pad_w):
+    """Where the windows of these output pixels begin in the input: top, left, and the number of that pixel."""
+    left = rows % Q * stride_w - pad_w
+    top = rows // Q % P * stride_h - pad_h
+    return top, left, (rows // Q // P * H + top) * W + left
+
+
+@triton.jit
+def within(top, left, H, W):
+    return (top >= 0) & (top < H) & (left >= 0) & (left < W)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "low", "high"))
+def forward_kernel(
+    x_ptr, w_ptr, y_ptr, partial_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, low, high, M, CI, CO, H, W, P, Q, R, S,
+    stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, POINTWISE: tl.constexpr, NORM: tl.constexpr, STATS: tl.constexpr,
+    TF32: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y (M, CO), and partial[tile of rows, 0 | 1, CO] = mean of y, and sum of squared deviations from it."""
+    across = tl.cdiv(CO, BLOCK_N)
+    part = tl.program_id(0) // across
+    rows = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    filters = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    top, left, pixel = window(rows, H, W, P, Q, stride_h, stride_w, pad_h, pad_w)
+    x_at = x_ptr + (rows if POINTWISE else pixel).to(tl.int64) * CI
+    w_at = w_ptr + filters.to(tl.int64) * (CI if POINTWISE else R * S * CI)
+    blocks = tl.cdiv(CI, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if WIDE else tl.float32)
+    for step in range(blocks if POINTWISE else R * S * blocks):
+        if POINTWISE:
+            channels = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside, x_from, w_from = rows < M, 0, 0
+        else:
+            channels = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap = step // blocks
+            down, right = tap // S * dil_h, tap % S * dil_w
+            inside = (rows < M) & within(top + down, left + right, H, W)
+            x_from, w_from = (down * W + right) * CI, tap * CI
+        some = channels < CI
+        x = tl.load(x_at[:, None] + (x_from + channels)[None, :], mask=inside[:, None] & some[None, :], other=0.0)
+        w_mask = some[:, None] & (filters < CO)[None, :]
+        w = tl.load(w_at[None, :] + (w_from + channels)[:, None], mask=w_mask, other=0.0)
+        if NORM:
+            x = activated(x, inside, channels, CI, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, low, high, WIDE)
+        acc = product(x, w, acc, TF32)
+    y = acc.to(y_ptr.dtype.element_ty)
+    y_at = y_ptr + rows.to(tl.int64)[:, None] * CO + filters[None, :]
+    tl.store(y_at, y, mask=(rows < M)[:, None] & (filters < CO)[None, :])
+    if STATS:
+        value = y.to(acc.dtype)
+        mean = tl.sum(value, 0) / tl.minimum(M - part * BLOCK_M, BLOCK_M).to(acc.dtype)
+        off = tl.where((rows < M)[:, None], value - mean[None, :], 0.0)
+        at = partial_ptr + part.to(tl.int64) * 2 * CO + filters
+        tl.store(at, mean, mask=filters < CO)
+        tl.store(at + CO, tl.sum(off * off, 0), mask=filters < CO)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def input_gradient_kernel(
+    grad_ptr, w_ptr, grad_x_ptr, M, CI, CO, H, W, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
+    POINTWISE: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """da[m, ci] = sum over r, s, co of dy[pixel, co] * w[co, r, s, ci], where the window of `pixel` has m at (r, s)."""
+    across = tl.cdiv(CI, BLOCK_N)
+    rows = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Tap (r, s) of the window at (p, q) is at p * stride + r * dil - pad: p = (h + pad) // stride - r * dil // stride
+    # where the remainders agree, and else no window has m there.
+    below, beyond = rows // W % H + pad_h, rows % W + pad_w
+    bottom, last = below // stride_h, beyond // stride_w
+    pixel = (rows // W // H * P + bottom) * Q + last
+    grad_at = grad_ptr + (rows if POINTWISE else pixel).to(tl.int64) * CO
+    blocks = tl.cdiv(CO, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if WIDE else tl.float32)
+    for step in range(blocks if POINTWISE else R * S * blocks):
+        if POINTWISE:
+            filters = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside, grad_from, w_from, each = rows < M, 0, 0, CI
+        else:
+            filters = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap = step // blocks
+            down, right = tap // S * dil_h, tap % S * dil_w
+            up, back = down // stride_h, right // stride_w
+            inside = (below - bottom * stride_h == down - up * stride_h) & within(bottom - up, last - back, P, Q)
+            inside = (rows < M) & (beyond - last * stride_w == right - back * stride_w) & inside
+            grad_from, w_from, each = -(up * Q + back) * CO, tap * CI, R * S * CI
+        some = filters < CO
+        grad_mask = inside[:, None] & some[None, :]
+        grad = tl.load(grad_at[:, None] + (grad_from + filters)[None, :], mask=grad_mask, other=0.0)
+        w_at = w_ptr + filters.to(tl.int64)[:, None] * each + (w_from + channels)[None, :]
+        w = tl.load(w_at, mask=some[:, None] & (channels < CI)[None, :], other=0.0)
+        acc = product(grad, w, acc, TF32)
+    at = grad_x_ptr + rows.to(tl.int64)[:, None] * CI + channels[None, :]
+    tl.store(at, acc.to(grad_x_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (channels < CI)[None, :])
+
+
+@triton.jit(do_not_specialize=(*SIZES, "low", "high", "each"))
+def weight_gradient_kernel(
+    grad_ptr, x_ptr, partial_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, low, high, each, M, CI, CO, H, W, P, Q, R, S,
+    stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, POINTWISE: tl.constexpr, NORM: tl.constexpr, TF32: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial[chunk, co, r, s, ci] = sum over `each` output pixels m of dy[m, co] * a[pixel(m, r, s), ci]."""
+    across = tl.cdiv(CI, BLOCK_N)
+    taps = 1 if POINTWISE else R * S
+    share = tl.cdiv(CO, BLOCK_M) * taps * across  # programs of a chunk
+    chunk, number = tl.program_id(0) // share, tl.program_id(0) % share
+    channels = number % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    tap = number // across % taps
+    filters = number // across // taps * BLOCK_M + tl.arange(0, BLOCK_M)
+    down, right = tap // S * dil_h, tap % S * dil_w
+    begin = chunk * each
+    end = tl.minimum(begin + each, M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if WIDE else tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        rows = first + tl.arange(0, BLOCK_K)
+        if POINTWISE:
+            inside, pixel = rows < end, rows
+        else:
+            top, left, pixel = window(rows, H, W, P, Q, stride_h, stride_w, pad_h, pad_w)
+            inside = (rows < end) & within(top + down, left + right, H, W)
+            pixel += down * W + right
+        grad_at = grad_ptr + rows.to(tl.int64)[:, None] * CO + filters[None, :]
+        grad = tl.load(grad_at, mask=(rows < end)[:, None] & (filters < CO)[None, :], other=0.0)
+        x_at = x_ptr + pixel.to(tl.int64)[:, None] * CI + channels[None, :]
+        x = tl.load(x_at, mask=inside[:, None] & (channels < CI)[None, :], other=0.0)
+        if NORM:
+            x = activated(x, inside, channels, CI, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, low, high, WIDE)
+        acc = product(tl.trans(grad), x, acc, TF32)
+    at = partial_ptr + ((chunk.to(tl.int64) * CO + filters) * taps + tap)[:, None] * CI + channels[None, :]
+    tl.store(at, acc, mask=(filters < CO)[:, None] & (channels < CI)[None, :])
+
+
+class Tile(NamedTuple):
+    """Of the output, and of the sum, of one program."""
+
+    rows: int
+    columns: int
+    inner: int  # for 16 bits; half as many for 32
+    warps: int
+    stages: int = 3
+
+
+# What the registers hold on every GPU. Only plain matrix products have 8 warps: loops over taps and channels have been
+# miscompiled with so many, and with 4 warps a tile of 128 x 128 spills on sm_80 and sm_100.
+WIDE = Tile(128, 128, 64, 8)
+TALL = Tile(128, 64, 64, 4)
+SHALLOW = Tile(128, 64, 32, 4)  # of a weight's gradient, where the loop keeps more in registers
+SMALL = Tile(64, 64, 64, 4)
+EXACT = Tile(32, 32, 16, 4, 2)  # float32 without TF32, and float64
+
+
+class Prologue(NamedTuple):
+    """What is done to the input first: act((x - mean) * rstd * gamma + beta)."""
+
+    mean: Tensor  # (CI,) each
+    rstd: Tensor
+    gamma: Tensor
+    beta: Tensor
+    act: str
+
+
+class Geometry(NamedTuple):
+    """Height and width of input, output and kernel, and how it moves, in the order of the kernels' arguments."""
+
+    H: int
+    W: int
+    P: int
+    Q: int
+    R: int
+    S: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dil_h: int
+    dil_w: int
+
+    @property
+    def pointwise(self) -> bool:
+        """Is the output the product of input and weight, pixel by pixel?"""
+        return self[4:10] == (1, 1, 1, 1, 0, 0)
+
+
+def geometry(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Geometry:
+    """Of (height, width) each; P or Q is less than 1 where the kernel does not fit."""
+    P, Q = (
+        (s + 2 * pad - dil * (k - 1) - 1) // step + 1
+        for s, k, step, pad, dil in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+    return Geometry._make((*size, P, Q, *kernel, *stride, *padding, *dilation))
+
+
+def tile(rows: int, columns: int, pointwise: bool) -> Tile:
+    """For an output of this many pixels and channels: as large as it fills, unless SMs would be idle."""
+    found = WIDE if pointwise and columns > TALL.columns else TALL
+    few = triton.cdiv(rows, found.rows) * triton.cdiv(columns, found.columns) < _FEW
+    return SMALL if few else found
+
+
+def weight_tile(filters: int, channels: int, pointwise: bool) -> Tile:
+    """For the gradient of a weight."""
+    if not pointwise:
+        return SHALLOW
+    return WIDE if min(filters, channels) > SMALL.rows else SMALL
+
+
+def configuration(kernel: Any, flags: dict[str, int], dtype: torch.dtype, tf32: bool, tile: Tile) -> Configuration:
+    """Of a kernel for activations of this type; float32 goes through TF32 or is exact."""
+    tf32 = tf32 and dtype == torch.float32
+    if dtype.itemsize > 2 and not tf32:
+        tile = EXACT
+    inner = tile.inner // 2 if tf32 else tile.inner
+    precision = (("TF32", int(tf32)), ("WIDE", int(dtype == torch.float64)))
+    blocks = (("BLOCK_M", tile.rows), ("BLOCK_N", tile.columns), ("BLOCK_K", inner))
+    return Configuration(kernel, (*flags.items(), *precision, *blocks), tile.warps, stages=tile.stages)
+
+
+def configurations(dtype: torch.dtype = torch.bfloat16, tf32: bool = False) -> Iterator[Configuration]:
+    """Every configuration there can be for activations of this type."""
+    found = []
+    for pointwise, norm in itertools.product((0, 1), (0, 1)):
+        flags = {"POINTWISE": pointwise, "NORM": norm}
+        for shape in (WIDE, TALL, SMALL) if pointwise else (TALL, SMALL):
+            found += [(forward_kernel, flags | {"STATS": stats}, shape) for stats in (0, 1)]
+            if not norm:
+                found.append((input_gradient_kernel, {"POINTWISE": pointwise}, shape))
+        for shape in (WIDE, SMALL) if pointwise else (SHALLOW,):
+            found.append((weight_gradient_kernel, flags, shape))
+    yield from dict.fromkeys(configuration(kernel, flags, dtype, tf32, shape) for kernel, flags, shape in found)
+
+
+def uses_tf32() -> bool:
+    """As PyTorch's own convolutions."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def _float(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _prologue(x: Tensor, norm: Prologue | None) -> tuple[Tensor | float, ...]:
+    """The arguments for it; without one they are not read."""
+    return (x, x, x, x, *RANGES["none"]) if norm is None else (*norm[:4], *RANGES[norm.act])
+
+
+def forward(
+    x: Tensor, w: Tensor, norm: Prologue | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    stats_eps: float | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:  # fmt: skip
+    """y (B, CO, P, Q), channels_last, and its mean, 1 / sqrt(variance + eps) and unbiased variance, (CO,) each.
+
+    x: (B, CI, H, W), channels_last. w: (CO, CI, R, S), channels_last, of the same type.
+    """
+    sizes = geometry(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    y = empty(x, x.shape[0], w.shape[0], sizes.P, sizes.Q)
+    M, CI, CO = y.numel() // w.shape[0], x.shape[1], w.shape[0]
+    if stats_eps is not None and M == 1:
+        raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {tuple(y.shape)}")
+    shape = tile(M, CO, sizes.pointwise)
+    flags = {"POINTWISE": int(sizes.pointwise), "NORM": int(norm is not None), "STATS": int(stats_eps is not None)}
+    config = configuration(forward_kernel, flags, x.dtype, uses_tf32(), shape)
+    blocks = dict(config.constants)
+    parts = triton.cdiv(M, blocks["BLOCK_M"])
+    partial = x.new_empty((parts if stats_eps is not None else 0, 2, CO), dtype=_float(x))
+    programs = parts * triton.cdiv(CO, blocks["BLOCK_N"])
+    config.run(programs, x, w, y, partial, *_prologue(x, norm), M, CI, CO, *sizes)
+    return y, None if stats_eps is None else norm_act.merge(partial, M, blocks["BLOCK_M"], stats_eps)
+
+
+def input_gradient(
+    grad: Tensor, w: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The gradient (B, CI, H, W), channels_last, of what the convolution read, from that of y. size: (H, W)."""
+    sizes = geometry(size, w.shape[2:], stride, padding, dilation)
+    CO, CI = w.shape[:2]
+    found = empty(grad, grad.shape[0], CI, *size)
+    M = found.numel() // CI
+    shape = tile(M, CI, sizes.pointwise)
+    flags = {"POINTWISE": int(sizes.pointwise)}
+    config = configuration(input_gradient_kernel, flags, grad.dtype, uses_tf32(), shape)
+    blocks = dict(config.constants)
+    programs = triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(CI, blocks["BLOCK_N"])
+    config.run(programs, grad, w, found, M, CI, CO, *sizes)
+    return found
+
+
+def weight_gradient(
+    grad: Tensor, x: Tensor, norm: Prologue | None, kernel: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The gradient (CO, CI, R, S), channels_last, of the weight. kernel: (R, S)."""
+    sizes = geometry(x.shape[2:], kernel, stride, padding, dilation)
+    CI, CO = x.shape[1], grad.shape[1]
+    M = grad.numel() // CO
+    shape = weight_tile(CO, CI, sizes.pointwise)
+    flags = {"POINTWISE": int(sizes.pointwise), "NORM": int(norm is not None)}
+    config = configuration(weight_gradient_kernel, flags, x.dtype, uses_tf32(), shape)
+    blocks = dict(config.constants)
+    share = triton.cdiv(CO, blocks["BLOCK_M"]) * sizes.R * sizes.S * triton.cdiv(CI, blocks["BLOCK_N"])
+    steps = triton.cdiv(M, blocks["BLOCK_K"])
+    each = triton.cdiv(steps, triton.cdiv(PROGRAMS, share)) * blocks["BLOCK_K"]
+    chunks = triton.cdiv(M, each)
+    partial = x.new_empty((chunks, CO, sizes.R, sizes.S, CI), dtype=_float(x))
+    config.run(chunks * share, grad, x, partial, *_prologue(x, norm), each, M, CI, CO, *sizes)
+    return partial.sum(0).to(x.dtype).permute(0, 3, 1, 2)
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised, channels_last."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

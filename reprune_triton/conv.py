@@ -1,0 +1,289 @@
+"""Convolution on active channels only, and with the BatchNorm and activation in front of it as one operation.
+
+    y = masked_conv2d(x, conv.weight, out_index, in_index, padding=1)      # x, y: active channels; weight: full shape
+
+The weight is gathered once a step and its gradient scattered back, zero where it is pruned; activations stay narrow.
+PyTorch's own convolution of the gathered weight is one implementation, the kernels of `masked_conv` are the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import narrow
+from .errors import RepruneError
+from .norm import _KERNEL_DTYPES, ACTIVATIONS, IMPLS, _backward, _wide
+
+Size = int | Sequence[int]
+
+
+class Norm(NamedTuple):
+    """act((x - mean) * rstd * gamma + beta)."""
+
+    mean: Tensor  # (C,), like rstd float32, for a float64 x float64
+    rstd: Tensor  # (C,): 1 / sqrt(variance + eps)
+    gamma: Tensor  # (C,), like beta of any floating type
+    beta: Tensor  # (C,)
+    act: str  # "none", "relu" or "relu6"
+    batch: bool  # True: mean and rstd are those of x, and its gradient goes through them; False: they are constants
+
+
+Stats = tuple[Tensor, Tensor, Tensor]  # mean, 1 / sqrt(variance + eps) and unbiased variance: (C,) each
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, out_index: Tensor | None = None, in_index: Tensor | None = None, stride: Size = 1,
+    padding: Size = 0, dilation: Size = 1, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """conv2d(x, weight[out_index][:, in_index]), differentiable in x and weight.
+
+    Args:
+        x: (B, active inputs, H, W).
+        weight: (n_out, n_in, kh, kw), the full shape. Its gradient is zero in rows and columns that are not active.
+        out_index, in_index: the active output and input channels, sorted int64; None: all.
+        stride, padding, dilation: a number, or two: for height and width.
+        impl: "torch": PyTorch's convolution. "triton": the kernels. "auto": whichever is quicker on this GPU, torch
+            wherever the kernels cannot run.
+    Returns:
+        (B, active outputs, P, Q); channels_last from the kernels. Under autocast in its type, as conv2d.
+    Raises:
+        RepruneError: for an unknown impl, channels that do not fit, or if impl="triton" cannot run.
+    """
+    cut = [(dim, index) for dim, index in enumerate((out_index, in_index)) if index is not None]
+    y, _ = norm_act_conv2d(x, narrow.gather(weight, cut), None, stride, padding, dilation, None, impl)
+    return y
+
+
+def norm_act_conv2d(
+    x: Tensor, weight: Tensor, norm: Norm | None, stride: Size = 1, padding: Size = 0, dilation: Size = 1,
+    stats_eps: float | None = None, impl: str = "auto",
+) -> tuple[Tensor, Stats | None]:  # fmt: skip
+    """conv2d(act(normalised x), weight), and the statistics of it, differentiable in x, weight, gamma and beta.
+
+    Args:
+        x: (B, n_in, H, W), before the normalisation.
+        weight: (n_out, n_in, kh, kw), of the active channels.
+        norm: the normalisation and activation; None: neither. What padding adds is zero behind them.
+        stride, padding, dilation, impl: as in `masked_conv2d`.
+        stats_eps: None, or the eps of the BatchNorm that follows.
+    Returns:
+        y (B, n_out, P, Q), and with a stats_eps the statistics of y, which no gradient goes through.
+    Raises:
+        RepruneError: as `masked_conv2d`, and for an unknown activation.
+        ValueError: as batch_norm, for statistics of one value a channel.
+    """
+    if impl not in IMPLS:
+        raise RepruneError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    if norm is not None and norm.act not in ACTIVATIONS:
+        raise RepruneError(f"act must be one of {', '.join(ACTIVATIONS)}; got {norm.act!r}")
+    if weight.dim() != 4 or x.dim() < 3 or x.shape[-3] != weight.shape[1]:
+        raise RepruneError(
+            f"x {tuple(x.shape)} and the active part of the weight {tuple(weight.shape)} do not fit: both must have "
+            "the active input channels. Grouped and depthwise convolutions stay with torch.nn.functional.conv2d."
+        )
+    moves = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
+    near = _autocast(x) if norm is None else x
+    why_not = _why_not(near, _autocast(weight), norm, moves)
+    if impl == "triton" and why_not:
+        raise RepruneError(f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".')
+    if impl == "auto":
+        impl = "torch" if why_not or x.device.type != "cuda" else _choice(near, weight, norm, moves)
+    stats: Stats | None = None
+    if impl == "torch":
+        y = F.conv2d(x if norm is None else _normalised(x, norm), weight, None, *moves)
+        if stats_eps is not None:
+            stats = _statistics(y.detach(), stats_eps)
+    else:
+        near, weight = (t.contiguous(memory_format=torch.channels_last) for t in (near, _autocast(weight)))
+        mean, rstd, gamma, beta, act, batch = norm or (None, None, None, None, "none", False)
+        y, *found = _conv(near, weight, mean, rstd, gamma, beta, act, batch, *moves, stats_eps)
+        if stats_eps is not None:
+            stats = found[0], found[1], found[2]
+    return y, stats
+
+
+Moves = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, of height and width each
+
+
+def _choice(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves) -> str:
+    """Which implementation impl="auto" takes where both can run: torch, as long as no measurement says otherwise."""
+    return "torch"
+
+
+def _pair(name: str, size: Size) -> list[int]:
+    pair = [size, size] if isinstance(size, int) else list(size)
+    least = 0 if name == "padding" else 1
+    if len(pair) != 2 or any(not isinstance(number, int) or number < least for number in pair):
+        raise RepruneError(f"{name} must be one or two whole numbers, at least {least}; got {size!r}")
+    return pair
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As conv2d reads it: in the type of autocast, where that is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _why_not(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves) -> str | None:
+    """Why the kernels cannot do this; None if they can."""
+    try:
+        from reprune_triton.kernels import masked_conv, norm_act
+    except ImportError:
+        return "Triton is not installed"
+    if x.device.type != "cuda" and not norm_act.INTERPRETED:
+        return f"x is on {x.device}, and the kernels run on a GPU"
+    if x.dim() != 4:
+        return f"x has {x.dim()} dimensions, not 4"
+    if x.dtype not in _KERNEL_DTYPES:
+        return f"x is {x.dtype}"
+    if x.dtype != weight.dtype:
+        return f"x is {x.dtype}, and the weight {weight.dtype}"
+    sizes = masked_conv.geometry(x.shape[2:], weight.shape[2:], *moves)
+    if 0 in (x.numel(), weight.numel()) or sizes.P < 1 or sizes.Q < 1:
+        return "there is nothing to compute: x, the weight or the output is empty"
+    pixels = max(sizes.H * sizes.W, sizes.P * sizes.Q)
+    if pixels * max(len(x), *weight.shape[:2]) >= 1 << 30:
+        return "x or the output has 2^30 or more pixels in all, or numbers in one image"
+    if norm is not None and any(vector.shape != x.shape[1:2] for vector in norm[:4]):
+        return f"mean, rstd, gamma and beta must have {x.shape[1]} numbers each"
+    return None
+
+
+# ---------------------------------------------------------------------- in PyTorch
+
+
+class _BatchNorm(torch.autograd.Function):
+    """(x - mean) * rstd * gamma + beta, by statistics of x that are known already, differentiated as functions of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mean, rstd, gamma)
+        return _by_constants(x, mean, rstd, gamma, beta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, gamma = ctx.saved_tensors
+        found = torch.ops.aten.native_batch_norm_backward(
+            grad, x, gamma, None, None, mean, rstd, True, 0.0, [True, True, True]
+        )
+        return found[0], None, None, found[1], found[2]
+
+
+def _by_constants(x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return F.batch_norm(x, mean, rstd.pow(-2), gamma, beta, False, 0.0, 0.0)
+
+
+def _normalised(x: Tensor, norm: Norm) -> Tensor:
+    y = (_BatchNorm.apply if norm.batch else _by_constants)(x, *norm[:4])
+    return {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}[norm.act](y)
+
+
+def _statistics(y: Tensor, eps: float) -> Stats:
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    count = y.numel() // y.shape[1]
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {tuple(y.shape)}")
+    return mean, (variance + eps).rsqrt(), variance * (count / (count - 1))
+
+
+# ---------------------------------------------------------------------- in Triton
+
+
+@torch.library.custom_op("reprune::conv", mutates_args=())
+def _conv(
+    x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    act: str, batch: bool, stride: list[int], padding: list[int], dilation: list[int], stats_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y and its mean, rstd and unbiased variance, empty without a stats_eps; `batch` is for the gradient."""
+    from reprune_triton.kernels import masked_conv
+
+    y, stats = masked_conv.forward(
+        x, weight, _prologue(mean, rstd, gamma, beta, act), stride, padding, dilation, stats_eps
+    )
+    return y, *(stats or (_wide(x, 0) for _ in range(3)))
+
+
+@torch.library.custom_op("reprune::conv_input_gradient", mutates_args=())
+def _input_gradient(
+    grad: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """The gradient of what the convolution read, behind normalisation and activation. size: its height and width."""
+    from reprune_triton.kernels import masked_conv
+
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return masked_conv.input_gradient(grad, weight, size, stride, padding, dilation)
+
+
+@torch.library.custom_op("reprune::conv_weight_gradient", mutates_args=())
+def _weight_gradient(
+    grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    act: str, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+) -> Tensor:  # fmt: skip
+    """The gradient of the weight; x is as it was before normalisation and activation. kernel: height and width."""
+    from reprune_triton.kernels import masked_conv
+
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    prologue = _prologue(mean, rstd, gamma, beta, act)
+    return masked_conv.weight_gradient(grad, x, prologue, kernel, stride, padding, dilation)
+
+
+def _prologue(mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None, act: str) -> Any:
+    from reprune_triton.kernels import masked_conv
+
+    if mean is None or rstd is None or gamma is None or beta is None:
+        return None
+    return masked_conv.Prologue(mean, rstd, gamma, beta, act)
+
+
+@_conv.register_fake
+def _(x, weight, mean, rstd, gamma, beta, act, batch, stride, padding, dilation, stats_eps):
+    from reprune_triton.kernels import masked_conv
+
+    sizes = masked_conv.geometry(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    y = masked_conv.empty(x, x.shape[0], weight.shape[0], sizes.P, sizes.Q)
+    return y, *(_wide(x, weight.shape[0] if stats_eps is not None else 0) for _ in range(3))
+
+
+@_input_gradient.register_fake
+def _(grad, weight, size, stride, padding, dilation):
+    from reprune_triton.kernels import masked_conv
+
+    return masked_conv.empty(grad, grad.shape[0], weight.shape[1], *size)
+
+
+@_weight_gradient.register_fake
+def _(grad, x, mean, rstd, gamma, beta, act, kernel, stride, padding, dilation):
+    from reprune_triton.kernels import masked_conv
+
+    return masked_conv.empty(x, grad.shape[1], x.shape[1], *kernel)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.act, ctx.batch, *ctx.moves, _ = inputs[6:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:6])
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, weight, *vectors = ctx.saved_tensors
+    mean, rstd, gamma, beta = vectors
+    grad_x = grad_weight = grad_gamma = grad_beta = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = _weight_gradient(grad, x, *vectors, ctx.act, list(weight.shape[2:]), *ctx.moves)
+    if any(ctx.needs_input_grad[i] for i in (0, 4, 5)):
+        grad_x = _input_gradient(grad, weight, list(x.shape[2:]), *ctx.moves)
+        if mean is not None:
+            grad_x, _, sums = _backward(grad_x, x, None, mean, rstd, gamma, beta, ctx.act, ctx.batch)
+            grad_gamma, grad_beta = sums[0].to(gamma.dtype), sums[1].to(beta.dtype)
+    return grad_x, grad_weight, None, None, grad_gamma, grad_beta, *[None] * 6
+
+
+torch.library.register_autograd(_conv, _gradients, setup_context=_save)
