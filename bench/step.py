@@ -380,13 +380,15 @@ def run(args: argparse.Namespace) -> None:
     for share, some in (thin or {0.0: []}).items():
         group = Group(task, args, share, actives.get(share, {}), [*dense, *some], deadline)
         group.measure()
-        lines = [settings | line for line in group.lines(ceilings)]
+        lines = group.lines(ceilings)
+        on = f"{settings['device']}, sparsity {share:g}"
+        console.print(step_table(lines, f"A step of {args.model}, {args.batch} images, {on}"))
         if args.forward:
-            lines += [settings | line for line in group.forward()]
-        console.print(table(lines, f"{args.model}, {args.batch} images, {settings['device']}, sparsity {share:g}"))
+            lines += (forward := group.forward())
+            console.print(forward_table(forward, f"A forward of {args.model}, {on}"))
         for line in lines:
             if args.json:
-                rows.append(args.json, line)
+                rows.append(args.json, settings | line)
         refused += [f"{line['variant']}: {line['why']}" for line in lines if line["result"] == "refused"]
         for runner in some:
             runner.release()
@@ -626,27 +628,38 @@ def _peak(device: torch.device, before: int) -> dict[str, float]:
     return {"peak_mb": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
 
 
-def table(lines: list[dict[str, Any]], title: str) -> Table:
+def step_table(lines: list[dict[str, Any]], title: str) -> Table:
     made = Table(title=title)
-    columns = ("", "FLOPs left", "ms", "images / s", "to dense, same backend", "to the best dense", "peak MB",
-               "of the roofline", "difference")  # fmt: skip
-    for column in columns:
+    for column in ("", "FLOPs left", "ms", "images / s", "to dense, same backend", "to the best dense", "peak MB",
+                   "of the roofline", "difference"):  # fmt: skip
         made.add_column(column, justify="right" if column else "left")
-
-    def cell(value: float | None, form: str, unit: str = "") -> str:
-        return "" if value is None else format(value, form) + unit
-
     for line in lines:
-        name = line["variant"] if line["row"] == "step" else f"forward of {line['images']}, {line['variant']}"
         if line["result"] != "measured":
-            made.add_row(name, "", f"{line['result']}: {line['why']}")
+            made.add_row(line["variant"], "", f"{line['result']}: {line['why']}")
             continue
-        ms = cell(line["ms"], ".3f")
-        if line["row"] == "forward":
-            ms += f" ({line['latency_ms']:.3f} alone)"
         made.add_row(
-            name, cell(line.get("flops_left"), ".3f"), ms, cell(line["images_per_s"], ".0f"),
-            cell(line.get("ratio_dense"), ".2f", "x"), cell(line.get("ratio_best"), ".2f", "x"),
-            cell(line.get("peak_mb"), ".0f"), cell(line.get("share"), ".0%"), cell(line["difference"], ".1e"),
+            line["variant"], cell(line["flops_left"], ".3f"), cell(line["ms"], ".3f"),
+            cell(line["images_per_s"], ".0f"), cell(line["ratio_dense"], ".2f", "x"),
+            cell(line["ratio_best"], ".2f", "x"), cell(line.get("peak_mb"), ".0f"),
+            cell(line["share"], ".0%"), cell(line["difference"], ".1e"),
         )  # fmt: skip
     return made
+
+
+def forward_table(lines: list[dict[str, Any]], title: str) -> Table:
+    made = Table(title=title, caption="Latency: of one alone. Images a second: one after the other.")
+    for column in ("images", "", "latency, ms", "images / s", "difference"):
+        made.add_column(column, justify="right" if column else "left")
+    for line in lines:
+        if line["result"] != "measured":
+            made.add_row(str(line["images"]), line["variant"], f"{line['result']}: {line['why']}")
+            continue
+        made.add_row(
+            str(line["images"]), line["variant"], cell(line["latency_ms"], ".3f"), cell(line["images_per_s"], ".0f"),
+            cell(line["difference"], ".1e"),
+        )  # fmt: skip
+    return made
+
+
+def cell(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else format(value, form) + unit
