@@ -8,9 +8,11 @@ A variant is NET[-fused][-BACKEND]:
     fused      BatchNorm, addition and activation as one operation (`reprune_triton.fuse`)
     compile, max-autotune (both torch.compile), graph (the whole step in a CUDA graph); without one of them, eager
 
-A variant is only timed if it computes the right thing: the outputs of its first two steps must be those of the dense
-network with the same channels masked after BatchNorm and activation, which is trained alongside without autocast. What
-autocast alone changes there says how near they must be.
+A variant is only timed if it computes what the dense network does with the same channels masked after BatchNorm and
+activation. Eager variants must do so over two steps in float64, on a few small images. Then each must in its first
+step on the images that are timed: as near as rounding allows, of which a deep network that is not trained yet makes
+much; with autocast, as near as autocast leaves the masked network to float32. The loss must stay finite. Whether a
+compiled or captured variant also has the right gradients is not checked.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +50,10 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 FORWARD = (1, 16, 32)  # images of a forward
-CHECKED = 2  # steps that are compared; the second one is only right if the gradients of the first were
-TOLERANCE = 1e-3  # of outputs, relative in the L2 norm; on top of ROUNDING times what autocast changes
-ROUNDING = 3
+EXACT = 1e-6  # of outputs, relative in the L2 norm: two steps in float64
+FEW, SMALL = 4, 64  # images of them, and their side at most
+TOLERANCE = 1e-3  # ... of the outputs of one step in float32
+ROUNDING = 2  # with autocast: and so many times what autocast changes
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1 / 32768
 AGAIN = 2  # steps before each further run that are not timed
 
@@ -150,7 +153,8 @@ class Runner:
         self.ready = False
         self.figures: dict[str, float] = {}
         self.runs: list[float] = []  # ms, the median step of each
-        self._slices = task.slices(active) if variant.net != "dense" else {}
+        self.active = active if variant.net != "dense" else {}
+        self._slices = task.slices(self.active)
         self._graph: Any = None
         self.attempt(self._build)
 
@@ -190,12 +194,14 @@ class Runner:
         """Compile or capture; check; warm up."""
         begun = time.perf_counter()
         device = self.task.images.device
+        if self.variant.backend == "eager":
+            self.figures["difference_float64"] = check_exactly(self.task, self.model, self.active)
         before = _memory(device)
         self._forward = _compiled(self.model, self.variant.backend)
         if self.variant.backend == "graph":
             self._capture()
             self.figures |= _peak(device, before)
-        wanted.check([self.step()[0].clone() for _ in range(CHECKED)], self.figures)
+        self.figures |= wanted.check(self.step()[0])
         _synchronize(device)
         self.figures["prepare_s"] = time.perf_counter() - begun
         self.figures["estimate_ms"] = statistics.median(self.time(max(1, warmup)))
@@ -280,52 +286,65 @@ class Wrong(RepruneError):
 
 
 class Wanted(NamedTuple):
-    """The outputs of the first steps, in float32, and how far autocast alone leads away from them."""
+    """The outputs of a masked network in float32, and how far autocast alone leads away from them."""
 
-    outputs: list[Tensor]
-    own: list[float]
+    outputs: Tensor
+    own: float
 
-    def check(self, found: Sequence[Tensor], figures: dict[str, float]) -> None:
-        differences = [relative(a, b) for a, b in zip(found, self.outputs, strict=True)]
-        figures["difference"], figures["autocast_difference"] = max(differences), max(self.own)
-        for number, (difference, own) in enumerate(zip(differences, self.own, strict=True), 1):
-            most = TOLERANCE + ROUNDING * own
-            if not difference <= most:
-                raise Wrong(
-                    f"its outputs at step {number} are {difference:.2e} away from those of the masked network, and may "
-                    f"be {most:.2e}: it is not timed"
-                )
+    def check(self, found: Tensor) -> dict[str, float]:
+        """By how much they differ; raise Wrong if it is too much."""
+        difference, most = relative(found, self.outputs), TOLERANCE + ROUNDING * self.own
+        if not difference <= most:
+            raise Wrong(
+                f"its outputs are {difference:.2e} away from those of the masked network, and may be {most:.2e}: it is "
+                "not timed"
+            )
+        return {"difference": difference, "autocast_alone": self.own}
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def wanted_steps(task: Task, active: dict[str, Tensor]) -> Wanted:
-    def outputs(amp: bool) -> list[Tensor]:
-        model = masked(task, active)
-        optimizer = sgd(model)
-        return [train_step(task, model, optimizer, amp)[0].float() for _ in range(CHECKED)]
-
-    return _wanted(outputs, task)
-
-
 @torch.no_grad()
-def wanted_forward(task: Task, active: dict[str, Tensor], images: Tensor) -> Wanted:
-    model = masked(task, active).eval()
+def wanted_outputs(task: Task, active: dict[str, Tensor], images: Tensor, training: bool) -> Wanted:
+    def outputs(amp: bool) -> Tensor:
+        model = masked(task, active).train(training)
+        with exact(), task.autocast(amp):
+            return model(images).float()
 
-    def outputs(amp: bool) -> list[Tensor]:
-        with task.autocast(amp):
-            return [model(images).float()]
-
-    return _wanted(outputs, task)
+    wide = outputs(False)
+    return Wanted(wide, 0.0 if task.amp is None else relative(outputs(True), wide))
 
 
-def _wanted(outputs: Callable[[bool], list[Tensor]], task: Task) -> Wanted:
-    with torch.backends.cudnn.flags(benchmark=False):  # it takes long to find the fastest way, for one run
-        wide = outputs(False)
-        cast = wide if task.amp is None else outputs(True)
-    return Wanted(wide, [relative(a, b) for a, b in zip(cast, wide, strict=True)])
+def check_exactly(task: Task, model: nn.Module, active: dict[str, Tensor]) -> float:
+    """How far a few steps of this model are from those of the masked network, both in float64."""
+    images, labels = task.images[:FEW, :, :SMALL, :SMALL].double(), task.labels[:FEW]
+    small = task._replace(images=images, labels=labels, amp=None)
+
+    def outputs(model: nn.Module) -> list[Tensor]:
+        model = model.double()
+        optimizer = sgd(model)
+        return [train_step(small, model, optimizer)[0] for _ in range(2)]  # right twice: so is the gradient
+
+    with exact():
+        both = outputs(copy.deepcopy(model)), outputs(masked(task, active))
+    difference = max(relative(a, b) for a, b in zip(*both, strict=True))
+    if not difference <= EXACT:
+        raise Wrong(f"in float64 it is {difference:.2e} away from the masked network: it is not timed")
+    return difference
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """For a few passes: float32 is float32, and no time goes into finding the fastest way."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32 = False, False
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def masked(task: Task, active: dict[str, Tensor]) -> nn.Module:
@@ -463,7 +482,7 @@ class Group:
                 continue
             dense = runner.variant.net == "dense"
             if dense not in wanted:
-                wanted[dense] = wanted_steps(task, {} if dense else self.active)
+                wanted[dense] = wanted_outputs(task, runner.active, task.images, True)
             runner.attempt(lambda r=runner, w=wanted[dense]: r.prepare(w, self.args.warmup))  # type: ignore[misc]
         for number in range(self.args.runs):
             if time.monotonic() + self.planned() > self.deadline:
@@ -524,6 +543,8 @@ class Group:
 
     def _forward(self, batch: int) -> list[dict[str, Any]]:
         images = self.task.images[torch.arange(batch) % len(self.task.images)]
+        if images.is_cuda:
+            images = images.contiguous(memory_format=torch.channels_last)
         calls: dict[Variant, Callable[[], Tensor]] = {}
         lines: dict[Variant, dict[str, Any]] = {}
         for runner in self.runners:
@@ -561,8 +582,7 @@ class Group:
         runner.model.load_state_dict(self._start(runner))
         runner.model.eval()
         call = runner.forward_of(images)
-        active = {} if runner.variant.net == "dense" else self.active
-        wanted_forward(self.task, active, images).check([call().clone()], line)
+        line |= wanted_outputs(self.task, runner.active, images, False).check(call())
         time_each(call, self.args.warmup, images.device)
         return call
 
@@ -635,7 +655,7 @@ def _peak(device: torch.device, before: int) -> dict[str, float]:
 def step_table(lines: list[dict[str, Any]], title: str) -> Table:
     made = Table(title=title)
     for column in ("", "FLOPs left", "ms", "images / s", "to dense, same backend", "to the best dense", "peak MB",
-                   "of the roofline", "difference"):  # fmt: skip
+                   "of the roofline", "difference", "in float64"):  # fmt: skip
         made.add_column(column, justify="right" if column else "left")
     for line in lines:
         if line["result"] != "measured":
@@ -646,6 +666,7 @@ def step_table(lines: list[dict[str, Any]], title: str) -> Table:
             cell(line["images_per_s"], ".0f"), cell(line["ratio_dense"], ".2f", "x"),
             cell(line["ratio_best"], ".2f", "x"), cell(line.get("peak_mb"), ".0f"),
             cell(line["share"], ".0%"), cell(line["difference"], ".1e"),
+            cell(line.get("difference_float64"), ".1e"),
         )  # fmt: skip
     return made
 
