@@ -176,7 +176,7 @@ class Runner:
         except Wrong as error:
             self.result, self.why = "refused", str(error)
         except Exception as error:  # out of memory, no compiler, an operation that a CUDA graph cannot hold
-            self.result, self.why = "failed", f"{type(error).__name__}: {str(error).strip()[:300]}"
+            self.result, self.why = "failed", reason(error)
         if self.result in ("refused", "failed"):
             self.ready, self.runs = False, []
             self.release()
@@ -199,6 +199,8 @@ class Runner:
         before = _memory(device)
         self._forward = _compiled(self.model, self.variant.backend)
         if self.variant.backend == "graph":
+            if device.type != "cuda":
+                raise RepruneError("a CUDA graph needs CUDA")
             self._capture()
             self.figures |= _peak(device, before)
         self.figures |= wanted.check(self.step()[0])
@@ -279,6 +281,10 @@ class Runner:
             return outputs
 
         return replay
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 class Wrong(RepruneError):
@@ -376,7 +382,8 @@ def run(args: argparse.Namespace) -> None:
     if {variant.backend for variant in variants} & {"compile", "max-autotune"}:
         from torch._dynamo import config
 
-        config.recompile_limit = 64  # all variants share the code of one class
+        # All variants share the code of one class, and narrow ones differ from the rest in their hooks alone.
+        config.recompile_limit, config.skip_nnmodule_hook_guards = 64, False
     deadline = time.monotonic() + (args.seconds or math.inf)
     console = Console(width=None if sys.stdout.isatty() else 150)
 
@@ -409,6 +416,8 @@ def run(args: argparse.Namespace) -> None:
         if args.forward:
             lines += (forward := group.forward())
             console.print(forward_table(forward, f"A forward of {args.model}, {on}"))
+        for note in dict.fromkeys(f"{x['variant']}, {x['result']}: {x['why']}" for x in lines if x["why"]):
+            console.print(note, markup=False)
         for line in lines:
             if args.json:
                 rows.append(args.json, settings | line)
@@ -563,7 +572,7 @@ class Group:
             except Wrong as error:
                 line |= {"result": "refused", "why": str(error)}
             except Exception as error:  # the others go on
-                line |= {"result": "failed", "why": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+                line |= {"result": "failed", "why": reason(error)}
         spent: dict[Variant, list[tuple[float, float]]] = {variant: [] for variant in calls}
         for _ in range(self.args.runs):
             for variant, call in calls.items():
@@ -659,7 +668,7 @@ def step_table(lines: list[dict[str, Any]], title: str) -> Table:
         made.add_column(column, justify="right" if column else "left")
     for line in lines:
         if line["result"] != "measured":
-            made.add_row(line["variant"], "", f"{line['result']}: {line['why']}")
+            made.add_row(line["variant"], "", line["result"])
             continue
         made.add_row(
             line["variant"], cell(line["flops_left"], ".3f"), cell(line["ms"], ".3f"),
@@ -677,7 +686,7 @@ def forward_table(lines: list[dict[str, Any]], title: str) -> Table:
         made.add_column(column, justify="right" if column else "left")
     for line in lines:
         if line["result"] != "measured":
-            made.add_row(str(line["images"]), line["variant"], f"{line['result']}: {line['why']}")
+            made.add_row(str(line["images"]), line["variant"], line["result"])
             continue
         made.add_row(
             str(line["images"]), line["variant"], cell(line["latency_ms"], ".3f"), cell(line["images_per_s"], ".0f"),
