@@ -538,6 +538,7 @@ class Group:
                 same = measured.get(variant._replace(net="dense"))
                 line |= {
                     "ms": runner.ms, "runs_ms": runner.runs, "runs": len(runner.runs),
+                    "spread": (max(runner.runs) - min(runner.runs)) / runner.ms,
                     "images_per_s": shape[0] / runner.ms * 1e3,
                     "ratio_dense": same.ms / runner.ms if same else None,
                     "ratio_best": min(plain) / runner.ms if plain else None,
@@ -662,8 +663,8 @@ def _peak(device: torch.device, before: int) -> dict[str, float]:
 
 
 def step_table(lines: list[dict[str, Any]], title: str) -> Table:
-    made = Table(title=title)
-    for column in ("", "FLOPs left", "ms", "images / s", "to dense, same backend", "to the best dense", "peak MB",
+    made = Table(title=title, caption="Spread: from the fastest run to the slowest. Ratios mean no more than it allows.")
+    for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense, same backend", "to the best dense", "peak MB",
                    "of the roofline", "difference", "in float64"):  # fmt: skip
         made.add_column(column, justify="right" if column else "left")
     for line in lines:
@@ -672,7 +673,7 @@ def step_table(lines: list[dict[str, Any]], title: str) -> Table:
             continue
         made.add_row(
             line["variant"], cell(line["flops_left"], ".3f"), cell(line["ms"], ".3f"),
-            cell(line["images_per_s"], ".0f"), cell(line["ratio_dense"], ".2f", "x"),
+            cell(line["spread"], ".0%"), cell(line["images_per_s"], ".0f"), cell(line["ratio_dense"], ".2f", "x"),
             cell(line["ratio_best"], ".2f", "x"), cell(line.get("peak_mb"), ".0f"),
             cell(line["share"], ".0%"), cell(line["difference"], ".1e"),
             cell(line.get("difference_float64"), ".1e"),

@@ -47,6 +47,7 @@ def test_rows(tmp_path, capsys):
         assert row["fused"] == row["variant"].endswith("fused") and row["backend"] == "eager"
         assert row["ms"] == sorted(row["runs_ms"])[1] and row["runs"] == 3
         assert row["images_per_s"] == pytest.approx(4e3 / row["ms"])
+        assert row["spread"] == pytest.approx((max(row["runs_ms"]) - min(row["runs_ms"])) / row["ms"])
         assert (row["flops_left"] < 1) == (not dense) and row["dtype"] == "float32" and row["round_to"] == 1
         assert (row["seed"], row["batch"], row["size"], row["warmup"], row["steps"]) == (2, 4, 16, 1, 2)
         assert row["difference"] < 1e-5 and row["difference_float64"] < 1e-12 and "peak_mb" not in row
