@@ -663,9 +663,9 @@ def _peak(device: torch.device, before: int) -> dict[str, float]:
 
 
 def step_table(lines: list[dict[str, Any]], title: str) -> Table:
-    made = Table(title=title, caption="Spread: from the fastest run to the slowest. Ratios mean no more than it allows.")
-    for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense, same backend", "to the best dense", "peak MB",
-                   "of the roofline", "difference", "in float64"):  # fmt: skip
+    made = Table(title=title, caption="Spread: from the fastest run to the slowest; ratios mean no more.")
+    for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense, same backend", "to the best dense",
+                   "peak MB", "of the roofline", "difference", "in float64"):  # fmt: skip
         made.add_column(column, justify="right" if column else "left")
     for line in lines:
         if line["result"] != "measured":
