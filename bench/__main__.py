@@ -13,6 +13,9 @@ COMMANDS = {
     "event": "time one pruning event against SciPy and fastcluster",
     "scaling": "time clustering against the size and the number of problems",
     "cost": "estimate an event's time on an H100 from the machine code",
+    "step": "time a training step, dense and narrow, against the roofline",
+    "hours": "add up a whole training from measured steps and events",
+    "roofline": "estimate the least time of a training step from bytes and FLOPs",
     "gpu": "run the tests, sanitizers and benchmarks that need a GPU, one after the other",
 }
 

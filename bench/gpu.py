@@ -92,9 +92,18 @@ def parts(out: Path) -> list[Part]:
     # Some modules of tests need packages that such a machine may not have.
     options = "-m gpu -q -rf --durations 15 -p no:cacheprovider -W default --continue-on-collection-errors"
     found = [
-        Part("tests", (sys.executable, "-m", "pytest", *options.split()), 280),
+        Part("tests", (sys.executable, "-m", "pytest", *options.split()), 240),
         Part("same bits", (*BENCH, "gpu", "--bits", "full", "--twice"), 90),
     ]
+
+    def step(model: str, name: str, variants: str, sparsity: str, seconds: int, needs: float = 20) -> Part:
+        """The dense variants have their turn beside every sparsity."""
+        options = f"--device cuda --batch 256 --warmup 10 --steps 15 --runs 3 --seconds {seconds} --variants {variants}"
+        command = (*BENCH, "step", *f"--model {model} --sparsity {sparsity} {options}".split())
+        return Part(f"step {model}{name}", (*command, "--json", str(out / "step.jsonl")), seconds + 30, needs)
+
+    two_by_two = "dense dense-fused narrow narrow-fused"
+    found.append(step("resnet50", "", two_by_two, "0 0.51 0.3 0.75", 75))
     places = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
     sanitizer = next((place for place in places if place and Path(place).exists()), None)
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
@@ -112,14 +121,26 @@ def parts(out: Path) -> list[Part]:
         # Every repeat analyses the model anew, which is not timed.
         event("resnet50", "prunable", "--channels", "8", "--repeat", "5", limit=90, skip=without_torch_pruning()),
         event("resnet50", "resnet", "--channels", "8", limit=90),
+        step("resnet50", " final", "dense dense-graph compact compact-graph dense-compile compact-compile", "0.51", 90),
+        hours(out, "resnet50"),
+        step("mobilenet_v2", "", f"{two_by_two} compact-graph", "0 0.65", 25),
+        step("resnet18", "", f"{two_by_two} compact-graph", "0 0.61", 20),
         event("resnet18", "resnet", "--channels", "8"),
         event("resnet56", "resnet"),
         event("resnet50", "all", "--channels", "4", limit=100),
         Part("scaling", (*BENCH, "scaling", "--device", "cuda", "--json", str(out / "scaling.jsonl")), 120),
     ]
     found += [event("resnet56", "resnet", "--linkage", linkage) for linkage in ops.LINKAGES if linkage != "ward"]
+    found.append(step("resnet50", " tuned", "dense dense-max-autotune compact-max-autotune", "0.51", 150, needs=120))
     found.append(event("resnet50", "resnet", limit=200, needs=100))  # every channel of SciPy's
     return found
+
+
+def hours(out: Path, model: str, *options: str) -> Part:
+    """Of the steps and events that were measured before."""
+    command = (*BENCH, "hours", "--model", model, "--from", str(out / "step.jsonl"), *options)
+    where = ("--events", str(out / "event.jsonl"), "--json", str(out / "hours.jsonl"))
+    return Part("hours", (*command, *where), 30)
 
 
 def tiny_parts(out: Path) -> list[Part]:
@@ -139,6 +160,12 @@ def tiny_parts(out: Path) -> list[Part]:
             (*BENCH, *"event --model resnet8 --repeat 1 --impl reference --json".split(), event_rows),
             60, skip=without_torch_pruning(),
         ),
+        Part(
+            "step resnet8",
+            (*BENCH, *"step --model resnet8 --device cpu --batch 4 --size 16 --sparsity 0.5".split(),
+             *"--warmup 1 --steps 2 --runs 1 --json".split(), str(out / "step.jsonl")), 60,
+        ),
+        hours(out, "resnet8", *"--epochs 4 --until 2 --every 1 --images 64 --gpus 1".split()),
     ]  # fmt: skip
     return [part._replace(environment=(("TRITON_INTERPRET", "1"),)) for part in found]
 
@@ -226,7 +253,7 @@ def say(log: IO[str], text: str) -> None:
 
 def fill_in_commit(out: Path, commit: str) -> None:
     """On a machine without the repository the rows do not know it."""
-    for path in (out / "event.jsonl", out / "scaling.jsonl"):
+    for path in (out / f"{name}.jsonl" for name in ("event", "scaling", "step", "hours")):
         if path.exists():
             found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             path.unlink()

@@ -75,10 +75,12 @@ def test_rehearsal(tmp_path, capfd, monkeypatch):
     parts = lines(out / "parts.jsonl")
     assert [row["part"] for row in parts if row["result"] == "passed"] == [
         "tests", "same bits", "event resnet8", "scaling", "event resnet8 average",
-        "event resnet8 prunable",
+        "event resnet8 prunable", "step resnet8", "hours",
     ]  # fmt: skip
     assert [row["part"] for row in parts if row["result"] == "skipped"] == ["memcheck"]
-    assert {path.name for path in out.iterdir()} == {"log.txt", "parts.jsonl", "event.jsonl", "scaling.jsonl"}
+    assert {path.name for path in out.iterdir()} == {"log.txt"} | {
+        f"{name}.jsonl" for name in ("parts", "event", "scaling", "step", "hours")
+    }
     assert "the same bits" in printed and "Parts" in (out / "log.txt").read_text()
     events, scaling = lines(out / "event.jsonl"), lines(out / "scaling.jsonl")
     assert {(row["linkage"], row["impl"], row["checked"]) for row in events} == {
@@ -87,7 +89,10 @@ def test_rehearsal(tmp_path, capfd, monkeypatch):
     totals = [row for row in events if row["row"] == "total"]
     assert ["stage_apply_s" in row for row in totals] == [False, False, True], "the last one is of a pruner"
     assert {row["algorithm"] for row in scaling} == {"auto", "chain", "reciprocal"}
-    assert all(row["commit"] for row in events + scaling)
+    steps, hours = lines(out / "step.jsonl"), lines(out / "hours.jsonl")
+    assert {row["variant"] for row in steps} == {"dense", "dense-fused", "narrow", "narrow-fused", "compact"}
+    assert [row["measured_on_cpu"] for row in hours] == [True, True]
+    assert all(row["commit"] for row in events + scaling + steps + hours)
 
 
 def test_exit_code_names_what_failed(tmp_path, capsys, monkeypatch):

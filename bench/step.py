@@ -1,0 +1,700 @@
+"""Time one training step, dense and narrow: forward, cross entropy, backward, SGD with momentum, on images made up.
+
+A variant is NET[-fused][-BACKEND]:
+
+    dense      the network as it is
+    narrow     as it trains between events: parameters of full shape, each module runs on its active channels
+    compact    as it trains after the last event: physically narrow
+    fused      BatchNorm, addition and activation as one operation (`reprune_triton.fuse`)
+    compile, max-autotune (both torch.compile), graph (the whole step in a CUDA graph); without one of them, eager
+
+A variant is only timed if it computes what the dense network does with the same channels masked after BatchNorm and
+activation. Eager variants must do so over two steps in float64, on a few small images. Then each must in its first
+step on the images that are timed: as near as rounding allows, of which a deep network that is not trained yet makes
+much; with autocast, as near as autocast leaves the masked network to float32. The loss must stay finite. Whether a
+compiled or captured variant also has the right gradients is not checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reprune_triton import channels as channel_analysis
+from reprune_triton import fuse, models, narrow
+from reprune_triton.bench import graph, roofline, rows
+from reprune_triton.channels import Channels
+from reprune_triton.errors import RepruneError
+
+NETS, BACKENDS = ("dense", "narrow", "compact"), ("eager", "compile", "max-autotune", "graph")
+TWO_BY_TWO = ("dense", "dense-fused", "narrow", "narrow-fused")
+DEFAULTS = {
+    "cpu": (*TWO_BY_TWO, "compact"),
+    "cuda": (
+        *TWO_BY_TWO, "compact", "dense-graph", "compact-graph", "dense-compile", "compact-compile",
+        "dense-max-autotune", "compact-max-autotune",
+    ),
+}  # fmt: skip
+FORWARD = (1, 16, 32)  # images of a forward
+EXACT = 1e-6  # of outputs, relative in the L2 norm: two steps in float64
+FEW, SMALL = 4, 64  # images of them, and their side at most
+TOLERANCE = 1e-3  # ... of the outputs of one step in float32
+ROUNDING = 2  # with autocast: and so many times what autocast changes
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1 / 32768
+AGAIN = 2  # steps before each further run that are not timed
+
+
+class Variant(NamedTuple):
+    """What is run, and how."""
+
+    net: str
+    fused: bool
+    backend: str
+
+    def __str__(self) -> str:
+        return "-".join([self.net] + ["fused"] * self.fused + [self.backend] * (self.backend != "eager"))
+
+
+def parse(name: str) -> Variant:
+    net, _, rest = name.partition("-")
+    fused = rest == "fused" or rest.startswith("fused-")
+    backend = rest.removeprefix("fused").removeprefix("-") or "eager"
+    if net not in NETS or backend not in BACKENDS:
+        raise RepruneError(
+            f"unknown variant {name!r}: it is NET[-fused][-BACKEND], with NET of {', '.join(NETS)} and BACKEND of "
+            f"{', '.join(BACKENDS[1:])}"
+        )
+    return Variant(net, fused, backend)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet50", help="a name of reprune_triton.models (default: resnet50)")
+    parser.add_argument("--batch", type=int, default=256, help="images of a step (default: 256)")
+    parser.add_argument("--size", type=int, help="side of the images (default: 224, or 32 for the CIFAR ResNets)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
+    widths = parser.add_mutually_exclusive_group()
+    widths.add_argument(
+        "--sparsity", type=float, nargs="+", default=[0.0, 0.3, 0.51, 0.75],
+        help="share of the prunable channels to leave out, of every layer (default: 0 0.3 0.51 0.75)",
+    )  # fmt: skip
+    widths.add_argument("--flops", type=float, nargs="+", help="instead: share of the dense network's FLOPs to keep")
+    parser.add_argument(
+        "--round-to", type=int, help="widths are a multiple of this (default: 16 on CUDA, else 1)"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help=f"on CUDA, by default: {' '.join(DEFAULTS['cuda'])}"
+    )
+    parser.add_argument("--warmup", type=int, default=30, help="steps that are not timed (default: 30)")
+    parser.add_argument("--steps", type=int, default=100, help="of a run (default: 100)")
+    parser.add_argument("--runs", type=int, default=5, help="in each of them every variant has its turn (default: 5)")
+    parser.add_argument("--forward", action="store_true", help="also the forward alone, of 1, 16 and 32 images")
+    parser.add_argument("--seconds", type=float, help="for all; what no longer fits is skipped")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, images and channels")
+    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
+
+
+class Task(NamedTuple):
+    """What every variant is given."""
+
+    dense: nn.Module  # on the device, never trained
+    channels: Channels
+    images: Tensor  # (B, 3, H, W)
+    labels: Tensor  # (B,)
+    amp: torch.dtype | None  # of autocast
+
+    def autocast(self, on: bool = True) -> contextlib.AbstractContextManager[Any]:
+        used = self.amp is not None and on
+        return torch.autocast(self.images.device.type, self.amp, enabled=used)
+
+    def slices(self, active: dict[str, Tensor]) -> narrow.Slices:
+        """Of layers that are not named all channels are active."""
+        whole = {layer.name: torch.arange(layer.n_out) for layer in self.channels.prunable}
+        return self.channels.slices({name: i.to(self.images.device) for name, i in (whole | active).items()})
+
+
+def train_step(
+    task: Task, forward: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, amp: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The outputs (B, classes) and the loss, from before the update."""
+    optimizer.zero_grad(set_to_none=True)
+    with task.autocast(amp):
+        outputs = forward(task.images)
+        loss = F.cross_entropy(outputs, task.labels)
+    loss.backward()
+    optimizer.step()
+    return outputs.detach(), loss.detach()
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+class Runner:
+    """One variant at one width."""
+
+    def __init__(self, task: Task, variant: Variant, share: float, active: dict[str, Tensor]):
+        self.task, self.variant, self.share = task, variant, share
+        self.result, self.why = "", ""  # measured, failed, refused or skipped, and why
+        self.ready = False
+        self.figures: dict[str, float] = {}
+        self.runs: list[float] = []  # ms, the median step of each
+        self.active = active if variant.net != "dense" else {}
+        self._slices = task.slices(self.active)
+        self._graph: Any = None
+        self.attempt(self._build)
+
+    def _build(self) -> None:
+        task, variant = self.task, self.variant
+        compact = variant.net == "compact"
+        self.model = narrow.compact(task.dense, self._slices) if compact else copy.deepcopy(task.dense)
+        if variant.fused:
+            fuse(self.model)
+        self.optimizer = sgd(self.model)
+        if variant.net == "narrow":
+            narrow.Narrowing(self.model, self.optimizer).set(self._slices)
+        self._forward: Callable[[Tensor], Tensor] = self.model
+
+    def attempt(self, work: Callable[[], object]) -> bool:
+        """False, and the reason is kept, if that fails: the other variants go on."""
+        try:
+            work()
+        except Wrong as error:
+            self.result, self.why = "refused", str(error)
+        except Exception as error:  # out of memory, no compiler, an operation that a CUDA graph cannot hold
+            self.result, self.why = "failed", reason(error)
+        if self.result in ("refused", "failed"):
+            self.ready, self.runs = False, []
+            self.release()
+        return not self.result
+
+    def release(self) -> None:
+        """Give the memory back."""
+        for name in ("model", "optimizer", "_forward", "_graph", "_outputs"):
+            self.__dict__.pop(name, None)
+        if self.task.images.is_cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def prepare(self, wanted: Wanted, warmup: int) -> None:
+        """Compile or capture; check; warm up."""
+        begun = time.perf_counter()
+        device = self.task.images.device
+        if self.variant.backend == "eager":
+            self.figures["difference_float64"] = check_exactly(self.task, self.model, self.active)
+        before = _memory(device)
+        self._forward = _compiled(self.model, self.variant.backend)
+        if self.variant.backend == "graph":
+            if device.type != "cuda":
+                raise RepruneError("a CUDA graph needs CUDA")
+            self._capture()
+            self.figures |= _peak(device, before)
+        self.figures |= wanted.check(self.step()[0])
+        _synchronize(device)
+        self.figures["prepare_s"] = time.perf_counter() - begun
+        self.figures["estimate_ms"] = statistics.median(self.time(max(1, warmup)))
+        if self.variant.backend in ("eager", "compile"):  # the others hold on to memory that is not counted again
+            before = _memory(device)
+            self.step()
+            self.figures |= _peak(device, before)
+        self.ready = True
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        if self._graph is not None:
+            self._graph.replay()
+            return self._outputs
+        if self.variant.backend == "max-autotune":
+            torch.compiler.cudagraph_mark_step_begin()
+        return train_step(self.task, self._forward, self.optimizer)
+
+    def _capture(self) -> None:
+        """The whole step as a CUDA graph; the steps that this takes are taken back."""
+        start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        _side_stream(lambda: train_step(self.task, self.model, self.optimizer))
+        self.optimizer.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = train_step(self.task, self.model, self.optimizer)
+        self.model.load_state_dict(start)
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+    def time(self, steps: int) -> list[float]:
+        """Milliseconds of each of these steps."""
+        loss = torch.zeros(())
+
+        def work() -> None:
+            nonlocal loss
+            loss = self.step()[1]
+
+        spent = time_each(work, steps, self.task.images.device)
+        if not math.isfinite(float(loss)):
+            raise Wrong(f"the loss is {float(loss)}")
+        return spent
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.runs)
+
+    @property
+    def level(self) -> str:
+        """Of bench/roofline.py."""
+        if self.variant.fused and self.task.images.is_cuda:
+            return "fused"
+        return "compiled" if self.variant.backend in ("compile", "max-autotune") else "eager"
+
+    @torch.no_grad()
+    def forward_of(self, images: Tensor) -> Callable[[], Tensor]:
+        """The forward alone on these images."""
+        call, task, model = _compiled(self.model, self.variant.backend), self.task, self.model
+
+        def forward() -> Tensor:
+            if self.variant.backend == "max-autotune":
+                torch.compiler.cudagraph_mark_step_begin()
+            with torch.no_grad(), task.autocast():
+                return call(images)
+
+        if self.variant.backend != "graph":
+            return forward
+        assert model is call
+        _side_stream(forward)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            outputs = forward()
+
+        def replay() -> Tensor:
+            captured.replay()
+            return outputs
+
+        return replay
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+class Wrong(RepruneError):
+    """What a variant computes is not what it should."""
+
+
+class Wanted(NamedTuple):
+    """The outputs of a masked network in float32, and how far autocast alone leads away from them."""
+
+    outputs: Tensor
+    own: float
+
+    def check(self, found: Tensor) -> dict[str, float]:
+        """By how much they differ; raise Wrong if it is too much."""
+        difference, most = relative(found, self.outputs), TOLERANCE + ROUNDING * self.own
+        if not difference <= most:
+            raise Wrong(
+                f"its outputs are {difference:.2e} away from those of the masked network, and may be {most:.2e}: it is "
+                "not timed"
+            )
+        return {"difference": difference, "autocast_alone": self.own}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@torch.no_grad()
+def wanted_outputs(task: Task, active: dict[str, Tensor], images: Tensor, training: bool) -> Wanted:
+    def outputs(amp: bool) -> Tensor:
+        model = masked(task, active).train(training)
+        with exact(), task.autocast(amp):
+            return model(images).float()
+
+    wide = outputs(False)
+    return Wanted(wide, 0.0 if task.amp is None else relative(outputs(True), wide))
+
+
+def check_exactly(task: Task, model: nn.Module, active: dict[str, Tensor]) -> float:
+    """How far a few steps of this model are from those of the masked network, both in float64."""
+    images, labels = task.images[:FEW, :, :SMALL, :SMALL].double(), task.labels[:FEW]
+    small = task._replace(images=images, labels=labels, amp=None)
+
+    def outputs(model: nn.Module) -> list[Tensor]:
+        model = model.double()
+        optimizer = sgd(model)
+        return [train_step(small, model, optimizer)[0] for _ in range(2)]  # right twice: so is the gradient
+
+    with exact():
+        both = outputs(copy.deepcopy(model)), outputs(masked(task, active))
+    difference = max(relative(a, b) for a, b in zip(*both, strict=True))
+    if not difference <= EXACT:
+        raise Wrong(f"in float64 it is {difference:.2e} away from the masked network: it is not timed")
+    return difference
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """For a few passes: float32 is float32, and no time goes into finding the fastest way."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32 = False, False
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = before
+
+
+def masked(task: Task, active: dict[str, Tensor]) -> nn.Module:
+    """The dense network without these channels where they are read, after BatchNorm and activation."""
+    model, slices = copy.deepcopy(task.dense), task.slices(active)
+    for layer in task.channels.prunable:
+        for reader in layer.readers:
+            if reader.name in slices:
+                hook = channel_analysis._masking(slices[reader.name].in_)
+                model.get_submodule(reader.name).register_forward_pre_hook(hook, with_kwargs=True)
+    return model
+
+
+def run(args: argparse.Namespace) -> None:
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RepruneError("there is no CUDA device here; --device cpu is the other one.")
+    cuda = device.type == "cuda"
+    args.round_to = args.round_to or (16 if cuda else 1)
+    args.size = args.size or models.image_size(args.model)
+    if min(args.batch, args.size, args.round_to, args.steps, args.runs, args.threads or 1) < 1 or args.warmup < 0:
+        raise RepruneError("--batch, --size, --round-to, --steps, --runs and --threads must be at least 1.")
+    variants = [parse(name) for name in args.variants or DEFAULTS["cuda" if cuda else "cpu"]]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if {variant.backend for variant in variants} & {"compile", "max-autotune"}:
+        from torch._dynamo import config
+
+        # All variants share the code of one class, and narrow ones differ from the rest in their hooks alone.
+        config.recompile_limit, config.skip_nnmodule_hook_guards = 64, False
+    deadline = time.monotonic() + (args.seconds or math.inf)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+
+    task = make_task(args, device)
+    shares = args.sparsity if args.flops is None else [at_flops(task.channels, f, args.round_to) for f in args.flops]
+    shares = list(dict.fromkeys(shares))
+    actives = {share: active_at(task.channels, share, args) for share in shares}
+    ceilings = roofline.measure(device)
+    settings = rows.environment(device) | {
+        "benchmark": "step", "model": args.model, "batch": args.batch, "size": args.size, "seed": args.seed,
+        "dtype": str(task.amp or torch.float32).removeprefix("torch."), "channels_last": cuda,
+        "round_to": args.round_to, "warmup": args.warmup, "steps": args.steps, "seconds": args.seconds,
+        "torchvision": rows.version("torchvision"), "ceilings": ceilings._asdict(),
+    }  # fmt: skip
+
+    def build(net: bool, share: float) -> list[Runner]:
+        """The dense ones, or the others."""
+        return [Runner(task, v, share, actives.get(share, {})) for v in variants if (v.net == "dense") == net]
+
+    # All before anything is compiled, since making a model narrow forgets what was.
+    dense = build(True, 0.0)
+    thin = {share: build(False, share) for share in shares if share > 0}
+    refused = []
+    for share, some in (thin or {0.0: []}).items():
+        group = Group(task, args, share, actives.get(share, {}), [*dense, *some], deadline)
+        group.measure()
+        lines = group.lines(ceilings)
+        on = f"{settings['device']}, sparsity {share:g}"
+        console.print(step_table(lines, f"A step of {args.model}, {args.batch} images, {on}"))
+        if args.forward:
+            lines += (forward := group.forward())
+            console.print(forward_table(forward, f"A forward of {args.model}, {on}"))
+        for note in dict.fromkeys(f"{x['variant']}, {x['result']}: {x['why']}" for x in lines if x["why"]):
+            console.print(note, markup=False)
+        for line in lines:
+            if args.json:
+                rows.append(args.json, settings | line)
+        refused += [f"{line['variant']}: {line['why']}" for line in lines if line["result"] == "refused"]
+        for runner in some:
+            runner.release()
+    if refused:
+        raise RepruneError("; ".join(dict.fromkeys(refused)))
+
+
+def make_task(args: argparse.Namespace, device: torch.device) -> Task:
+    torch.manual_seed(args.seed)
+    dense = roofline.build(args.model)
+    for module in dense.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0  # a narrow network would draw other numbers
+    shape = (args.batch, 3, args.size, args.size)
+    channels = graph.prunable(dense, shape)
+    if not channels.prunable:
+        raise RepruneError(f"{args.model} has no conv that can be pruned.")
+    generator = torch.Generator().manual_seed(args.seed)
+    images = torch.randn(shape, generator=generator).to(device)
+    labels = torch.randint(10, (args.batch,), generator=generator).to(device)
+    dense.to(device)
+    if device.type == "cuda":
+        dense.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
+    return Task(dense, channels, images, labels, torch.bfloat16 if device.type == "cuda" else None)
+
+
+def active_at(channels: Channels, share: float, args: argparse.Namespace) -> dict[str, Tensor]:
+    return roofline.choose(channels, roofline.widths_at(channels, share, args.round_to), args.seed)
+
+
+def at_flops(channels: Channels, flops: float, round_to: int) -> float:
+    """The least sparsity at which no more than this share of the FLOPs is left, to 1e-4."""
+    if not 0 < flops <= 1:
+        raise RepruneError(f"--flops must be in (0, 1], the share to keep; got {flops}")
+
+    def left(share: int) -> float:
+        return channels.flops(roofline.widths_at(channels, share / 10000, round_to))
+
+    low, high = -1, 9999
+    if left(high) > flops:
+        raise RepruneError(f"--flops {flops} is out of reach: {left(high):.3f} is left with the fewest channels.")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if left(middle) <= flops else (middle, high)
+    return high / 10000
+
+
+class Group:
+    """The variants that take turns: all dense ones, and those of one sparsity."""
+
+    def __init__(
+        self, task: Task, args: argparse.Namespace, share: float, active: dict[str, Tensor], runners: list[Runner],
+        deadline: float,
+    ):  # fmt: skip
+        self.task, self.args, self.share, self.active = task, args, share, active
+        self.runners, self.deadline = runners, deadline
+
+    def measure(self) -> None:
+        task, wanted = self.task, dict[bool, Wanted]()
+        for runner in self.runners:
+            runner.runs = []
+            if runner.ready or runner.result in ("refused", "failed"):
+                continue
+            runner.result = ""
+            if time.monotonic() + self.planned() > self.deadline:
+                runner.result, runner.why = "skipped", "no time left"
+                continue
+            dense = runner.variant.net == "dense"
+            if dense not in wanted:
+                wanted[dense] = wanted_outputs(task, runner.active, task.images, True)
+            runner.attempt(lambda r=runner, w=wanted[dense]: r.prepare(w, self.args.warmup))  # type: ignore[misc]
+        for number in range(self.args.runs):
+            if time.monotonic() + self.planned() > self.deadline:
+                break
+            for runner in self.runners:
+                if runner.ready:
+                    runner.attempt(lambda r=runner, n=number: self._turn(r, n))  # type: ignore[misc]
+        for runner in self.runners:
+            if runner.ready and not runner.runs:
+                runner.result, runner.why = "skipped", "no time left"
+
+    def _turn(self, runner: Runner, number: int) -> None:
+        runner.result = ""
+        if number:
+            runner.time(AGAIN)
+        runner.runs.append(statistics.median(runner.time(self.args.steps)))
+
+    def planned(self) -> float:
+        """Seconds of one run."""
+        return sum(r.figures["estimate_ms"] * self.args.steps for r in self.runners if r.ready) / 1e3
+
+    def lines(self, ceilings: roofline.Ceilings) -> list[dict[str, Any]]:
+        """A row for every variant."""
+        measured = {runner.variant: runner for runner in self.runners if runner.runs}
+        plain = [r.ms for v, r in measured.items() if v.net == "dense" and not v.fused]
+        size, shape = (4 if self.task.amp is None else 2), tuple(self.task.images.shape)
+        slim = narrow.compact(self.task.dense, self.task.slices(self.active)) if self.share else self.task.dense
+        ideal: dict[tuple[bool, str], float] = {}
+        found = []
+        for runner in self.runners:
+            variant, dense = runner.variant, runner.variant.net == "dense"
+            widths = {name: len(index) for name, index in self.active.items()}
+            line: dict[str, Any] = {
+                "row": "step", "variant": str(variant), **variant._asdict(), "sparsity": runner.share,
+                "beside": self.share, "flops_left": 1.0 if dense else self.task.channels.flops(widths),
+                "result": "measured" if runner.runs else runner.result, "why": runner.why,
+            }  # fmt: skip
+            line |= {key: value for key, value in runner.figures.items() if key != "estimate_ms"}
+            if runner.runs:
+                key = dense, runner.level
+                if key not in ideal:
+                    model = self.task.dense if dense else slim
+                    ideal[key] = roofline.total(roofline.kernels(model, shape, runner.level, size), ceilings) * 1e3
+                same = measured.get(variant._replace(net="dense"))
+                line |= {
+                    "ms": runner.ms, "runs_ms": runner.runs, "runs": len(runner.runs),
+                    "spread": (max(runner.runs) - min(runner.runs)) / runner.ms,
+                    "images_per_s": shape[0] / runner.ms * 1e3,
+                    "ratio_dense": same.ms / runner.ms if same else None,
+                    "ratio_best": min(plain) / runner.ms if plain else None,
+                    "roofline": runner.level, "roofline_ms": ideal[key], "share": ideal[key] / runner.ms,
+                }  # fmt: skip
+            found.append(line)
+        return found
+
+    def forward(self) -> list[dict[str, Any]]:
+        """Rows of the forward alone, in evaluation."""
+        return [line for batch in FORWARD for line in self._forward(batch)]
+
+    def _forward(self, batch: int) -> list[dict[str, Any]]:
+        images = self.task.images[torch.arange(batch) % len(self.task.images)]
+        if images.is_cuda:
+            images = images.contiguous(memory_format=torch.channels_last)
+        calls: dict[Variant, Callable[[], Tensor]] = {}
+        lines: dict[Variant, dict[str, Any]] = {}
+        for runner in self.runners:
+            lines[runner.variant] = line = {
+                "row": "forward", "variant": str(runner.variant), **runner.variant._asdict(), "images": batch,
+                "sparsity": runner.share, "beside": self.share, "result": runner.result, "why": runner.why,
+            }  # fmt: skip
+            if not runner.ready:
+                continue
+            line |= {"result": "skipped", "why": "no time left"}
+            if time.monotonic() > self.deadline:
+                continue
+            try:
+                calls[runner.variant] = self._forward_of(runner, images, line)
+                line |= {"result": "measured", "why": ""}
+            except Wrong as error:
+                line |= {"result": "refused", "why": str(error)}
+            except Exception as error:  # the others go on
+                line |= {"result": "failed", "why": reason(error)}
+        spent: dict[Variant, list[tuple[float, float]]] = {variant: [] for variant in calls}
+        for _ in range(self.args.runs):
+            for variant, call in calls.items():
+                both = (time_each(call, self.args.steps, images.device, wait) for wait in (True, False))
+                spent[variant].append(tuple(map(statistics.median, both)))  # type: ignore[arg-type]
+        for variant, pairs in spent.items():
+            latency, ms = (statistics.median(some) for some in zip(*pairs, strict=True))
+            lines[variant] |= {"latency_ms": latency, "ms": ms, "images_per_s": batch / ms * 1e3}
+        for runner in self.runners:
+            if runner.ready:
+                runner.model.train()
+        return list(lines.values())
+
+    def _forward_of(self, runner: Runner, images: Tensor, line: dict[str, Any]) -> Callable[[], Tensor]:
+        """The forward of this variant, checked and warm."""
+        runner.model.load_state_dict(self._start(runner))
+        runner.model.eval()
+        call = runner.forward_of(images)
+        line |= wanted_outputs(self.task, runner.active, images, False).check(call())
+        time_each(call, self.args.warmup, images.device)
+        return call
+
+    def _start(self, runner: Runner) -> dict[str, Tensor]:
+        """The weights that all began with: after some training they are no longer equal to the last bit."""
+        if runner.variant.net == "compact":
+            return narrow.compact(self.task.dense, self.task.slices(self.active)).state_dict()
+        return self.task.dense.state_dict()
+
+
+def time_each(work: Callable[[], object], count: int, device: torch.device, wait: bool = False) -> list[float]:
+    """Milliseconds of each of `count` calls, one right after the other; with `wait`, until the device is done."""
+    if device.type != "cuda" or wait:
+        spent = []
+        for _ in range(count):
+            _synchronize(device)
+            started = time.perf_counter()
+            work()
+            _synchronize(device)
+            spent.append((time.perf_counter() - started) * 1e3)
+        return spent
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    torch.cuda.synchronize(device)
+    marks[0].record()
+    for mark in marks[1:]:
+        work()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) for before, after in zip(marks, marks[1:], strict=False)]
+
+
+def _compiled(model: nn.Module, backend: str) -> Callable[[Tensor], Tensor]:
+    if backend not in ("compile", "max-autotune"):
+        return model
+    return torch.compile(model, mode=None if backend == "compile" else backend, dynamic=False)
+
+
+def _side_stream(work: Callable[[], object], times: int = 3) -> None:
+    """Warm up for the capture of a CUDA graph."""
+    stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            work()
+    here.wait_stream(stream)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes in use; from here on the peak is counted."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device, before: int) -> dict[str, float]:
+    """Beyond what was in use before: weights, momentum and the last gradients."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize(device)
+    return {"peak_mb": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
+
+
+def step_table(lines: list[dict[str, Any]], title: str) -> Table:
+    made = Table(title=title, caption="Spread: from the fastest run to the slowest; ratios mean no more.")
+    for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense, same backend", "to the best dense",
+                   "peak MB", "of the roofline", "difference", "in float64"):  # fmt: skip
+        made.add_column(column, justify="right" if column else "left")
+    for line in lines:
+        if line["result"] != "measured":
+            made.add_row(line["variant"], "", line["result"])
+            continue
+        made.add_row(
+            line["variant"], cell(line["flops_left"], ".3f"), cell(line["ms"], ".3f"),
+            cell(line["spread"], ".0%"), cell(line["images_per_s"], ".0f"), cell(line["ratio_dense"], ".2f", "x"),
+            cell(line["ratio_best"], ".2f", "x"), cell(line.get("peak_mb"), ".0f"),
+            cell(line["share"], ".0%"), cell(line["difference"], ".1e"),
+            cell(line.get("difference_float64"), ".1e"),
+        )  # fmt: skip
+    return made
+
+
+def forward_table(lines: list[dict[str, Any]], title: str) -> Table:
+    made = Table(title=title, caption="Latency: of one alone. Images a second: one after the other.")
+    for column in ("images", "", "latency, ms", "images / s", "difference"):
+        made.add_column(column, justify="right" if column else "left")
+    for line in lines:
+        if line["result"] != "measured":
+            made.add_row(str(line["images"]), line["variant"], line["result"])
+            continue
+        made.add_row(
+            str(line["images"]), line["variant"], cell(line["latency_ms"], ".3f"), cell(line["images_per_s"], ".0f"),
+            cell(line["difference"], ".1e"),
+        )  # fmt: skip
+    return made
+
+
+def cell(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else format(value, form) + unit

@@ -1,0 +1,281 @@
+"""The benchmark of a training step, and the hours that are added up from it: rows, budgets, and that what computes
+something else is not timed."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from reprune_triton import narrow, norm
+from reprune_triton.bench import hours, roofline, step
+from reprune_triton.bench.__main__ import main
+from reprune_triton.errors import RepruneError
+
+TINY = ("--model", "resnet8", "--device", "cpu", "--batch", "4", "--size", "16", "--warmup", "1", "--steps", "2")
+ALL = ("dense", "dense-fused", "narrow", "narrow-fused", "compact")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(roofline, "measure", lambda device: roofline.Ceilings("a test", 1e11, 1e10, False))
+
+
+def run(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
+    path = tmp_path / "rows"
+    path.unlink(missing_ok=True)
+    code = main(["step", *TINY, "--json", str(path), *arguments])
+    return code, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_rows(tmp_path, capsys):
+    code, rows = run(tmp_path, "--sparsity", "0", "0.5", "0.75", "--runs", "3", "--seed", "2", "--threads", "1")
+    assert code == 0
+    assert [(row["beside"], row["variant"]) for row in rows] == [(s, v) for s in (0.5, 0.75) for v in ALL]
+    for row in rows:
+        dense = row["net"] == "dense"
+        assert row["result"] == "measured" and row["sparsity"] == (0.0 if dense else row["beside"])
+        assert row["fused"] == row["variant"].endswith("fused") and row["backend"] == "eager"
+        assert row["ms"] == sorted(row["runs_ms"])[1] and row["runs"] == 3
+        assert row["images_per_s"] == pytest.approx(4e3 / row["ms"])
+        assert row["spread"] == pytest.approx((max(row["runs_ms"]) - min(row["runs_ms"])) / row["ms"])
+        assert (row["flops_left"] < 1) == (not dense) and row["dtype"] == "float32" and row["round_to"] == 1
+        assert (row["seed"], row["batch"], row["size"], row["warmup"], row["steps"]) == (2, 4, 16, 1, 2)
+        assert row["difference"] < 1e-5 and row["difference_float64"] < 1e-12 and "peak_mb" not in row
+        assert row["share"] == pytest.approx(row["roofline_ms"] / row["ms"]) and row["roofline"] == "eager"
+        assert row["torch"] == torch.__version__ and row["threads"] == 1 and row["cpu"] and "commit" in row
+        beside = {r["variant"]: r for r in rows if r["beside"] == row["beside"]}
+        plain, same = beside["dense"], beside["dense-fused" if row["fused"] else "dense"]
+        assert row["ratio_dense"] == pytest.approx(same["ms"] / row["ms"])
+        assert row["ratio_best"] == pytest.approx(plain["ms"] / row["ms"])
+    by_width = {row["variant"] + str(row["sparsity"]): row["roofline_ms"] for row in rows}
+    assert by_width["narrow0.75"] < by_width["narrow0.5"] < by_width["dense0.0"]
+    assert "of the roofline" in " ".join(capsys.readouterr().out.split())
+
+
+def test_forward(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "FORWARD", (1, 3))
+    options = "--sparsity 0.5 --runs 1 --forward --variants dense narrow compact".split()
+    code, rows = run(tmp_path, *options)
+    found = [row for row in rows if row["row"] == "forward"]
+    assert code == 0 and [(row["images"], row["variant"]) for row in found] == [
+        (batch, v) for batch in (1, 3) for v in ("dense", "narrow", "compact")
+    ]
+    for row in found:
+        assert row["result"] == "measured" and row["latency_ms"] > 0 and row["difference"] < 1e-5
+        assert row["images_per_s"] == pytest.approx(row["images"] / row["ms"] * 1e3)
+
+
+def test_dense_alone(tmp_path):
+    code, rows = run(tmp_path, "--sparsity", "0", "--runs", "1")
+    assert code == 0 and [row["variant"] for row in rows] == ["dense", "dense-fused"]
+
+
+def other_biases(monkeypatch):
+    """A gather that takes the wrong channels of a BatchNorm."""
+    cuts = narrow.cuts
+
+    def wrong(module, part):
+        found = cuts(module, part)
+        if isinstance(module, nn.BatchNorm2d):
+            found["bias"] = [(dim, index.flip(0)) for dim, index in found["bias"]]
+        return found
+
+    monkeypatch.setattr(narrow, "cuts", wrong)
+
+
+def no_gradient(monkeypatch):
+    """A gather that lets no gradient through to the weights: the first outputs are right."""
+    gather = narrow.gather
+    monkeypatch.setattr(narrow, "gather", lambda tensor, where: gather(tensor.detach(), where))
+
+
+@pytest.mark.parametrize("broken", [other_biases, no_gradient])
+def test_wrong_outputs_are_not_timed(tmp_path, capsys, monkeypatch, broken):
+    broken(monkeypatch)
+    build = roofline.build
+
+    def uneven(name):
+        model = build(name)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.bias)
+        return model
+
+    monkeypatch.setattr(roofline, "build", uneven)
+    code, rows = run(tmp_path, "--sparsity", "0.5", "--runs", "1", "--variants", "dense", "narrow")
+    assert code == 1 and [row["result"] for row in rows] == ["measured", "refused"]
+    assert "ms" not in rows[1] and "not timed" in rows[1]["why"] and "not timed" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "LEARNING_RATE", math.inf)
+    monkeypatch.setattr(step, "check_exactly", lambda *given: 0.0)
+    code, rows = run(tmp_path, "--sparsity", "0", "--runs", "1", "--variants", "dense")
+    assert code == 1 and rows[0]["result"] == "refused" and "nan" in rows[0]["why"]
+
+
+def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
+    def no_memory(model, backend):
+        if backend == "compile":
+            raise RuntimeError("out of memory")
+        return model
+
+    monkeypatch.setattr(step, "_compiled", no_memory)
+    variants = ("--variants", "dense-compile", "dense", "compact")
+    code, rows = run(tmp_path, "--sparsity", "0.5", "--runs", "1", *variants)
+    assert code == 0 and [row["result"] for row in rows] == ["failed", "measured", "measured"]
+    assert rows[0]["why"] == "RuntimeError: out of memory" and "ms" not in rows[0]
+    if not torch.cuda.is_available():
+        code, rows = run(tmp_path, "--sparsity", "0", "--runs", "1", "--variants", "dense-graph")
+        assert code == 0 and rows[0]["result"] == "failed"
+
+
+def test_no_time_left(tmp_path):
+    code, rows = run(tmp_path, "--sparsity", "0.5", "--seconds", "1e-6")
+    assert code == 0 and {(row["result"], row["why"]) for row in rows} == {("skipped", "no time left")}
+
+
+def test_names_of_variants():
+    for name in (*step.DEFAULTS["cuda"], *step.DEFAULTS["cpu"], "narrow-fused-graph"):
+        assert str(step.parse(name)) == name
+    assert step.parse("narrow-fused-graph") == ("narrow", True, "graph")
+    for name in ("wide", "dense-fast", "dense-fused-eager-x", ""):
+        with pytest.raises(RepruneError, match="unknown variant"):
+            step.parse(name)
+
+
+def test_sparsity_for_flops():
+    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    share = step.at_flops(task.channels, 0.6, 1)
+
+    def left(at: float) -> float:
+        return task.channels.flops(roofline.widths_at(task.channels, at, 1))
+
+    assert left(share) <= 0.6 < left(share - 1e-4)
+    assert step.at_flops(task.channels, 1.0, 1) == 0.0
+    for flops in (0.0, 1e-3):
+        with pytest.raises(RepruneError):
+            step.at_flops(task.channels, flops, 1)
+
+
+def test_the_networks_are_left_alone():
+    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    active = {x.name: torch.arange(x.n_out // 2) for x in task.channels.prunable}
+    before = {name: tensor.clone() for name, tensor in task.dense.state_dict().items()}
+    runner = step.Runner(task, step.parse("narrow-fused"), 0.5, active)
+    assert runner.attempt(lambda: runner.prepare(step.wanted_outputs(task, active, task.images, True), 1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.dense.state_dict().items())
+    assert norm._FUSED not in task.dense.__dict__ and norm._FUSED in runner.model.__dict__
+    assert {name: p.shape for name, p in runner.model.named_parameters()} == {
+        name: p.shape for name, p in task.dense.named_parameters()
+    }, "narrow is with parameters of full shape"
+
+
+def test_refusals(capsys):
+    for arguments in (("--batch", "0"), ("--variants", "wide"), ("--flops", "2"), ("--sparsity", "1")):
+        assert main(["step", *TINY, *arguments]) == 1
+    assert "--flops must be" in capsys.readouterr().err
+
+
+# Hours
+
+
+def test_schedule_by_hand():
+    """8 epochs, events after 2, 4 and 5; delta = 0.4 (1 + cos(pi t / 5)) / 2."""
+    found = hours.schedule(8, 5, 2, 0.5, 0.4)
+    deltas = [0.4 * (1 + math.cos(math.pi * t / 5)) / 2 for t in (2, 4)]
+    assert [phase.epochs for phase in found] == [2, 2, 1, 3]
+    assert [phase.sparsity for phase in found] == pytest.approx([0.0, 0.5 - deltas[0], 0.5 - deltas[1], 0.5])
+    assert [phase.final for phase in found] == [False, False, False, True]
+    assert [phase.event for phase in found] == [False, True, True, True]
+    assert hours.schedule(4, 2, 1, 0.1, 0.4)[1].sparsity == 0.0, "never denser than dense"
+    assert sum(phase.epochs for phase in hours.schedule(250, 180, 2, 0.5, 0.3)) == 250
+    assert sum(phase.event for phase in hours.schedule(250, 180, 2, 0.5, 0.3)) == 90
+
+
+HERE = {"device": "cpu", "cpu": "a CPU", "torch": "2", "cuda": None, "threads": 1, "commit": "abc", "dirty": False}
+
+
+def a_step(variant: str, sparsity: float, ms: float, **more) -> dict:
+    parsed = step.parse(variant)
+    return HERE | parsed._asdict() | {
+        "benchmark": "step", "row": "step", "result": "measured", "model": "resnet50", "batch": 10, "size": 224,
+        "dtype": "float32", "variant": variant, "sparsity": sparsity, "flops_left": 1 - sparsity, "ms": ms,
+    } | more  # fmt: skip
+
+
+def an_event(**more) -> dict:
+    return HERE | {"benchmark": "event", "row": "total", "model": "resnet50", "rule": "prunable", "linkage": "ward",
+                   "event_s": 7.0, "time": "2026"} | more  # fmt: skip
+
+
+STEPS = [a_step("dense", 0.0, 1000.0), a_step("narrow", 0.5, 600.0), a_step("compact", 0.5, 500.0),
+         a_step("compact-compile", 0.5, 400.0), a_step("dense-compile", 0.0, 900.0)]  # fmt: skip
+SHORT = "--epochs 8 --until 5 --every 2 --regrow 0.4 --images 95 --gpus 2".split()
+
+
+def add_up(tmp_path, steps: list[dict], events: list[dict], *arguments: str) -> tuple[int, list[dict]]:
+    for name, some in (("steps", steps), ("events", events)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    out = tmp_path / "hours"
+    out.unlink(missing_ok=True)
+    files = ("--from", str(tmp_path / "steps"), "--events", str(tmp_path / "events"), "--json", str(out))
+    code = main(["hours", *files, *SHORT, *arguments])
+    return code, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def test_hours_by_hand(tmp_path, capsys):
+    code, (row,) = add_up(tmp_path, STEPS, [an_event(event_s=1.0, time="2025"), an_event()])
+    steps = 5  # 95 images on 2 devices of 10: 4.75
+    deltas = [0.4 * (1 + math.cos(math.pi * t / 5)) / 2 for t in (2, 4)]
+    early = [1.0 - 0.4 * (0.5 - delta) / 0.5 for delta in deltas]  # between 1 s dense and 0.6 s at half
+    seconds = steps * (2 * 1.0 + 2 * early[0] + 1 * early[1] + 3 * 0.4) + 3 * 7.0
+    assert code == 0 and row["hours"] == pytest.approx(seconds / 3600)
+    assert row["steps_per_epoch"] == steps and row["events"] == 3 and row["final"] == "compact-compile"
+    assert row["dense_hours"] == pytest.approx(8 * steps / 3600) and row["saved"] == pytest.approx(1 - seconds / 40)
+    assert row["best_dense"] == "dense-compile" and row["saved_of_best"] == pytest.approx(1 - seconds / 36)
+    assert row["computed"] is True and row["measured_on_cpu"] is True and row["paper_hours"]["0.56"] == 38.75
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "11.4% at -56%" in printed and "a CPU" in printed
+
+
+def test_without_a_compact_step_it_stays_narrow(tmp_path):
+    _, (row,) = add_up(tmp_path, STEPS[:2], [an_event()])
+    assert row["final"] == "narrow" and row["best_dense"] == "dense"
+
+
+@pytest.mark.parametrize(
+    ("steps", "events", "options", "said"),
+    [
+        ([*STEPS, a_step("narrow", 0.3, 1.0, device="A100")], [an_event()], (), "differ in device"),
+        ([*STEPS, a_step("narrow", 0.3, 1.0, threads=2)], [an_event()], (), "differ in threads"),
+        ([*STEPS, a_step("narrow", 0.3, 1.0, batch=20)], [an_event()], (), "choose one with --batch"),
+        (STEPS[1:], [an_event()], (), "no measured step of dense, beside narrow"),
+        (STEPS[:1], [an_event()], (), "no measured step of a narrow variant"),
+        (STEPS, [an_event()], ("--sparsity", "0.7"), "at a sparsity of 0.7"),
+        (STEPS, [an_event(device="A100")], (), "no event of resnet50 was measured on cpu, a CPU"),
+        (STEPS, [an_event(cpu="another")], (), "no event"),
+        (STEPS, [an_event(model="resnet18")], (), "no event"),
+        ([row | {"result": "failed"} for row in STEPS], [an_event()], (), "no measured step of resnet50"),
+        (STEPS, [an_event()], ("--until", "9"), "--until"),
+        (STEPS, [an_event()], ("--model", "resnet18"), "no measured step of resnet18"),
+    ],
+)
+def test_hours_refuse(tmp_path, capsys, steps, events, options, said):
+    code, rows = add_up(tmp_path, steps, events, *options)
+    assert code == 1 and not rows and said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_that_cannot_be_read(tmp_path, capsys):
+    assert main(["hours", "--from", str(tmp_path / "none")]) == 1
+    assert "cannot be read" in capsys.readouterr().err
