@@ -57,3 +57,25 @@ def test_estimates_table():
         assert row["estimated"] and row["target"] == "sm_90" and not row["dirty"]
         layers = f"{row['layers']} {'convs' if row['rule'] == 'all' else 'prunable'}"
         assert line(row["model"], layers, f"{row['problems']:,}", f"{row['estimated_ms']:.2f} ms") in README
+
+
+def test_step_table():
+    found = {(row["threads"], row["net"]): row for row in rows("step.jsonl")}
+    assert len(found) == 6
+    for row in found.values():
+        assert row["result"] == "measured" and not row["dirty"] and (row["model"], row["batch"]) == ("resnet18", 32)
+    for threads in (1, 2):
+        dense, *others = (found[threads, net] for net in ("dense", "narrow", "compact"))
+        cells = [f"{row['ms'] / 1e3:.2f} s ({row['ratio_dense']:.2f}x)" for row in others]
+        assert line(str(threads), f"{dense['ms'] / 1e3:.2f} s", *cells) in README
+    spreads = [row["spread"] for row in found.values()]
+    assert f"Runs are {min(spreads):.0%} to {max(spreads):.0%} apart" in README
+
+
+def test_roofline_table():
+    for sparsity in (0.0, 0.3, 0.51, 0.75):
+        found = [row for row in rows("roofline.jsonl") if row["sparsity"] == sparsity]
+        assert [row["level"] for row in found] == ["eager", "compiled", "fused", "fused 1x1"]
+        assert all(row["estimated"] and not row["dirty"] and row["model"] == "resnet50" for row in found)
+        cut = f"{1 - found[0]['flops_left']:.1%}"
+        assert line(f"{sparsity:.0%}", cut, *(f"{row['roofline_ms']:.1f} ms" for row in found)) in README
