@@ -8,14 +8,15 @@ PyTorch's own convolution of the gathered weight is one implementation, the kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import narrow
+from . import dispatch, narrow
 from .errors import RepruneError
 from .norm import _KERNEL_DTYPES, ACTIVATIONS, IMPLS, _backward, _wide
 
@@ -92,7 +93,7 @@ def norm_act_conv2d(
     if impl == "triton" and why_not:
         raise RepruneError(f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".')
     if impl == "auto":
-        impl = "torch" if why_not or x.device.type != "cuda" else _choice(near, weight, norm, moves)
+        impl = "torch" if why_not else _choice(near, weight, norm, moves, stats_eps)
     stats: Stats | None = None
     if impl == "torch":
         y = F.conv2d(x if norm is None else _normalised(x, norm), weight, None, *moves)
@@ -110,9 +111,39 @@ def norm_act_conv2d(
 Moves = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, of height and width each
 
 
-def _choice(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves) -> str:
-    """Which implementation impl="auto" takes where both can run: torch, as long as no measurement says otherwise."""
-    return "torch"
+def _choice(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None) -> str:
+    """The faster implementation, by measurement; torch where there is none."""
+    grad = torch.is_grad_enabled()
+    prologue = 0 if norm is None else 1 + ACTIVATIONS.index(norm.act) + len(ACTIVATIONS) * norm.batch
+    numbers = (len(x), *x.shape[2:], *weight.shape[2:], *(n for pair in moves for n in pair))
+    form = (*numbers, prologue, int(stats_eps is not None), int(grad))
+    case = dispatch.Case("conv", str(x.dtype), form, (x.shape[1], len(weight)))
+    return dispatch.choose(x, case, _candidates(x, weight, norm, moves, stats_eps, grad))
+
+
+def _candidates(
+    x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, grad: bool
+) -> dispatch.Candidates:
+    """What `dispatch` runs to compare the implementations, on numbers of its own."""
+    shapes, act, batch = (x.shape, weight.shape), norm and norm.act, norm is not None and norm.batch
+    x = x.new_empty(0)  # what is measured later must not hold on to the activations of today
+
+    def make() -> dict[str, Callable[[], list[Tensor]]]:
+        draw = dispatch.numbers(x)
+        value, kernel = (draw(*shape, grad=grad) for shape in shapes)
+        gamma, beta = (draw(shapes[0][1], dtype=torch.float32, grad=grad) for _ in range(2))
+        own = None if act is None else Norm(*_statistics(value.detach(), 1e-5)[:2], gamma, beta, act, batch)
+        inputs = [value, kernel] if own is None else [value, kernel, gamma, beta]
+        form = F.conv2d(value.detach().to("meta"), kernel.detach().to("meta"), None, *moves)
+        back = draw(*form.shape)
+
+        def run(impl: str) -> list[Tensor]:
+            y, stats = norm_act_conv2d(value, kernel, own, *moves, stats_eps, impl)
+            return dispatch.with_gradients(y, inputs, back, grad) + list(stats or ())
+
+        return {impl: functools.partial(run, impl) for impl in ("torch", "triton")}
+
+    return make
 
 
 def _pair(name: str, size: Size) -> list[int]:

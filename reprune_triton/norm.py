@@ -8,15 +8,17 @@ ReLU and addition, each of which reads and writes whole activations. Fused they 
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from . import dispatch
 from .errors import RepruneError
 
 IMPLS = ("auto", "torch", "triton")
@@ -40,8 +42,8 @@ def batch_norm_act(
         act: "none", "relu" or "relu6".
         training: normalise by this batch, and update the running averages.
         momentum: the weight of this batch in the running averages.
-        impl: "torch": batch_norm, add and activation one after the other. "triton": the kernels. "auto": the kernels on
-            CUDA wherever they can run, torch elsewhere.
+        impl: "torch": batch_norm, add and activation one after the other. "triton": the kernels. "auto": on CUDA
+            whichever is faster for this shape (see `dispatch`), torch elsewhere.
     Returns:
         (B, C, H, W) in x's dtype; channels_last from the kernels.
     Raises:
@@ -54,11 +56,16 @@ def batch_norm_act(
     why_not = _why_not(x, residual, weight, bias)
     if impl == "triton" and why_not:
         raise RepruneError(f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".')
-    if impl == "torch" or why_not or (impl == "auto" and x.device.type != "cuda"):
+    batch = training or running_mean is None or running_var is None
+    if impl == "auto" and not why_not:
+        grad = torch.is_grad_enabled()
+        form = (len(x), *x.shape[2:], residual is not None, ACTIVATIONS.index(act), batch, grad)
+        case = dispatch.Case("norm_act", str(x.dtype), tuple(map(int, form)), (x.shape[1],))
+        impl = dispatch.choose(x, case, _candidates(x, residual is not None, act, batch, eps, grad))
+    if impl == "torch" or why_not:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y = y if residual is None else y + residual
         return {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}[act](y)
-    batch = training or running_mean is None or running_var is None
     if batch and x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     x = x.contiguous(memory_format=torch.channels_last)
@@ -75,6 +82,29 @@ def batch_norm_act(
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     return y
+
+
+def _candidates(x: Tensor, has_residual: bool, act: str, batch: bool, eps: float, grad: bool) -> dispatch.Candidates:
+    """What `dispatch` runs to compare the implementations, on numbers of its own."""
+    shape, c = x.shape, x.shape[1]
+    x = x.new_empty(0)  # what is measured later must not hold on to the activations of today
+
+    def make() -> dict[str, Callable[[], list[Tensor]]]:
+        draw = dispatch.numbers(x)
+        value, residual = (draw(*shape, grad=grad) for _ in range(2))
+        weight, bias = (draw(c, dtype=torch.float32, grad=grad) for _ in range(2))
+        mean, variance = (None, None) if batch else (torch.zeros(c, device=x.device), torch.ones(c, device=x.device))
+        back = draw(*shape)
+        inputs = [value, weight, bias, residual][: 4 if has_residual else 3]
+        given = residual if has_residual else None
+
+        def run(impl: str) -> list[Tensor]:
+            y = batch_norm_act(value, weight, bias, mean, variance, given, act, batch, 0.0, eps, impl)
+            return dispatch.with_gradients(y, inputs, back, grad)
+
+        return {impl: functools.partial(run, impl) for impl in ("torch", "triton")}
+
+    return make
 
 
 def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> str | None:

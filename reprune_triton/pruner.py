@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import channels as channel_analysis
-from . import event, narrow, ops, sparsity
+from . import dispatch, event, narrow, ops, sparsity
 from .channels import Channels, Prunable
 from .errors import RepruneError
 from .pool import Pool, to_device
@@ -187,6 +187,7 @@ class REPrune:
 
     def step(self) -> Event | None:
         """Call once after every epoch. Prunes when an event is due, and returns what it did."""
+        dispatch.share(self._ranks.group, self._pool.device)
         if self._swapped:
             self.epoch += 1
             return None
