@@ -411,9 +411,11 @@ def carry_optimizer(optimizer: Optimizer, model: nn.Module, slim: nn.Module, sli
 
 
 def _forget_compiled() -> None:
-    """Compiled code does not look at hooks that come or go after it: it would go on with the old channels."""
+    """Compiled code does not look at hooks that come or go after it: it would go on with the old channels. From now on
+    it looks for hooks at least, so that a narrow model never runs on the code of another one of its class."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def _shadows(hooks: Mapping[int, Any]) -> list[int]:

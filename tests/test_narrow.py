@@ -314,3 +314,14 @@ def test_it_runs_under_autocast_and_checkpointing(pruned):
         loss = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).float().sum()
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_compiled_code_of_a_dense_model_is_not_that_of_a_narrow_one(pruned):
+    """They are of one class, and by default torch.compile does not ask which has hooks."""
+    model, found, active, x = pruned
+    dense = copy.deepcopy(model).eval()
+    Narrowing(model).set(found.slices(active))
+    expected = model.eval()(x)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(dense, backend="eager")(x), dense(x))
+        assert torch.allclose(torch.compile(model, backend="eager")(x), expected, atol=1e-6)
