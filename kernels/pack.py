@@ -114,7 +114,7 @@ def configuration(to_buffer: bool, wide: bool) -> Configuration:
     return Configuration(copy_kernel, (*flags, ("ROWS", ROWS), ("COLUMNS", COLUMNS)), 4)
 
 
-Form = tuple[int, torch.dtype, tuple[int, ...]]  # a tensor's address, dtype and strides in elements
+Form = tuple[int, torch.dtype | None, tuple[int, ...]]  # a tensor's address, dtype (None: zeros) and strides
 
 
 class Near(NamedTuple):

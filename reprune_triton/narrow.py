@@ -219,7 +219,7 @@ class _Shadow:
 
     def enter(self, module: nn.Module, args: object) -> None:
         for name, cut in self.where.items():
-            full, ready = getattr(module, name), self.ready.get(name)
+            full, ready = getattr(module, name), self._ready(name)
             module.__dict__[name] = ready.slice if ready and ready.serves(full) else gather(full, cut)
         for name, (narrow, _) in self.widths.items():
             module.__dict__[name] = narrow
@@ -229,11 +229,15 @@ class _Shadow:
             module.__dict__[name] = width
         for name, cut in self.where.items():
             part = module.__dict__.pop(name, None)
-            full, ready = module._buffers.get(name), self.ready.get(name)
+            full, ready = module._buffers.get(name), self._ready(name)
             if full is not None and part is not None and module.training:  # BatchNorm updated its statistics
                 if ready is None or part is not ready.slice:  # else it goes back with all the others
                     for dim, index in cut:
                         full.index_copy_(dim, index.to(full.device), part)
+
+
+    def _ready(self, name: str) -> "_Ready | None":
+        return None if torch.compiler.is_compiling() else self.ready.get(name)
 
 
 class _Ready(NamedTuple):
@@ -318,7 +322,8 @@ class _Gathering:
     @staticmethod
     def _dtype(module: nn.Module, tensor: Tensor, cast: torch.dtype | None) -> torch.dtype:
         """What this tensor is wanted in."""
-        computes = isinstance(module, (nn.Conv2d, nn.Linear)) and tensor.dtype != torch.float64
+        # A class of its own may compute with its weight before autocast would cast it.
+        computes = type(module) in (nn.Conv2d, nn.Linear) and tensor.dtype != torch.float64
         return cast if computes and cast is not None else tensor.dtype
 
 

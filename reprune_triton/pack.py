@@ -6,10 +6,11 @@ For CUDA. Elsewhere, and wherever something is in the way, `Pack.gather` says no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ IMPLS = ("auto", "torch", "triton")
 Cut = Sequence[tuple[int, Tensor]]  # (dimension, indices)
 _ALIGNMENT = 256  # bytes, of every tensor in a buffer
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_Form = tuple[int, torch.dtype, tuple[int, ...]]  # a tensor's address, dtype and strides
+_Form = tuple[int, torch.dtype | None, tuple[int, ...]]  # a tensor's address, dtype and strides
 
 
 class Room(NamedTuple):
@@ -50,12 +51,15 @@ class Pack:
     def gather(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...] | None:
         """The slices, in these types and in the tensors' memory formats, side by side in one buffer. None: not here.
 
-        Differentiable, once; the gradients are zero outside of the slices, and in the tensors' types.
+        Differentiable, once; the gradients are zero outside of the slices, and in the tensors' types. They all come
+        in the end of a backward; under torch.distributed group after group, so that what is done is on its way.
         """
-        if not tensors or not self._possible(tensors[0].device) or not self._prepare(tensors, tuple(dtypes)):
+        if not tensors or not self._possible(tensors) or not self._prepare(tensors, tuple(dtypes)):
             return None
-        found: tuple[Tensor, ...] = _Gather.apply(self, *tensors)
-        return found
+        with torch.no_grad():
+            narrow = self._to_narrow()
+        parts = (_Gather.apply(self, group, narrow[group.some], *tensors[group.some]) for group in self._groups)
+        return tuple(slice for part in parts for slice in part)
 
     def put_back(self, gathered: Sequence[Tensor], targets: Sequence[tuple[int, Tensor, bool]]) -> None:
         """Write slices that `gather` has returned to where they come from; or zeros there.
@@ -75,19 +79,20 @@ class Pack:
 
     # ------------------------------------------------------------------ one launch each
 
-    def _possible(self, device: torch.device) -> bool:
-        if self.impl == "torch" or torch.compiler.is_compiling():
+    def _possible(self, tensors: Sequence[Tensor]) -> bool:
+        if self.impl == "torch" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False
-        if device.type == "cuda":  # a graph would replay with the tables of its capture
+        if torch._C._len_torch_dispatch_stack():  # fake tensors, and whoever else wants to see all operations
+            return False
+        if any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_inference() for tensor in tensors):
+            return False
+        if tensors[0].device.type == "cuda":  # a graph would replay with the tables of its capture
             return not torch.cuda.is_current_stream_capturing()
         return self.impl == "triton"
 
     def _prepare(self, tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
         """Make what depends on the tensors, if they are not those of the last time; False if they cannot be packed."""
-        try:
-            form = [_form(tensor) for tensor in tensors], dtypes
-        except RuntimeError:  # no numbers of its own: fake tensors, those inside vmap
-            return False
+        form = [_form(tensor) for tensor in tensors], dtypes
         if form == self._form:
             return True
         device = tensors[0].device
@@ -102,39 +107,44 @@ class Pack:
         ]
         last = [_is_channels_last(t) for t in tensors]
         self._narrow, self._narrow_bytes = _rooms(narrow, last, dtypes)
-        self._full, self._full_bytes = _rooms([tuple(t.shape) for t in tensors], last, [t.dtype for t in tensors])
+        self._groups, begin, size = [], 0, 0
+        for end, tensor in enumerate(tensors, 1):
+            size += tensor.numel() * tensor.itemsize
+            if size >= _group_bytes() or end == len(tensors):
+                some = slice(begin, end)
+                full = _rooms([tuple(t.shape) for t in tensors[some]], last[some], [t.dtype for t in tensors[some]])
+                self._groups.append(_Group(some, *full))
+                begin, size = end, 0
         return True
 
-    def _to_narrow(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _to_narrow(self) -> tuple[Tensor, ...]:
         """The slices, from the tensors."""
         assert self._form is not None
         buffer = torch.empty(self._narrow_bytes, dtype=torch.uint8, device=self._device)
-        copies = self._cached("gather", lambda: (self._narrow, range(len(self._narrow)), "far", True))
+        copies = self._cached("gather", self._narrow, range(len(self._narrow)), "far", True)
         copies.run(self._form[0], buffer)
         return _views(buffer, self._narrow)
 
-    def _to_full(self, narrow: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Full tensors that are zero but for the slices given."""
-        some = tuple(number for number, tensor in enumerate(narrow) if tensor is not None)
-        buffer = torch.zeros(self._full_bytes, dtype=torch.uint8, device=self._device)
-        rooms = [self._full[number] for number in some]
-        copies = self._cached(("scatter", some), lambda: (rooms, some, "near", True))
-        copies.run([_form(tensor) for tensor in narrow if tensor is not None], buffer)
-        full: list[Tensor | None] = [None] * len(narrow)
-        for number, tensor in zip(some, _views(buffer, rooms), strict=True):
-            full[number] = tensor
-        return full
+    def _to_full(self, group: _Group, narrow: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Tensors that are zero but for their slices; None where the slice is."""
+        buffer = torch.zeros(group.bytes, dtype=torch.uint8, device=self._device)
+        numbers = range(group.some.start, group.some.stop)
+        copies = self._cached(("scatter", group.some.start), group.full, numbers, "near", True)
+        absent = [(0, None, self._narrow[number].strides) for number in numbers]
+        copies.run([a if t is None else _form(t) for a, t in zip(absent, narrow, strict=True)], buffer)
+        full = _views(buffer, group.full)
+        return [None if a is None else b for a, b in zip(narrow, full, strict=True)]
 
     def _back(self, targets: tuple[tuple[int, bool], ...]) -> Copies:
         """From the buffer to where its slices come from."""
         rooms = [self._narrow[i]._replace(dtype=None) if zeros else self._narrow[i] for i, zeros in targets]
-        return self._cached(("back", targets), lambda: (rooms, [number for number, _ in targets], "far", False))
+        return self._cached(("back", targets), rooms, [number for number, _ in targets], "far", False)
 
-    def _cached(self, key: Any, arguments: Callable[[], tuple[Sequence[Room], Sequence[int], str, bool]]) -> Copies:
+    def _cached(self, key: Any, rooms: Sequence[Room], numbers: Sequence[int], full: str, to_buffer: bool) -> Copies:
+        """Copies of the slices `numbers`, whose ends in the buffer are `rooms`."""
         if key not in self._copies:
             from reprune_triton.kernels.pack import Copies, Near
 
-            rooms, numbers, full, to_buffer = arguments()
             shapes = [self._narrow[number].shape for number in numbers]
             near = [Near(shape, x.offset, x.dtype, x.strides) for shape, x in zip(shapes, rooms, strict=True)]
             lists = [self._lists[number] for number in numbers]
@@ -142,19 +152,37 @@ class Pack:
         return self._copies[key]
 
 
+class _Group(NamedTuple):
+    """Tensors whose gradients come together."""
+
+    some: slice  # their numbers
+    full: list[Room]
+    bytes: int
+
+
+def _group_bytes() -> int:
+    """From which size on a group is complete: as large as DistributedDataParallel's buckets, so that it can send one
+    while the backward goes on."""
+    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return 25 << 20 if shared else 1 << 62
+
+
 class _Gather(torch.autograd.Function):
+    """From the tensors of a group to their slices, which are there already."""
+
     @staticmethod
-    def forward(ctx: Any, pack: Pack, *tensors: Tensor) -> tuple[Tensor, ...]:
-        found = pack._to_narrow(tensors)
-        ctx.pack = pack
+    def forward(
+        ctx: Any, pack: Pack, group: _Group, narrow: tuple[Tensor, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.pack, ctx.group = pack, group
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for x, t in zip(found, tensors, strict=True) if not t.requires_grad))
-        return found
+        ctx.mark_non_differentiable(*(x for x, t in zip(narrow, tensors, strict=True) if not t.requires_grad))
+        return narrow
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, *ctx.pack._to_full(grads)
+        return None, None, None, *ctx.pack._to_full(ctx.group, grads)
 
 
 def _form(tensor: Tensor) -> _Form:

@@ -92,6 +92,24 @@ def test_one_slice_may_change_while_others_are_saved(device):
     assert b.tolist() == [1, 0, 1, 0, 0, 1] and a.grad.abs().max() == 0
 
 
+def test_gradients_may_come_in_groups(device, monkeypatch):
+    """Each as soon as its own slices have theirs; a slice that nobody used has none."""
+    monkeypatch.setattr("reprune_triton.pack._group_bytes", lambda: 60 * 1024)
+    pairs = tensors(device, torch.float32)
+    some, cuts = [t for t, _ in pairs], [cut for _, cut in pairs]
+    pack = Pack(cuts, "triton")
+    for unused in (1, 4, 1, 7):
+        found = pack.gather(some, [torch.float32] * len(some))
+        assert len({x.grad_fn for x in found}) == 2
+        loss = sum(x.square().sum() for i, x in enumerate(found) if i != unused)
+        expected = [gather(t, cut).square().sum() for t, cut in pairs]
+        mine = torch.autograd.grad(loss, some, allow_unused=True)
+        theirs = torch.autograd.grad(sum(x for i, x in enumerate(expected) if i != unused), some, allow_unused=True)
+        assert mine[unused] is None and theirs[unused] is None
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert len(pack._copies) == 3, "a gather and two scatters, whatever was used"
+
+
 def test_torch_is_left_to_it_where_the_kernels_cannot(device):
     t, cut = torch.randn(6, device=device), [(0, torch.tensor([0, 2], device=device))]
     assert Pack([cut], "torch").gather([t], [t.dtype]) is None
@@ -259,6 +277,37 @@ def test_a_functional_call_and_an_exception(small):
     with pytest.raises(RuntimeError):
         model(torch.randn(4, 5, 4, 4, device=x.device))
     assert torch.equal(model(x), expected) and "weight" not in vars(model.conv1)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        assert self.weight.dtype == torch.float32, "it computes with its weight before autocast would cast it"
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_other_ways_to_run_a_model(small):
+    """A convolution of another class, inference, fake tensors, vmap, and compiled code after an eager step."""
+    model, slices, x = small
+    other = copy.deepcopy(model)
+    other.conv1.__class__ = Standardised
+    results = []
+    for impl in ("torch", "triton"):
+        twin, odd = copy.deepcopy(model), copy.deepcopy(other)
+        Narrowing(twin, None, impl).set(slices)
+        Narrowing(odd, None, impl).set(slices)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            odd(x)
+        twin(x).sum().backward()
+        with torch.inference_mode():
+            found = [copy.deepcopy(twin).eval()(x)]
+        twin.eval()
+        found.append(torch.func.vmap(lambda image, twin=twin: twin(image[None])[0])(x))
+        found.append(torch.compile(twin, backend="eager", fullgraph=True)(x))
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert twin(mode.from_tensor(x)).shape == found[0].shape
+        results.append(found)
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- ahead of time
