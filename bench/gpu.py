@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH = (sys.executable, "-m", "reprune_triton.bench")
 LEAST = 5.0  # seconds with which a part is still begun
 GRACE = 10.0  # seconds that a part has to say its last words
+MARGIN = 30.0  # seconds between the time a benchmark is told and its limit: for its start and the last variant
 NO_TESTS = 5  # pytest's exit code
 ResultRow = dict[str, str | float]
 
@@ -52,7 +53,7 @@ class Part(NamedTuple):
     """One process."""
 
     name: str
-    command: tuple[str, ...]
+    command: tuple[str, ...]  # "{seconds}" stands for the time that it has
     limit: float  # seconds
     needs: float = LEAST  # seconds with which it is still worth while
     environment: tuple[tuple[str, str], ...] = ()
@@ -96,11 +97,11 @@ def parts(out: Path) -> list[Part]:
         Part("same bits", (*BENCH, "gpu", "--bits", "full", "--twice"), 90),
     ]
 
-    def step(model: str, name: str, variants: str, sparsity: str, seconds: int, needs: float = 20) -> Part:
+    def step(model: str, name: str, variants: str, sparsity: str, seconds: int, needs: float = 50) -> Part:
         """The dense variants have their turn beside every sparsity."""
-        options = f"--device cuda --batch 256 --warmup 10 --steps 15 --runs 3 --seconds {seconds} --variants {variants}"
+        options = "--device cuda --batch 256 --warmup 10 --steps 15 --runs 3 --seconds {seconds} --variants " + variants
         command = (*BENCH, "step", *f"--model {model} --sparsity {sparsity} {options}".split())
-        return Part(f"step {model}{name}", (*command, "--json", str(out / "step.jsonl")), seconds + 30, needs)
+        return Part(f"step {model}{name}", (*command, "--json", str(out / "step.jsonl")), seconds + MARGIN, needs)
 
     two_by_two = "dense dense-fused narrow narrow-fused"
     found.append(step("resnet50", "", two_by_two, "0 0.51 0.3 0.75", 75))
@@ -210,7 +211,8 @@ def execute(part: Part, limit: float, log: IO[str]) -> tuple[str, str]:
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | dict(part.environment)
     try:
         process = subprocess.Popen(
-            part.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            [word.replace("{seconds}", f"{max(1.0, limit - MARGIN):.0f}") for word in part.command],
+            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0,
         )  # fmt: skip
     except OSError as error:

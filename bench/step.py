@@ -55,6 +55,7 @@ FEW, SMALL = 4, 64  # images of them, and their side at most
 TOLERANCE = 1e-3  # ... of the outputs of one step in float32
 ROUNDING = 2  # with autocast: and so many times what autocast changes
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1 / 32768
+COMPILING = 40  # seconds that must be left for a variant to be compiled
 AGAIN = 2  # steps before each further run that are not timed
 
 
@@ -409,23 +410,30 @@ def run(args: argparse.Namespace) -> None:
     refused = []
     for share, some in (thin or {0.0: []}).items():
         group = Group(task, args, share, actives.get(share, {}), [*dense, *some], deadline)
-        group.measure()
-        lines = group.lines(ceilings)
+        try:
+            group.measure()
+        finally:  # one that is stopped keeps what it has measured
+            lines = group.lines(ceilings)
+            save(args, settings, lines)
         on = f"{settings['device']}, sparsity {share:g}"
         console.print(step_table(lines, f"A step of {args.model}, {args.batch} images, {on}"))
         if args.forward:
-            lines += (forward := group.forward())
+            forward = group.forward()
+            save(args, settings, forward)
             console.print(forward_table(forward, f"A forward of {args.model}, {on}"))
+            lines += forward
         for note in dict.fromkeys(f"{x['variant']}, {x['result']}: {x['why']}" for x in lines if x["why"]):
             console.print(note, markup=False)
-        for line in lines:
-            if args.json:
-                rows.append(args.json, settings | line)
         refused += [f"{line['variant']}: {line['why']}" for line in lines if line["result"] == "refused"]
         for runner in some:
             runner.release()
     if refused:
         raise RepruneError("; ".join(dict.fromkeys(refused)))
+
+
+def save(args: argparse.Namespace, settings: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    for line in lines if args.json else ():
+        rows.append(args.json, settings | line)
 
 
 def make_task(args: argparse.Namespace, device: torch.device) -> Task:
@@ -486,7 +494,8 @@ class Group:
             if runner.ready or runner.result in ("refused", "failed"):
                 continue
             runner.result = ""
-            if time.monotonic() + self.planned() > self.deadline:
+            compiling = COMPILING if runner.variant.backend in ("compile", "max-autotune") else 0
+            if time.monotonic() + self.planned() + compiling > self.deadline:
                 runner.result, runner.why = "skipped", "no time left"
                 continue
             dense = runner.variant.net == "dense"
@@ -527,7 +536,7 @@ class Group:
             line: dict[str, Any] = {
                 "row": "step", "variant": str(variant), **variant._asdict(), "sparsity": runner.share,
                 "beside": self.share, "flops_left": 1.0 if dense else self.task.channels.flops(widths),
-                "result": "measured" if runner.runs else runner.result, "why": runner.why,
+                "result": "measured" if runner.runs else runner.result or "skipped", "why": runner.why,
             }  # fmt: skip
             line |= {key: value for key, value in runner.figures.items() if key != "estimate_ms"}
             if runner.runs:

@@ -68,6 +68,11 @@ def test_the_time_is_shared(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_part_is_told_its_time(tmp_path, capfd):
+    gpu.run_parts([python("told", "print('it has {seconds} s')", limit=gpu.MARGIN + 7)], tmp_path, minutes=1)
+    assert "it has 7 s" in capfd.readouterr().out
+
+
 def test_rehearsal(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["gpu", "--tiny", "--out", "new", "--commit", "abc"]) == 0
@@ -129,7 +134,7 @@ def test_parts_of_a_real_run(tmp_path):
         if "reprune_triton.bench" in words:
             command = words[words.index("reprune_triton.bench") + 1 :]
             with pytest.raises(SystemExit) as done:
-                main([*command, "--help"])
+                main([*(word.replace("{seconds}", "60") for word in command), "--help"])
             assert done.value.code == 0, part.name
     files = {word for part in made for word in part.command if str(tmp_path) in word}
     assert len(files) <= 4

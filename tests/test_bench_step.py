@@ -62,6 +62,21 @@ def test_rows(tmp_path, capsys):
     assert "of the roofline" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, monkeypatch):
+    turn = step.Group._turn
+
+    def stopped(group, runner, number):
+        if (number, str(runner.variant)) == (1, "narrow"):
+            raise KeyboardInterrupt
+        turn(group, runner, number)
+
+    monkeypatch.setattr(step.Group, "_turn", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *"--sparsity 0.5 --runs 3 --variants dense narrow compact".split())
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [(row["variant"], row["runs"]) for row in rows] == [("dense", 2), ("narrow", 1), ("compact", 1)]
+
+
 def test_forward(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "FORWARD", (1, 3))
     options = "--sparsity 0.5 --runs 1 --forward --variants dense narrow compact".split()
@@ -242,11 +257,17 @@ def test_hours_by_hand(tmp_path, capsys):
     seconds = steps * (2 * 1.0 + 2 * early[0] + 1 * early[1] + 3 * 0.4) + 3 * 7.0
     assert code == 0 and row["hours"] == pytest.approx(seconds / 3600)
     assert row["steps_per_epoch"] == steps and row["events"] == 3 and row["final"] == "compact-compile"
-    assert row["dense_hours"] == pytest.approx(8 * steps / 3600) and row["saved"] == pytest.approx(1 - seconds / 40)
+    alike = seconds + steps * 3 * (0.5 - 0.4)  # saved by pruning: eager to the end, as the dense one
+    assert row["dense_hours"] == pytest.approx(8 * steps / 3600) and row["saved"] == pytest.approx(1 - alike / 40)
     assert row["best_dense"] == "dense-compile" and row["saved_of_best"] == pytest.approx(1 - seconds / 36)
     assert row["computed"] is True and row["measured_on_cpu"] is True and row["paper_hours"]["0.56"] == 38.75
     printed = " ".join(capsys.readouterr().out.split())
     assert "11.4% at -56%" in printed and "a CPU" in printed
+
+
+def test_the_best_dense_step_is_a_median_too(tmp_path):
+    _, (row,) = add_up(tmp_path, [*STEPS, *(a_step("dense-compile", 0.0, ms) for ms in (950.0, 2000.0))], [an_event()])
+    assert row["best_dense_hours"] == pytest.approx(8 * 5 * 0.95 / 3600)
 
 
 def test_without_a_compact_step_it_stays_narrow(tmp_path):
