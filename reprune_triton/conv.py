@@ -208,7 +208,8 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _by_constants(x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    return F.batch_norm(x, mean, rstd.pow(-2), gamma, beta, False, 0.0, 0.0)
+    # eps is in rstd already; torch before 2.12 refuses 0.
+    return F.batch_norm(x, mean, rstd.pow(-2), gamma, beta, False, 0.0, torch.finfo(torch.float64).tiny)
 
 
 def _normalised(x: Tensor, norm: Norm) -> Tensor:

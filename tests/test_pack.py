@@ -302,7 +302,9 @@ def test_other_ways_to_run_a_model(small):
             found = [copy.deepcopy(twin).eval()(x)]
         twin.eval()
         found.append(torch.func.vmap(lambda image, twin=twin: twin(image[None])[0])(x))
-        found.append(torch.compile(twin, backend="eager", fullgraph=True)(x))
+        # Before 2.12 torch.compile breaks its graph at the hooks anyway.
+        whole = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+        found.append(torch.compile(twin, backend="eager", fullgraph=whole)(x))
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert twin(mode.from_tensor(x)).shape == found[0].shape
         results.append(found)
