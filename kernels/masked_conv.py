@@ -203,7 +203,7 @@ class Tile(NamedTuple):
 # miscompiled with so many, and with 4 warps a tile of 128 x 128 spills on sm_80 and sm_100.
 WIDE = Tile(128, 128, 64, 8)
 TALL = Tile(128, 64, 64, 4)
-SHALLOW = Tile(128, 64, 32, 4)  # of a weight's gradient, where the loop keeps more in registers
+SHALLOW = Tile(128, 64, 32, 4)  # of gradients with taps, where the loop keeps more in registers
 SMALL = Tile(64, 64, 64, 4)
 EXACT = Tile(32, 32, 16, 4, 2)  # float32 without TF32, and float64
 
@@ -251,11 +251,16 @@ def geometry(
     return Geometry._make((*size, P, Q, *kernel, *stride, *padding, *dilation))
 
 
-def tile(rows: int, columns: int, pointwise: bool) -> Tile:
+def tile(rows: int, columns: int, pointwise: bool, tall: Tile = TALL) -> Tile:
     """For an output of this many pixels and channels: as large as it fills, unless SMs would be idle."""
-    found = WIDE if pointwise and columns > TALL.columns else TALL
+    found = WIDE if pointwise and columns > tall.columns else tall
     few = triton.cdiv(rows, found.rows) * triton.cdiv(columns, found.columns) < _FEW
     return SMALL if few else found
+
+
+def input_tile(rows: int, columns: int, pointwise: bool) -> Tile:
+    """For the gradient of an input."""
+    return tile(rows, columns, pointwise, TALL if pointwise else SHALLOW)
 
 
 def weight_tile(filters: int, channels: int, pointwise: bool) -> Tile:
@@ -283,6 +288,7 @@ def configurations(dtype: torch.dtype = torch.bfloat16, tf32: bool = False) -> I
         flags = {"POINTWISE": pointwise, "NORM": norm}
         for shape in (WIDE, TALL, SMALL) if pointwise else (TALL, SMALL):
             found += [(forward_kernel, flags | {"STATS": stats}, shape) for stats in (0, 1)]
+        for shape in (WIDE, TALL, SMALL) if pointwise else (SHALLOW, SMALL):
             if not norm:
                 found.append((input_gradient_kernel, {"POINTWISE": pointwise}, shape))
         for shape in (WIDE, SMALL) if pointwise else (SHALLOW,):
@@ -337,7 +343,7 @@ def input_gradient(
     CO, CI = w.shape[:2]
     found = empty(grad, grad.shape[0], CI, *size)
     M = found.numel() // CI
-    shape = tile(M, CI, sizes.pointwise)
+    shape = input_tile(M, CI, sizes.pointwise)
     flags = {"POINTWISE": int(sizes.pointwise)}
     config = configuration(input_gradient_kernel, flags, grad.dtype, uses_tf32(), shape)
     blocks = dict(config.constants)

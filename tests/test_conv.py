@@ -381,6 +381,7 @@ def test_what_a_launch_picks_is_compiled_here():
                     flags = {"POINTWISE": pointwise, "NORM": norm}
                     tile = kernels.tile(pixels, channels, bool(pointwise))
                     picked = [(kernels.forward_kernel, flags | {"STATS": stats}, tile) for stats in (0, 1)]
+                    tile = kernels.input_tile(pixels, channels, bool(pointwise))
                     picked.append((kernels.input_gradient_kernel, {"POINTWISE": pointwise}, tile))
                     for filters in (16, 256):
                         tile = kernels.weight_tile(filters, channels, bool(pointwise))
