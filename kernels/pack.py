@@ -106,9 +106,6 @@ def copy_kernel(
     write(target, tl.load(row_ptr + TARGET + KIND), at, value, inside, WIDE)
 
 
-INTERPRETED = not isinstance(copy_kernel, triton.JITFunction)
-
-
 def configuration(to_buffer: bool, wide: bool) -> Configuration:
     flags = (("TO_BUFFER", int(to_buffer)), ("WIDE", int(wide)))
     return Configuration(copy_kernel, (*flags, ("ROWS", ROWS), ("COLUMNS", COLUMNS)), 4)

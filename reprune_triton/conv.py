@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from . import dispatch, narrow
 from .errors import RepruneError
-from .norm import _KERNEL_DTYPES, ACTIVATIONS, IMPLS, _backward, _wide
+from .norm import ACTIVATIONS, IMPLS, _backward, _wide, refuses
 
 Size = int | Sequence[int]
 
@@ -164,16 +164,10 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _why_not(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves) -> str | None:
     """Why the kernels cannot do this; None if they can."""
-    try:
-        from reprune_triton.kernels import masked_conv, norm_act
-    except ImportError:
-        return "Triton is not installed"
-    if x.device.type != "cuda" and not norm_act.INTERPRETED:
-        return f"x is on {x.device}, and the kernels run on a GPU"
-    if x.dim() != 4:
-        return f"x has {x.dim()} dimensions, not 4"
-    if x.dtype not in _KERNEL_DTYPES:
-        return f"x is {x.dtype}"
+    if reason := refuses(x):
+        return reason
+    from reprune_triton.kernels import masked_conv
+
     if x.dtype != weight.dtype:
         return f"x is {x.dtype}, and the weight {weight.dtype}"
     sizes = masked_conv.geometry(x.shape[2:], weight.shape[2:], *moves)

@@ -107,8 +107,8 @@ def _candidates(x: Tensor, has_residual: bool, act: str, batch: bool, eps: float
     return make
 
 
-def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """Why the kernels cannot do this; None if they can."""
+def refuses(x: Tensor) -> str | None:
+    """Why the kernels cannot take these activations; None if they can."""
     try:
         from reprune_triton.kernels import norm_act
     except ImportError:
@@ -117,8 +117,13 @@ def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Te
         return f"x is on {x.device}, and the kernels run on a GPU"
     if x.dim() != 4:
         return f"x has {x.dim()} dimensions, not 4"
-    if x.dtype not in _KERNEL_DTYPES:
-        return f"x is {x.dtype}"
+    return None if x.dtype in _KERNEL_DTYPES else f"x is {x.dtype}"
+
+
+def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why the kernels cannot do this; None if they can."""
+    if reason := refuses(x):
+        return reason
     if x.numel() == 0:
         return "x is empty"
     if weight is None or bias is None:

@@ -16,7 +16,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from reprune_triton.kernels.pack import Copies
 
-IMPLS = ("auto", "torch", "triton")
 Cut = Sequence[tuple[int, Tensor]]  # (dimension, indices)
 _ALIGNMENT = 256  # bytes, of every tensor in a buffer
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
