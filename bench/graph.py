@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from reprune_triton import norm
+from reprune_triton import fusion
 from reprune_triton.channels import PRUNABLE, Channels, Cost, Prunable, Reader
 from reprune_triton.narrow import CHANNELWISE, is_depthwise
 
@@ -74,14 +74,12 @@ def operations(model: nn.Module, shape: tuple[int, ...], fused: bool = False) ->
         RepruneError: if torch.fx cannot trace the model.
     """
     twin = copy.deepcopy(model).to("meta").eval()  # else BatchNorm refuses a batch of one value a channel
-    traced = fx.GraphModule(twin, norm._trace(twin))
+    traced = fx.GraphModule(twin, fusion.trace(twin))
     graph, modules = traced.graph, dict(twin.named_modules())
     sizes = _Sizes(traced)
     sizes.run(torch.empty(shape, device="meta"))
     if fused:
-        for node in list(graph.nodes):
-            if node.op == "call_module" and type(modules[str(node.target)]) is nn.BatchNorm2d:
-                norm._take_in(graph, node, modules)
+        fusion.take_in(graph, modules)
     numbers: dict[fx.Node, int] = {}
     found: list[Op] = []
     for node in graph.nodes:
@@ -142,7 +140,7 @@ def prunable(model: nn.Module, shape: tuple[int, ...]) -> Channels:
     else there is, its conv stays. Why, `reasons` does not say.
     """
     twin = copy.deepcopy(model).to("meta")
-    graph, modules = norm._trace(twin), dict(twin.named_modules())
+    graph, modules = fusion.trace(twin), dict(twin.named_modules())
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     layers: list[Prunable] = []
     for node in graph.nodes:

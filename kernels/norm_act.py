@@ -5,6 +5,8 @@
 
 Eager PyTorch makes three operations of it, and their backward five: here x is read twice forward, and twice backward.
 Whether the activation was active is computed again from x; with a residual, from y, which the next layer keeps anyway.
+The gradients of two readers of y are added as they are read. Where g is a tensor of its own, because the residual needs
+it or because it is such a sum, the first pass writes it and the second reads it in place of all that it was made of.
 
 Activations are rows: (M, C) with M = B * H * W. Statistics and sums are float32 (float64 for float64), taken in chunks
 of rows by one program each, around the mean of each tile, and merged by Chan's formula: as exact as two passes over x,
@@ -13,6 +15,7 @@ and the same bits every time, since nothing is added up atomically.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -136,30 +139,22 @@ def apply_kernel(
 
 
 @triton.jit
-def incoming(
-    grad_ptr, x_ptr, y_ptr, rows, channels, M, C, mean, rstd, weight, bias, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """g, the gradient behind the activation, and x_hat = (x - mean) * rstd."""
-    grad = tile(grad_ptr, rows, channels, M, C, WIDE)
-    normal = (tile(x_ptr, rows, channels, M, C, WIDE) - mean[None, :]) * rstd[None, :]
+def through(grad, value, ACT: tl.constexpr):
+    """The gradient behind the activation: 0 where that was not active. value: in front of it, or after it."""
     if ACT != 0:
-        if RESIDUAL:
-            value = tile(y_ptr, rows, channels, M, C, WIDE)
-        else:
-            value = normal * weight[None, :] + bias[None, :]
         grad = tl.where(value <= 0.0, 0.0, grad)
-        if ACT == 2:
-            grad = tl.where(value >= 6.0, 0.0, grad)
-    return grad, normal
+    if ACT == 2:
+        grad = tl.where(value >= 6.0, 0.0, grad)
+    return grad
 
 
 @triton.jit
 def sums_kernel(
-    grad_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, partial_ptr, M, C, each, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_ptr, other_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, partial_ptr, g_ptr, M, C, each,
+    ACT: tl.constexpr, FROM_Y: tl.constexpr, OTHER: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partial[chunk, 0 | 1, C] = sums of g * x_hat and of g over `each` rows."""
+    """partial[chunk, 0 | 1, C] = sums of g * x_hat and of g over `each` rows; g itself if it is a tensor of its own."""
     chunk, channels = place(C, BLOCK_C)
     mean, rstd = vector(mean_ptr, channels, C, WIDE), vector(rstd_ptr, channels, C, WIDE)
     weight, bias = vector(weight_ptr, channels, C, WIDE), vector(bias_ptr, channels, C, WIDE)
@@ -168,9 +163,17 @@ def sums_kernel(
     end = tl.minimum(begin + each, M)
     for first in range(begin, end, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
-        grad, normal = incoming(
-            grad_ptr, x_ptr, y_ptr, rows, channels, end, C, mean, rstd, weight, bias, ACT, RESIDUAL, WIDE
-        )
+        grad = tile(grad_ptr, rows, channels, end, C, WIDE)
+        if OTHER:
+            grad += tile(other_ptr, rows, channels, end, C, WIDE)
+        normal = (tile(x_ptr, rows, channels, end, C, WIDE) - mean[None, :]) * rstd[None, :]
+        if FROM_Y:
+            grad = through(grad, tile(y_ptr, rows, channels, end, C, WIDE), ACT)
+        else:
+            grad = through(grad, normal * weight[None, :] + bias[None, :], ACT)
+        if FROM_Y or OTHER:
+            at = g_ptr + rows.to(tl.int64)[:, None] * C + channels[None, :]
+            tl.store(at, grad.to(g_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (channels < C)[None, :])
         with_normal += tl.sum(grad * normal, 0)
         alone += tl.sum(grad, 0)
     at = partial_ptr + chunk.to(tl.int64) * 2 * C + channels
@@ -180,28 +183,24 @@ def sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    grad_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr, grad_x_ptr, grad_residual_ptr, M, C,
-    ACT: tl.constexpr, RESIDUAL: tl.constexpr, TRAINING: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr, grad_x_ptr, M, C, ACT: tl.constexpr,
+    BATCH: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = weight * rstd * (g - mean(g) - x_hat * mean(g * x_hat)), and d(residual) = g; not training: no means."""
+    """dx = weight * rstd * (g - mean(g) - x_hat * mean(g * x_hat)), without the means if not BATCH."""
     chunk, channels = place(C, BLOCK_C)
     rows = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
     mean, rstd = vector(mean_ptr, channels, C, WIDE), vector(rstd_ptr, channels, C, WIDE)
     weight, bias = vector(weight_ptr, channels, C, WIDE), vector(bias_ptr, channels, C, WIDE)
-    grad, normal = incoming(
-        grad_ptr, x_ptr, y_ptr, rows, channels, M, C, mean, rstd, weight, bias, ACT, RESIDUAL, WIDE
-    )
-    inside = (rows < M)[:, None] & (channels < C)[None, :]
-    at = rows.to(tl.int64)[:, None] * C + channels[None, :]
-    if RESIDUAL and ACT != 0:
-        tl.store(grad_residual_ptr + at, grad.to(grad_residual_ptr.dtype.element_ty), mask=inside)
-    if TRAINING:
+    normal = (tile(x_ptr, rows, channels, M, C, WIDE) - mean[None, :]) * rstd[None, :]
+    grad = through(tile(grad_ptr, rows, channels, M, C, WIDE), normal * weight[None, :] + bias[None, :], ACT)
+    if BATCH:
         with_normal = vector(sums_ptr, channels, C, WIDE) / M
         alone = vector(sums_ptr + C, channels, C, WIDE) / M
         grad = grad - alone[None, :] - normal * with_normal[None, :]
     grad *= (rstd * weight)[None, :]
-    tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    inside = (rows < M)[:, None] & (channels < C)[None, :]
+    at = grad_x_ptr + rows.to(tl.int64)[:, None] * C + channels[None, :]
+    tl.store(at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
 INTERPRETED = not isinstance(apply_kernel, triton.JITFunction)
@@ -221,13 +220,11 @@ def configurations(wide: bool = False) -> Iterator[Configuration]:
     for channels in (16, 32, 64):
         tiles = (*always, *blocks(channels))
         yield Configuration(statistics_kernel, tiles, 4)
-        for act in ACTIVATIONS.values():
-            for residual in (0, 1):
-                flags = (("ACT", act), ("RESIDUAL", residual))
-                yield Configuration(apply_kernel, (*flags, *tiles), 4)
-                yield Configuration(sums_kernel, (*flags, *tiles), 4)
-                for training in (0, 1):
-                    yield Configuration(gradient_kernel, (*flags, ("TRAINING", training), *tiles), 4)
+        for act, flag in itertools.product(ACTIVATIONS.values(), (0, 1)):
+            yield Configuration(apply_kernel, (("ACT", act), ("RESIDUAL", flag), *tiles), 4)
+            yield Configuration(gradient_kernel, (("ACT", act), ("BATCH", flag), *tiles), 4)
+            for from_y in (0, 1) if act else (0,):
+                yield Configuration(sums_kernel, (("ACT", act), ("FROM_Y", from_y), ("OTHER", flag), *tiles), 4)
 
 
 class _Rows:
@@ -297,24 +294,24 @@ def apply(
 
 
 def backward(
-    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str,
-    training: bool,
+    grad: Tensor, other: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
+    bias: Tensor, act: str, batch: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """dx; d(residual), or None if there is none or it is `grad` itself; and d(weight), d(bias) (2, C).
+    """dx; g, or None where it was not written: without an activation it is `grad`; and d(weight), d(bias) (2, C).
 
-    y: what `apply` returned, if it had a residual.
+    other: another gradient of y, to be added to `grad`.
+    y: what `apply` returned, if it had a residual and an activation.
     """
-    rows = _Rows(x)
-    flags = {"ACT": ACTIVATIONS[act], "RESIDUAL": int(y is not None)}
-    given = (grad, x, x if y is None else y, mean, rstd, weight, bias)
+    rows, kind = _Rows(x), ACTIVATIONS[act]
+    g = torch.empty_like(x) if y is not None or other is not None else None
     partial = rows.empty(rows.chunks, 2, rows.C)
-    rows.run(sums_kernel, flags, rows.chunks, *given, partial, rows.M, rows.C, rows.each)
-    sums = partial.sum(0)
-    grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if y is not None and act != "none" else None
-    flags |= {"TRAINING": int(training)}
     rows.run(
-        gradient_kernel, flags, rows.tiles, *given, sums, grad_x, grad_x if grad_residual is None else grad_residual,
-        rows.M, rows.C,
+        sums_kernel, {"ACT": kind, "FROM_Y": int(y is not None), "OTHER": int(other is not None)}, rows.chunks, grad,
+        grad if other is None else other, x, x if y is None else y, mean, rstd, weight, bias, partial,
+        x if g is None else g, rows.M, rows.C, rows.each,
     )  # fmt: skip
-    return grad_x, grad_residual, sums
+    sums, grad_x = partial.sum(0), torch.empty_like(x)
+    flags = {"ACT": kind if g is None else 0, "BATCH": int(batch)}
+    given = grad if g is None else g, x, mean, rstd, weight, bias, sums
+    rows.run(gradient_kernel, flags, rows.tiles, *given, grad_x, rows.M, rows.C)
+    return grad_x, g, sums

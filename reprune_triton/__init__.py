@@ -2,7 +2,7 @@
 
 from .checkpoint import load, save
 from .errors import RepruneError
-from .norm import fuse, unfuse
+from .fusion import fuse, unfuse
 from .pruner import Config, Event, REPrune
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +18,9 @@ from torch.nn import functional as F
 
 from . import dispatch, narrow
 from .errors import RepruneError
-from .norm import ACTIVATIONS, IMPLS, _backward, _wide, refuses
+from .norm import ACTIVATIONS, IMPLS, Norm, Stats, _backward, _wide, measure, normalise, refuses
 
 Size = int | Sequence[int]
-
-
-class Norm(NamedTuple):
-    """act((x - mean) * rstd * gamma + beta)."""
-
-    mean: Tensor  # (C,), like rstd float32, for a float64 x float64
-    rstd: Tensor  # (C,): 1 / sqrt(variance + eps)
-    gamma: Tensor  # (C,), like beta of any floating type
-    beta: Tensor  # (C,)
-    act: str  # "none", "relu" or "relu6"
-    batch: bool  # True: mean and rstd are those of x, and its gradient goes through them; False: they are constants
-
-
-Stats = tuple[Tensor, Tensor, Tensor]  # mean, 1 / sqrt(variance + eps) and unbiased variance: (C,) each
 
 
 def masked_conv2d(
@@ -88,37 +74,51 @@ def norm_act_conv2d(
             "the active input channels. Grouped and depthwise convolutions stay with torch.nn.functional.conv2d."
         )
     moves = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
-    near = _autocast(x) if norm is None else x
-    why_not = _why_not(near, _autocast(weight), norm, moves)
-    if impl == "triton" and why_not:
-        raise RepruneError(f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".')
-    if impl == "auto":
-        impl = "torch" if why_not else _choice(near, weight, norm, moves, stats_eps)
-    stats: Stats | None = None
-    if impl == "torch":
-        y = F.conv2d(x if norm is None else _normalised(x, norm), weight, None, *moves)
-        if stats_eps is not None:
-            stats = _statistics(y.detach(), stats_eps)
-    else:
-        near, weight = (t.contiguous(memory_format=torch.channels_last) for t in (near, _autocast(weight)))
-        mean, rstd, gamma, beta, act, batch = norm or (None, None, None, None, "none", False)
-        y, *found = _conv(near, weight, mean, rstd, gamma, beta, act, batch, *moves, stats_eps)
-        if stats_eps is not None:
-            stats = found[0], found[1], found[2]
-    return y, stats
+    return run(x, weight, norm, moves, stats_eps, choose(x, weight, norm, moves, stats_eps, impl))
 
 
 Moves = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, of height and width each
 
 
-def _choice(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None) -> str:
-    """The faster implementation, by measurement; torch where there is none."""
+def choose(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, impl: str) -> str:
+    """For `run`, by one of norm.IMPLS: "auto" is whichever of "mixed" and "triton" is faster, by measurement."""
+    near, kernel = _autocast(x) if norm is None else x, _autocast(weight)
+    why_not = _why_not(near, kernel, norm, moves)
+    if impl == "triton" and why_not:
+        raise RepruneError(f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".')
+    if impl != "auto":
+        return impl
+    other = "torch" if refuses(x) or x.numel() == 0 or torch.compiler.is_compiling() else "mixed"
+    if why_not or other == "torch":
+        return other
     grad = torch.is_grad_enabled()
-    prologue = 0 if norm is None else 1 + ACTIVATIONS.index(norm.act) + len(ACTIVATIONS) * norm.batch
+    prologue = 0 if norm is None else 1 + list(ACTIVATIONS).index(norm.act) + len(ACTIVATIONS) * norm.batch
     numbers = (len(x), *x.shape[2:], *weight.shape[2:], *(n for pair in moves for n in pair))
     form = (*numbers, prologue, int(stats_eps is not None), int(grad))
-    case = dispatch.Case("conv", str(x.dtype), form, (x.shape[1], len(weight)))
-    return dispatch.choose(x, case, _candidates(x, weight, norm, moves, stats_eps, grad))
+    case = dispatch.Case("conv", str(near.dtype), form, (x.shape[1], len(weight)))
+    found = dispatch.choose(near, case, _candidates(near, kernel, norm, moves, stats_eps, grad))
+    return other if found == dispatch.UNKNOWN else found
+
+
+def run(
+    x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, how: str
+) -> tuple[Tensor, Stats | None]:
+    """`norm_act_conv2d` by PyTorch ("torch"), by the kernels ("triton"), or by PyTorch's convolution between the
+    kernels of `norm` ("mixed")."""
+    if how == "triton":
+        near, weight = _autocast(x) if norm is None else x, _autocast(weight)
+        near, weight = (t.contiguous(memory_format=torch.channels_last) for t in (near, weight))
+        mean, rstd, gamma, beta, act, batch = norm or (None, None, None, None, "none", False)
+        y, *found = _conv(near, weight, mean, rstd, gamma, beta, act, batch, *moves, stats_eps)
+        return y, None if stats_eps is None else (found[0], found[1], found[2])
+    if norm is not None:
+        x = normalise(x, norm) if how == "mixed" else _normalised(x, norm)
+    y = F.conv2d(x, weight, None, *moves)
+    if stats_eps is None:
+        return y, None
+    if y.numel() == y.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {tuple(y.shape)}")
+    return y, (measure if how == "mixed" else _statistics)(y.detach(), stats_eps)
 
 
 def _candidates(
@@ -137,11 +137,11 @@ def _candidates(
         form = F.conv2d(value.detach().to("meta"), kernel.detach().to("meta"), None, *moves)
         back = draw(*form.shape)
 
-        def run(impl: str) -> list[Tensor]:
-            y, stats = norm_act_conv2d(value, kernel, own, *moves, stats_eps, impl)
-            return dispatch.with_gradients(y, inputs, back, grad) + list(stats or ())
+        def once(how: str) -> list[Tensor]:
+            y, stats = run(value, kernel, own, moves, stats_eps, how)
+            return dispatch.with_gradients([y], inputs, [back], grad) + list(stats or ())
 
-        return {impl: functools.partial(run, impl) for impl in ("torch", "triton")}
+        return {dispatch.UNKNOWN: functools.partial(once, "mixed"), "triton": functools.partial(once, "triton")}
 
     return make
 
@@ -208,15 +208,13 @@ def _by_constants(x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Te
 
 def _normalised(x: Tensor, norm: Norm) -> Tensor:
     y = (_BatchNorm.apply if norm.batch else _by_constants)(x, *norm[:4])
-    return {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}[norm.act](y)
+    return ACTIVATIONS[norm.act](y)
 
 
 def _statistics(y: Tensor, eps: float) -> Stats:
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
     count = y.numel() // y.shape[1]
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {tuple(y.shape)}")
     return mean, (variance + eps).rsqrt(), variance * (count / (count - 1))
 
 
@@ -307,7 +305,7 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     if any(ctx.needs_input_grad[i] for i in (0, 4, 5)):
         grad_x = _input_gradient(grad, weight, list(x.shape[2:]), *ctx.moves)
         if mean is not None:
-            grad_x, _, sums = _backward(grad_x, x, None, mean, rstd, gamma, beta, ctx.act, ctx.batch)
+            grad_x, _, sums = _backward(grad_x, None, x, None, mean, rstd, gamma, beta, ctx.act, ctx.batch)
             grad_gamma, grad_beta = sums[0].to(gamma.dtype), sums[1].to(beta.dtype)
     return grad_x, grad_weight, None, None, grad_gamma, grad_beta, *[None] * 6
 

@@ -19,7 +19,7 @@ import re
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,9 +187,9 @@ def numbers(x: Tensor) -> Callable[..., Tensor]:
     return draw
 
 
-def with_gradients(y: Tensor, inputs: list[Tensor], back: Tensor, grad: bool) -> list[Tensor]:
-    """y, and if `grad` the gradients of the inputs for a gradient `back` of y."""
-    return [y.detach(), *(torch.autograd.grad(y, inputs, back) if grad else ())]
+def with_gradients(ys: Sequence[Tensor], inputs: list[Tensor], backs: list[Tensor], grad: bool) -> list[Tensor]:
+    """The first of the ys, and if `grad` the gradients of the inputs for these gradients of the ys."""
+    return [ys[0].detach(), *(torch.autograd.grad(ys, inputs, backs) if grad else ())]
 
 
 def _path(device: str) -> Path:

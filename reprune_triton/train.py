@@ -32,7 +32,7 @@ from reprune_triton import checkpoint, models
 from reprune_triton.data import Data
 from reprune_triton.data import load as load_data
 from reprune_triton.errors import RepruneError
-from reprune_triton.norm import fuse
+from reprune_triton.fusion import fuse
 from reprune_triton.pruner import REPrune
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from reprune_triton import narrow, norm
+from reprune_triton import fusion, narrow
 from reprune_triton.bench import hours, roofline, step
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
@@ -190,7 +190,7 @@ def test_the_networks_are_left_alone():
     runner = step.Runner(task, step.parse("narrow-fused"), 0.5, active)
     assert runner.attempt(lambda: runner.prepare(step.wanted_outputs(task, active, task.images, True), 1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.dense.state_dict().items())
-    assert norm._FUSED not in task.dense.__dict__ and norm._FUSED in runner.model.__dict__
+    assert fusion._FUSED not in task.dense.__dict__ and fusion._FUSED in runner.model.__dict__
     assert {name: p.shape for name, p in runner.model.named_parameters()} == {
         name: p.shape for name, p in task.dense.named_parameters()
     }, "narrow is with parameters of full shape"

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from reprune_triton import conv, ops
 from reprune_triton.errors import RepruneError
+from reprune_triton.norm import Norm
 
 ROOT = Path(__file__).resolve().parents[1]
 # B, input and output channels, H, W, kernel, stride, padding, dilation
@@ -109,7 +110,7 @@ def test_normalisation_and_activation_in_front(device, name, batch):
         for impl in ("torch", "triton"):
 
             def function(x, weight, gamma, beta, act=act, impl=impl):
-                norm = conv.Norm(mean, rstd, gamma, beta, act, batch)
+                norm = Norm(mean, rstd, gamma, beta, act, batch)
                 return [conv.norm_act_conv2d(x, weight, norm, *moves, impl=impl)[0]]
 
             assert close(outcome(function, x, weight, gamma, beta), expected), (act, impl)
@@ -119,7 +120,7 @@ def test_normalisation_and_activation_in_front(device, name, batch):
 @pytest.mark.parametrize("normalised", [True, False])
 def test_statistics_behind(device, name, normalised):
     x, weight, moves = operands(CASES[name], device)
-    norm = conv.Norm(*vectors(x.shape[1], device), "relu", False) if normalised else None
+    norm = Norm(*vectors(x.shape[1], device), "relu", False) if normalised else None
     for impl in ("torch", "triton"):
         y, stats = conv.norm_act_conv2d(x, weight.requires_grad_(), norm, *moves, stats_eps=1e-3, impl=impl)
         assert y.requires_grad and not any(vector.requires_grad for vector in stats)
@@ -172,7 +173,7 @@ def test_errors_are_no_larger_than_pytorchs(device, kind, tile, kernel, float32_
     def function(impl):
         def run(x, weight, gamma, beta):
             wide = torch.promote_types(x.dtype, torch.float32)
-            norm = conv.Norm(mean.to(wide), rstd.to(wide), gamma, beta, "relu", True)
+            norm = Norm(mean.to(wide), rstd.to(wide), gamma, beta, "relu", True)
             y, stats = conv.norm_act_conv2d(x, weight, norm, *moves, stats_eps=1e-5, impl=impl)
             return [y, *stats]
 
@@ -194,7 +195,7 @@ def test_errors_are_no_larger_than_pytorchs(device, kind, tile, kernel, float32_
 
 def test_the_same_bits_every_time(device):
     x, weight, moves = operands((2, 20, 33, 9, 7, (3, 3), 1, 1, 1), device, torch.float32)
-    norm = conv.Norm(*vectors(20, device, torch.float32), "relu", False)
+    norm = Norm(*vectors(20, device, torch.float32), "relu", False)
 
     def function(x, weight):
         y, stats = conv.norm_act_conv2d(x, weight, norm, *moves, stats_eps=1e-5, impl="triton")
@@ -211,7 +212,7 @@ def test_gradcheck(device, batch):
 
     def function(x, weight, gamma, beta):
         own = x.detach().mean((0, 2, 3)), (x.detach().var((0, 2, 3), correction=0) + 1e-5).rsqrt()
-        norm = conv.Norm(*(own if batch else (mean, rstd)), gamma, beta, "relu", batch)
+        norm = Norm(*(own if batch else (mean, rstd)), gamma, beta, "relu", batch)
         return conv.norm_act_conv2d(x, weight, norm, 1, 1, 1, impl="triton")[0]
 
     assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in (x, weight, gamma, beta)])
@@ -258,7 +259,7 @@ def test_under_autocast_it_casts_as_conv2d(device):
 def test_nan_goes_through(device):
     x, weight, moves = operands((1, 3, 4, 6, 6, (3, 3), 1, 1, 1), device, torch.float32)
     x[0, 1, 2, 2] = float("nan")
-    for norm in (None, conv.Norm(*vectors(3, device, torch.float32), "relu6", False)):
+    for norm in (None, Norm(*vectors(3, device, torch.float32), "relu6", False)):
         y, stats = conv.norm_act_conv2d(x, weight, norm, *moves, stats_eps=1e-5, impl="triton")
         window = torch.zeros(6, 6, dtype=torch.bool, device=device)
         window[1:4, 1:4] = True
@@ -277,7 +278,7 @@ def test_what_cannot_run_says_why(device):
         with pytest.raises(error, match=match):
             conv.norm_act_conv2d(*given, **({"impl": "triton"} | options))
 
-    norm = conv.Norm(*vectors(19, device, torch.float32), "relu", True)
+    norm = Norm(*vectors(19, device, torch.float32), "relu", True)
     refused("impl must be one of", x, weight, None, impl="cuda")
     refused("act must be one of", x, weight, norm._replace(act="silu"))
     refused("Grouped and depthwise convolutions stay", x, weight[:, :1], None, impl="auto")

@@ -91,11 +91,14 @@ def test_all_processes_take_the_first_ones_table(tmp_path):
 def test_what_is_measured_agrees(device, grad):
     """The candidates of both operations, of every kind, through the kernels: no warning, and the generator is left."""
     x, weight = torch.empty(2, 5, 4, 3, device=device), torch.empty(7, 5, 1, 1, device=device)
-    norm_of = conv.Norm(*torch.rand(4, 5, device=device).unbind(), "relu", True)
+    norm_of = norm.Norm(*torch.rand(4, 5, device=device).unbind(), "relu", True)
+    batch, given = (norm.BatchNorm(*[None] * 4, training, 0.1, 1e-5, "relu6") for training in (True, False))
+    given = given._replace(running_mean=weight, running_var=weight)
     state = torch.get_rng_state()
     for make in (
-        norm._candidates(x, True, "relu", True, 1e-5, grad),
-        norm._candidates(x, False, "relu6", False, 1e-5, grad),
+        norm._candidates(x, True, batch, grad, False, True),
+        norm._candidates(x, True, batch._replace(act="none"), grad, True, False),
+        norm._candidates(x, False, given, grad, False, False),
         conv._candidates(x, weight, None, ([1, 1], [0, 0], [1, 1]), None, grad),
         conv._candidates(x, weight, norm_of, ([2, 2], [0, 0], [1, 1]), 1e-5, grad),
     ):

@@ -1,6 +1,5 @@
 """BatchNorm, addition and activation in one operation are the three of PyTorch, and a fused network is the network."""
 
-import copy
 import json
 import os
 import subprocess
@@ -10,11 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
-from torch import nn
-from torch.nn import functional as F
 
-from reprune_triton import REPrune, fuse, models, norm, unfuse
+from reprune_triton import norm
 from reprune_triton.errors import RepruneError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,17 +95,54 @@ def test_gradcheck(device, act, with_residual):
     assert torch.autograd.gradcheck(function, (x, residual, weight, bias))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("act", norm.ACTIVATIONS)
+def test_two_readers_share_one_tensor_and_their_gradients_are_added(device, act, with_residual, training):
+    def run(x, residual, weight, bias, kernels, used):
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias, residual)[: 4 if with_residual else 3]]
+        running = [torch.full((x.shape[1],), value, dtype=x.dtype, device=device) for value in (1.0, 2.0)]
+        bn = norm.BatchNorm(*inputs[1:3], *running, training, 0.3, 1e-5, act)
+        given = inputs[3] if with_residual else None
+        if kernels:
+            both = norm.normalise_twice(inputs[0], norm.normaliser(inputs[0], bn), given)
+            assert both[0].data_ptr() == both[1].data_ptr() and both[0] is not both[1]
+        else:
+            both = (norm.by_pytorch(inputs[0], given, bn),) * 2
+        loss = sum((y * torch.sin(torch.arange(y.numel(), device=device)).view_as(y) * (i + 1)).sum()
+                   for i, y in enumerate(both) if i in used)  # fmt: skip
+        return [both[0].detach(), *torch.autograd.grad(loss, inputs)]
+
+    for shape in SHAPES[:-1]:
+        given = operands(shape, device)
+        for used in ((0, 1), (0,), (1,)):
+            found, expected = (run(*given, kernels, used) for kernels in (True, False))
+            for a, b in zip(found, expected, strict=True):
+                assert torch.allclose(a, b, rtol=1e-10, atol=1e-10), (shape, used)
+
+
+def test_statistics_that_are_known_are_not_counted_again(device, monkeypatch):
+    x, residual, weight, bias = operands((3, 4, 5, 6), device)
+    bn = norm.BatchNorm(weight, bias, torch.zeros_like(bias), torch.ones_like(bias), True, 0.3, 1e-5, "relu")
+    stats = norm.measure(x.detach(), 1e-5)
+    expected = outcome(x, residual, weight, bias, "torch")
+    monkeypatch.setattr(norm, "measure", None)
+    y = norm.normalise(x, norm.normaliser(x, bn, stats), residual)
+    assert torch.allclose(y, expected[0])
+    assert torch.allclose(bn.running_mean, 0.3 * x.mean((0, 2, 3)))
+    assert torch.allclose(bn.running_var, 0.7 + 0.3 * x.var((0, 2, 3)))
+
+
 def test_the_operators_are_well_formed(device):
-    x, residual, weight, bias = operands((2, 3, 4, 5), device, torch.float32)
-    x, residual = (t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, residual))
+    x, residual, weight, bias = (t.detach() for t in operands((2, 3, 4, 5), device, torch.float32))
+    x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for other in (residual, None):
-        torch.library.opcheck(norm._norm_act, (x, other, weight, bias, 1e-5, "relu"), test_utils=tests)
-        mean, rstd = torch.zeros(3, device=device), torch.ones(3, device=device)
-        torch.library.opcheck(norm._normalise, (x, other, mean, rstd, weight, bias, "relu"), test_utils=tests)
-        y = None if other is None else x.detach()
-        given = [t.detach() for t in (x, x)], [t.detach() for t in (mean, rstd, weight, bias)]
-        torch.library.opcheck(norm._backward, (*given[0], y, *given[1], "relu", True), test_utils=tests)
+    torch.library.opcheck(norm.measure, (x, 1e-5), test_utils=tests)
+    mean, rstd = torch.zeros(3, device=device), torch.ones(3, device=device)
+    for other, y in ((None, None), (residual, x), (None, x), (residual, None)):
+        torch.library.opcheck(norm._apply, (x, other, mean, rstd, weight, bias, "relu"), test_utils=tests)
+        given = (x, other, x, y, mean, rstd, weight, bias, "relu", True)
+        torch.library.opcheck(norm._backward, given, test_utils=tests)
 
 
 def test_nan_goes_through(device):
@@ -136,151 +169,12 @@ def test_what_cannot_run_says_why(device):
     assert norm.batch_norm_act(x[:, :, :0], weight, bias, None, None, training=True, impl="auto").numel() == 0
 
 
-# ---------------------------------------------------------------------- a whole network
-
-NETS = {  # how to build it; how many operations remain behind BatchNorms that are not fused into them
-    "resnet8": lambda: models.build("resnet8", num_classes=10),
-    "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
-    "resnet50": lambda: torchvision.models.resnet50(num_classes=10),
-    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=10, dropout=0.0),
-    "vgg11_bn": lambda: torchvision.models.vgg11_bn(num_classes=10, dropout=0.0).features,
-}
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_a_fused_network_is_the_network(name):
-    torch.manual_seed(0)
-    plain = NETS[name]().double()
-    fused = fuse(copy.deepcopy(plain), impl="torch")
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    for training in (True, False):
-        plain.train(training), fused.train(training)
-        a, b = plain(x), fused(x)
-        assert torch.equal(a, b)
-        grads = (torch.autograd.grad(y.square().sum(), m.parameters()) for y, m in ((a, plain), (b, fused)))
-        assert all(torch.equal(u, v) for u, v in zip(*grads, strict=True))
-    assert list(plain.state_dict()) == list(fused.state_dict()) and repr(plain) == repr(fused)
-    assert all(torch.equal(u, v) for u, v in zip(plain.state_dict().values(), fused.state_dict().values(), strict=True))
-
-
-def operations(model, x, impl):
-    """The ReLUs and additions of activations that run apart from a BatchNorm, and the calls of the fused operation."""
-    calls, apart = [], []
-    original = norm.batch_norm_act
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm, "batch_norm_act", lambda *a: calls.append(a[5:7]) or original(*a))
-        handles = [
-            m.register_forward_hook(lambda *_: apart.append(1)) for m in model.modules() if isinstance(m, nn.ReLU)
-        ]
-        model(x)
-        for handle in handles:
-            handle.remove()
-    return len(apart), [(residual is not None, act) for residual, act in calls]
-
-
-def test_additions_and_activations_are_taken_in():
-    model = fuse(torchvision.models.resnet50(num_classes=10), impl="torch")
-    apart, calls = operations(model, torch.randn(2, 3, 32, 32), "torch")
-    assert apart == 0
-    assert calls.count((True, "relu")) == 16 and calls.count((False, "none")) == 4  # blocks, and their shortcuts
-    assert calls.count((False, "relu")) == 33 and len(calls) == 53
-    model = fuse(torchvision.models.mobilenet_v2(num_classes=10), impl="torch")
-    _, calls = operations(model, torch.randn(2, 3, 32, 32), "torch")
-    assert calls.count((True, "none")) == 10 and calls.count((False, "relu6")) == 35 and len(calls) == 52
-
-
-def test_through_the_kernels_a_pruned_network_trains_alike(device):
-    """Narrow, then physically narrow, in float64: fused by the kernels, and as it is."""
-
-    def run(impl):
-        torch.manual_seed(0)
-        model = models.build("resnet8", num_classes=10).double().to(device)
-        x, y = torch.randn(3, 3, 8, 8, dtype=torch.float64).to(device), torch.arange(3, device=device)
-        model = model if impl is None else fuse(model, impl)
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-        pruner = REPrune(
-            model, optimizer, example_inputs=x, sparsity=0.5, until=2, every=1, compact="auto", tie="index", round_to=1
-        )  # fmt: skip
-        losses = []
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            pruner.step()
-        return losses, model.state_dict(), pruner.explain()
-
-    (a, state, reasons), (b, fused_state, fused_reasons) = run(None), run("triton")
-    assert reasons == fused_reasons and b == pytest.approx(a, rel=1e-9)
-    assert all(torch.allclose(state[key], fused_state[key], rtol=1e-7, atol=1e-9) for key in state)
-
-
-def test_a_copy_and_unfuse():
-    torch.manual_seed(0)
-    model = fuse(models.build("resnet8", num_classes=10), impl="torch")
-    x = torch.randn(2, 3, 8, 8)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        twin.conv1.weight.zero_()
-    model.eval(), twin.eval()
-    assert not torch.equal(model(x), twin(x)), "the copy runs on its own weights"
-    expected = model(x)
-    assert unfuse(model) is model and "forward" not in vars(model) and "forward" not in vars(model.bn1)
-    assert torch.equal(model(x), expected)
-
-
-def test_momentum_none_is_the_plain_average(device):
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.BatchNorm2d(3, momentum=None)).to(device)
-    fused = fuse(copy.deepcopy(plain), impl="triton")
-    for _ in range(3):
-        x = torch.randn(2, 3, 4, 4, device=device)
-        assert torch.allclose(fused(x), plain(x), atol=1e-5)
-    for a, b in zip(plain.state_dict().values(), fused.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-
-
-class Branching(nn.Module):
-    def __init__(self, on):
-        super().__init__()
-        self.norm, self.on = nn.BatchNorm2d(3), on
-
-    def forward(self, x):
-        y = self.norm(x)
-        return F.relu(y) if (self.training if self.on == "mode" else x.sum() > 0) else y
-
-
-@pytest.mark.parametrize("on, message", [("mode", "another way in training"), ("values", "cannot trace Branching")])
-def test_a_forward_that_cannot_be_traced_is_refused(on, message):
-    model = Branching(on)
-    with pytest.raises(RepruneError, match=message):
-        fuse(model)
-    assert "forward" not in vars(model.norm) and model.training
-
-
-def test_a_batchnorm_that_others_read_or_that_runs_twice_is_left_alone():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-
-        def forward(self, x):
-            y = self.one(x)
-            z = torch.relu(y) + y  # y is read twice
-            return self.two(torch.relu(self.two(z)))  # and `two` runs twice
-
-    torch.manual_seed(0)
-    plain, x = Net().eval(), torch.randn(2, 3, 4, 4)
-    assert torch.equal(fuse(copy.deepcopy(plain), impl="torch")(x), plain(x))
-
-
 # ---------------------------------------------------------------------- ahead of time
 
 PROGRAM = """
 import json, sys
 from reprune_triton.kernels import compiled, norm_act
-types = {name: "*bf16" for name in ("x_ptr", "y_ptr", "residual_ptr", "grad_ptr", "grad_x_ptr", "grad_residual_ptr")}
+types = {name: "*bf16" for name in ("x_ptr", "y_ptr", "residual_ptr", "grad_ptr", "other_ptr", "g_ptr", "grad_x_ptr")}
 types |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "partial_ptr", "sums_ptr")}
 types |= {"combined_ptr": "*fp32", "unbiased_ptr": "*fp32", "eps": "fp32"}
 types |= dict.fromkeys(("M", "C", "each", "chunks"), "i32")

@@ -1,0 +1,283 @@
+"""A whole network with its BatchNorms fused: into the additions and activations behind them, and into convolutions.
+
+    model = reprune_triton.fuse(model)       # in place; keys, classes, optimizer and pruner see no difference
+
+What is fused, in a Bottleneck of a ResNet:
+
+    y1 = conv1(x)                     counts the statistics of y1 as it writes it
+    n1 = bn1, ReLU                    not computed: handed on as `Pending`
+    y2 = conv2(n1)                    normalises y1 as it reads it; PyTorch's convolution needs n1 written first
+    n2 = bn2, ReLU                    as n1
+    y3 = conv3(n2)
+    x  = bn3(y3), + shortcut, ReLU    one pass; read by the next conv1 and by its shortcut, whose gradients bn3 adds up
+
+Every convolution and every BatchNorm is done by the kernels only where they are faster than PyTorch, by measurement
+(see `dispatch`), and as PyTorch does it elsewhere.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from . import conv, narrow, norm
+from .errors import RepruneError
+from .norm import IMPLS, BatchNorm, Norm, Stats
+
+_FUSED = "_reprune_impl"  # on a module whose forward `fuse` has replaced
+
+
+class Measured(NamedTuple):
+    """What a convolution hands to the BatchNorm behind it."""
+
+    y: Tensor
+    stats: Stats
+    eps: float
+
+
+class Pending(NamedTuple):
+    """What a BatchNorm hands to the convolution behind it: activations that are still to be normalised."""
+
+    x: Tensor
+    norm: Norm
+
+
+def fuse(model: nn.Module, impl: str = "auto") -> nn.Module:
+    """Make every BatchNorm2d of `model` one operation with the addition and the ReLU or ReLU6 behind it, and with the
+    convolutions before and behind it where that is faster.
+
+    In place, and the model is returned. Only `forward` of the model, its Conv2ds and BatchNorm2ds is replaced, by one
+    that torch.fx has traced: modules, their classes, state_dict keys and hooks on the modules that do the work stay. A
+    convolution and a BatchNorm with hooks of yours hand on whole activations, as without `fuse`. Hooks on modules that
+    only call others (a block, a stage) no longer run. `unfuse` takes it back. The outputs are the same up to rounding.
+    Fuse before DistributedDataParallel or torch.compile wraps the model.
+
+    Args:
+        impl: as in `batch_norm_act`.
+    Raises:
+        RepruneError: if the forward cannot be traced, or takes another way in training than in evaluation.
+    """
+    if impl not in IMPLS:
+        raise RepruneError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    unfuse(model)
+    graph, modules = trace(model), dict(model.named_modules())
+    norms = take_in(graph, modules)
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    convs = [node for node in graph.nodes if calls[node.target] == 1 and _takes_a_norm(node, modules)]
+    for node in norms:
+        _replace_forward(modules[str(node.target)], _norm_forward, impl)
+        _hand_on(graph, node, convs, modules)
+    for node in convs:
+        _replace_forward(modules[str(node.target)], _conv_forward, impl)
+    graph.lint()
+    traced = fx.GraphModule(model, graph)
+    _replace_forward(model, type(traced).forward, impl)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Take `fuse` back."""
+    for module in model.modules():
+        if module.__dict__.pop(_FUSED, None) is not None:
+            del module.__dict__["forward"]
+    return model
+
+
+def _replace_forward(module: nn.Module, forward: Any, impl: str) -> None:
+    module.__dict__ |= {_FUSED: impl, "forward": types.MethodType(forward, module)}  # a deep copy binds it to itself
+
+
+# ---------------------------------------------------------------------- what the modules do
+
+
+def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, behind: nn.BatchNorm2d | None = None) -> Tensor | Measured:
+    """Of a fused Conv2d. behind: the BatchNorm that alone reads its output."""
+    impl: str = getattr(self, _FUSED)
+    value, before = (x.x, x.norm) if isinstance(x, Pending) else (x, None)
+    if before is None and (impl == "torch" or (impl == "auto" and norm.refuses(value))):
+        return nn.Conv2d.forward(self, value)
+    moves = list(self.stride), [int(n) for n in self.padding], list(self.dilation)
+    eps = None
+    if behind is not None and (behind.training or behind.running_mean is None) and not _watched(self, behind):
+        eps = behind.eps
+    how = conv.choose(value, self.weight, before, moves, eps, impl)
+    # By PyTorch there is nothing to gain: the BatchNorm counts them itself, if it needs them.
+    y, stats = conv.run(value, self.weight, before, moves, eps if how == "triton" else None, how)
+    return y if stats is None or eps is None else Measured(y, stats, eps)
+
+
+def _norm_forward(
+    self: nn.BatchNorm2d, x: Tensor | Measured, residual: Tensor | None = None, act: str = "none",
+    behind: nn.Conv2d | None = None, twice: bool = False,
+) -> Tensor | Pending | tuple[Tensor, Tensor]:  # fmt: skip
+    """Of a fused BatchNorm2d. behind: the convolution that alone reads its output. twice: two read it."""
+    value, stats, eps = x if isinstance(x, Measured) else (x, None, self.eps)
+    stats = stats if eps == self.eps else None
+    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+    bn = _batch_norm(self, act)
+    twice = twice and not _watched(self)
+    if norm.choose(value, residual, bn, getattr(self, _FUSED), stats, twice) == "torch":
+        return norm.by_pytorch(value, residual, bn)
+    own = norm.normaliser(value, bn, stats)
+    if behind is not None and not _watched(self, behind):
+        return Pending(value, own)
+    return (norm.normalise_twice if twice else norm.normalise)(value, own, residual)
+
+
+def both(y: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """For each of two readers."""
+    return y if isinstance(y, tuple) else (y, y)
+
+
+def _batch_norm(self: nn.BatchNorm2d, act: str) -> BatchNorm:
+    """Which average a BatchNorm2d updates, and by how much, is as in torch."""
+    momentum = self.momentum or 0.0
+    if self.momentum is None and self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        momentum = 1.0 / float(self.num_batches_tracked)  # the plain average of all batches
+    tracked = not self.training or self.track_running_stats
+    batch = self.training or (self.running_mean is None and self.running_var is None)
+    return BatchNorm(
+        self.weight, self.bias, self.running_mean if tracked else None, self.running_var if tracked else None, batch,
+        momentum, self.eps, act,
+    )  # fmt: skip
+
+
+def _watched(*some: nn.Module) -> bool:
+    """Would a hook that is not ours see what one of these modules takes or gives?"""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    return any(len(found := getattr(m, name)) > len(narrow._shadows(found)) for m in some for name in hooks)
+
+
+# ---------------------------------------------------------------------- who hands on what to whom
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The calls of the forward of `model`.
+
+    Raises:
+        RepruneError: if torch.fx cannot trace it, or if it is not the same in training and in evaluation.
+    """
+    training, graphs = model.training, []
+    states = {module: module.training for module in model.modules()}
+    try:
+        for mode in (False, True):
+            model.train(mode)
+            graphs.append(fx.Tracer().trace(model))
+    except Exception as error:
+        raise RepruneError(
+            f"torch.fx cannot trace {type(model).__name__} ({error}): train it as it is, or fuse the part of it whose "
+            "forward does not depend on values."
+        ) from error
+    finally:
+        for module, state in states.items():
+            module.training = state
+    if str(graphs[0]) != str(graphs[1]):
+        raise RepruneError(
+            f"{type(model).__name__}.forward takes another way in training than in evaluation, and a traced forward "
+            "can hold only one: use modules for it (nn.Dropout instead of F.dropout), or train it as it is."
+        )
+    assert model.training is training
+    return graphs[1]
+
+
+def take_in(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """Let the call of every BatchNorm2d do the addition and the activation that follow it; return these calls."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    found = []
+    for node in list(graph.nodes):
+        known = node.op == "call_module" and type(modules[node.target]) is nn.BatchNorm2d and calls[node.target] == 1
+        if known and len(node.args) == 1 and not node.kwargs:
+            found.append(_take_in(graph, node, modules))
+    return found
+
+
+def _take_in(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
+    """The call of a BatchNorm that does the addition and the activation that follow it and that nothing else reads."""
+    last, residual, act = norm, None, "none"
+    add = _only_user(last)
+    if add is not None and _is_add(add):
+        (other,) = (x for x in add.args if x is not last)
+        last, residual = add, other
+    following = _only_user(last)
+    found = _activation(following, modules) if following is not None else None
+    if following is not None and found is not None:
+        last, act = following, found
+    if last is norm:
+        return norm
+    with graph.inserting_before(last):
+        kwargs: dict[str, Any] = {}
+        kwargs |= {} if residual is None else {"residual": residual}
+        kwargs |= {} if act == "none" else {"act": act}
+        fused = graph.call_module(str(norm.target), (norm.args[0],), kwargs)
+    last.replace_all_uses_with(fused)
+    for node in (last, add if last is not add and residual is not None else None, norm):
+        if node is not None:
+            graph.erase_node(node)
+    return fused
+
+
+def _takes_a_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Is this the call of a convolution that `conv` knows?"""
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    if type(module) is not nn.Conv2d or len(node.args) != 1 or node.kwargs:
+        return False
+    return module.groups == 1 and module.bias is None and module.padding_mode == "zeros" and module.padding != "same"
+
+
+def _hand_on(graph: fx.Graph, norm: fx.Node, convs: list[fx.Node], modules: dict[str, nn.Module]) -> None:
+    """Tell a BatchNorm and the convolutions around it of each other, and split what two of them read."""
+    before, behind = norm.args[0], _only_user(norm)
+    if isinstance(before, fx.Node) and before in convs and _only_user(before) is norm:
+        _tell(graph, before, norm)
+    if behind is not None and behind in convs and "residual" not in norm.kwargs:
+        _tell(graph, norm, behind)
+    readers = list(norm.users)
+    if len(readers) == 2 and all(_only_reads(user, norm, modules) for user in readers):
+        with graph.inserting_after(norm):
+            pair = graph.call_function(both, (norm,))
+        norm.kwargs = {**norm.kwargs, "twice": True}
+        for number, user in enumerate(readers):
+            with graph.inserting_before(user):
+                user.replace_input_with(norm, graph.call_function(operator.getitem, (pair, number)))
+
+
+def _tell(graph: fx.Graph, node: fx.Node, behind: fx.Node) -> None:
+    with graph.inserting_before(node):
+        node.kwargs = {**node.kwargs, "behind": graph.get_attr(str(behind.target))}
+
+
+def _only_reads(user: fx.Node, norm: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Does it leave the output of the BatchNorm as it is? The other reader has the same memory."""
+    module = modules[str(user.target)] if user.op == "call_module" else None
+    return type(module) is nn.Conv2d or (type(module) is nn.BatchNorm2d and user.kwargs.get("residual") is norm)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_add(node: fx.Node) -> bool:
+    """An addition of two different tensors of the graph."""
+    named = node.op == "call_method" and node.target in ("add", "add_")
+    called = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
+    both = len(node.args) == 2 and not node.kwargs and all(isinstance(x, fx.Node) for x in node.args)
+    return (named or called) and both and node.args[0] is not node.args[1]
+
+
+def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    if node.op == "call_module":
+        return {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(modules[str(node.target)]))
+    names: Iterable[Any] = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+    if node.op in ("call_function", "call_method") and node.target in names:
+        return "relu"
+    return "relu6" if node.op == "call_function" and node.target is F.relu6 else None
