@@ -8,10 +8,12 @@ model itself, whole or narrow. Four ways to cut the work into kernels, with Y th
                operations read one tensor, their gradients are added, 3 Y each
     compiled   BatchNorm reads once for its statistics; apply, addition and activation are one kernel; backward one
                pass adds up (and writes what the residual needs), one makes the gradient
-    fused      what `reprune_triton.fuse` runs (kernels/norm_act.py): the same forward; backward both passes read all
-               they need, and gradients of several readers are added apart
-    fused 1x1  as if also the 1x1 convs were ours: the next one applies BatchNorm and activation as it reads, the one
-               before counts the statistics as it writes, and the same backward. Nothing of the kind exists yet
+    fused      what `reprune_triton.fuse` runs if all 1x1 convs are ours. Forward they apply the BatchNorm and the
+               activation before them as they read, and count the statistics for the one behind as they write; backward
+               they go on through that activation, add up what else reads its output, and count the sums. What is left
+               of the BatchNorm is one pass that makes the gradient, 3 Y
+    fused 1x1  as if the two gradients of the conv before did that pass too as they read, the activation left a bit
+               for each value, and the BatchNorm in a shortcut was part of the addition. Nothing of the kind exists yet
 """
 
 from __future__ import annotations
@@ -243,7 +245,7 @@ class _Step:
     def adding(self, number: int) -> list[Kernel]:
         """The gradients of all that read this tensor, added up."""
         op = self.ops[number]
-        if self.level == "compiled" and op.kind == "norm":
+        if op.kind == "norm" and (self.level == "compiled" or self.twice(number)):
             return []  # as BatchNorm's backward reads them
         if self.ours_reads(number) is not None:
             return []  # as the 1x1 conv writes its own
@@ -255,7 +257,7 @@ class _Step:
         X, Y, W, flops = op.inputs[0] * size, op.output * size, op.weights * size, 2.0 * op.macs
         seen = op.seen * X
         # Ours reads the output again beside its gradient, to take the latter back through the BatchNorm behind.
-        again = Y if self.ours(number) and self.norm_of(number) is not None else 0
+        again = Y if self.whole and self.ours(number) and self.norm_of(number) is not None else 0
         found = [Kernel(kind, flops, seen + W + Y)]
         found.append(Kernel(f"{kind} weights", flops, seen + Y + again + 4 * op.weights))
         source = op.sources[0]
@@ -271,7 +273,7 @@ class _Step:
         before, X = self.ops[source], self.ops[number].inputs[0] * self.size
         extra = float(before.users - 1) * X  # the gradients of the others that read it
         if before.kind == "norm":
-            extra += X + self.mask(before)
+            extra += X + self.active(before)
             joined = before.sources[-1] if before.residual else graph.IMAGES
             if joined != graph.IMAGES and self.unwritten(joined):
                 extra += X  # of the BatchNorm in the shortcut, which has the same gradient
@@ -284,36 +286,34 @@ class _Step:
         if self.level == "eager":
             return [Kernel("norm", 0, 3 * Y), Kernel("norm backward", 0, 5 * Y if back else 2 * Y)]
         from_y = op.residual and op.act  # whether the activation was active shows in the output only
-        if self.level == "compiled":
-            own = op.users > 1 or from_y  # the gradient behind all that is taken in is a new tensor
-            sums = (op.users + 1 + from_y + own) * Y
-            return self.forward(op) + [Kernel("norm backward", 0, sums), Kernel("norm backward", 0, 3 * Y)]
-        if self.level == "fused":
-            sums, gradient = (2 + from_y) * Y, (3 + 2 * from_y) * Y
-            return self.forward(op) + [Kernel("norm backward", 0, sums), Kernel("norm backward", 0, gradient)]
-        statistics, apply = self.forward(op)
-        found = [] if self.ours(op.sources[0]) else [statistics]
-        if not self.unwritten(number):
-            found.append(apply._replace(bytes=apply.bytes + self.mask(op)))
+        found = self.forward(number)
         if self.ours_reads(number) is None and not self.joins(number):
-            found.append(Kernel("norm backward", 0, (2 + op.users - 1 + (op.users > 1 or from_y)) * Y + self.mask(op)))
-        if not self.ours(op.sources[0]):
+            # Where gradients are added up, or the residual has one of its own, that is written and read in their place.
+            readers = 1 + self.twice(number) if self.level == "fused" else op.users
+            written = readers > 1 or from_y
+            found.append(Kernel("norm backward", 0, (readers + 1 + written) * Y + self.active(op)))
+        if not (self.whole and self.ours(op.sources[0])):
             found.append(Kernel("norm backward", 0, 3 * Y))
         return found
 
-    def forward(self, op: graph.Op) -> list[Kernel]:
-        """Statistics, and one kernel for the rest."""
+    def forward(self, number: int) -> list[Kernel]:
+        """Statistics, unless the conv before has counted them, and one kernel for the rest."""
+        op = self.ops[number]
         Y = op.output * self.size
-        return [Kernel("norm", 0, Y), Kernel("norm", 0, (2 + op.residual) * Y)]
+        found = [] if self.ours(op.sources[0]) and self.norm_of(op.sources[0]) == number else [Kernel("norm", 0, Y)]
+        if not self.unwritten(number):
+            found.append(Kernel("norm", 0, (2 + op.residual) * Y + (self.active(op) if self.whole else 0)))
+        return found
 
-    # Of the level "fused 1x1":
+    def twice(self, number: int) -> bool:
+        """Are the gradients of two readers added by this BatchNorm's backward?"""
+        op, readers = self.ops[number], self.readers[number]
+        known = all(self.ops[r].kind == "conv" or self.ops[r].residual for r in readers)
+        return op.kind == "norm" and op.users == len(readers) == 2 and known
 
     def ours(self, number: int) -> bool:
-        return self.level == "fused 1x1" and number != graph.IMAGES and self.ops[number].pointwise
-
-    def ours_reads(self, number: int) -> int | None:
-        """The conv of ours that adds up the gradients of this tensor."""
-        return next((reader for reader in self.readers[number] if self.ours(reader)), None)
+        """Is this a convolution by our kernels?"""
+        return self.level.startswith("fused") and number != graph.IMAGES and self.ops[number].pointwise
 
     def norm_of(self, number: int) -> int | None:
         """The BatchNorm behind a conv."""
@@ -327,12 +327,25 @@ class _Step:
             return False
         return self.ours(self.readers[number][0]) or self.joins(number)
 
+    def ours_reads(self, number: int) -> int | None:
+        """The conv of ours that adds up the gradients of this tensor, and does the first pass of its BatchNorm."""
+        readers = self.readers[number]
+        if self.whole:
+            return next((reader for reader in readers if self.ours(reader)), None)
+        known = self.ops[number].kind == "norm" and (self.ops[number].users == 1 or self.twice(number))
+        return readers[0] if known and readers and self.ours(readers[0]) else None
+
+    def active(self, op: graph.Op) -> float:
+        """Bytes to read of where the activation behind a residual was active: bits, or the output."""
+        return op.output * (1 / 8 if self.whole else self.size) if op.residual and op.act else 0
+
+    @property
+    def whole(self) -> bool:
+        """Is all of the backward inside the convs?"""
+        return self.level == "fused 1x1"
+
     def joins(self, number: int) -> bool:
         """Does this BatchNorm stand in a shortcut, just before an addition that another one has taken in?"""
         op, readers = self.ops[number], self.readers[number]
         plain = op.users == 1 and not op.act and not op.residual and len(readers) == 1
-        return plain and self.ops[readers[0]].residual and self.ops[readers[0]].sources[-1] == number
-
-    def mask(self, op: graph.Op) -> float:
-        """Bytes of the bits that say where the activation behind a residual was active."""
-        return op.output / 8 if op.residual and op.act else 0
+        return self.whole and plain and self.ops[readers[0]].residual and self.ops[readers[0]].sources[-1] == number

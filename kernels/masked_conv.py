@@ -7,7 +7,8 @@ a channel that is pruned costs nothing here. Rows are pixels, M = B * P * Q of t
 sum runs over R * S taps of CI channels in one loop, tile by tile, without a copy of x that is R * S times as large.
 A 1x1 convolution of stride 1 is the matrix product of x and w. What padding adds is zero after the activation.
 
-The gradient of the input is the same sum over dy, that of the weight one over pixels. The latter is shared by programs
+The gradient of the input is the same sum over dy, that of the weight one over pixels. The former can go on through the
+activation of the BatchNorm before, and count what that needs. The latter is shared by programs
 whose float32 parts are added in a fixed order: the same bits every time. All products are accumulated in float32, in
 float64 for float64.
 """
@@ -112,15 +113,21 @@ def forward_kernel(
         tl.store(at + CO, tl.sum(off * off, 0), mask=filters < CO)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=(*SIZES, "low", "high"))
 def input_gradient_kernel(
-    grad_ptr, w_ptr, grad_x_ptr, M, CI, CO, H, W, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
-    POINTWISE: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    grad_ptr, w_ptr, grad_x_ptr, other_ptr, x_ptr, y_ptr, partial_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, low,
+    high, M, CI, CO, H, W, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, POINTWISE: tl.constexpr,
+    NORM: tl.constexpr, FROM_Y: tl.constexpr, OTHER: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """da[m, ci] = sum over r, s, co of dy[pixel, co] * w[co, r, s, ci], where the window of `pixel` has m at (r, s)."""
+    """da[m, ci] = sum over r, s, co of dy[pixel, co] * w[co, r, s, ci], where the window of `pixel` has m at (r, s).
+
+    With NORM g, which is da (and another gradient of it) where the activation before lets it through, and
+    partial[tile of rows, 0 | 1, CI] = sums of g * x_hat and of g: what the BatchNorm before needs of it.
+    """
     across = tl.cdiv(CI, BLOCK_N)
-    rows = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(0) // across
+    rows = part * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     # Tap (r, s) of the window at (p, q) is at p * stride + r * dil - pad: p = (h + pad) // stride - r * dil // stride
     # where the remainders agree, and else no window has m there.
@@ -148,8 +155,24 @@ def input_gradient_kernel(
         w_at = w_ptr + filters.to(tl.int64)[:, None] * each + (w_from + channels)[None, :]
         w = tl.load(w_at, mask=some[:, None] & (channels < CI)[None, :], other=0.0)
         acc = product(grad, w, acc, TF32)
-    at = grad_x_ptr + rows.to(tl.int64)[:, None] * CI + channels[None, :]
-    tl.store(at, acc.to(grad_x_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (channels < CI)[None, :])
+    at = rows.to(tl.int64)[:, None] * CI + channels[None, :]
+    mask = (rows < M)[:, None] & (channels < CI)[None, :]
+    if NORM:
+        if OTHER:
+            acc += tl.load(other_ptr + at, mask=mask, other=0.0).to(acc.dtype)
+        mean, rstd = vector(mean_ptr, channels, CI, WIDE), vector(rstd_ptr, channels, CI, WIDE)
+        normal = (tl.load(x_ptr + at, mask=mask, other=0.0).to(acc.dtype) - mean[None, :]) * rstd[None, :]
+        if FROM_Y:
+            value = tl.load(y_ptr + at, mask=mask, other=0.0).to(acc.dtype)
+        else:
+            gamma, beta = vector(gamma_ptr, channels, CI, WIDE), vector(beta_ptr, channels, CI, WIDE)
+            value = normal * gamma[None, :] + beta[None, :]
+        stopped = (value <= tl.cast(low, acc.dtype)) | (value >= tl.cast(high, acc.dtype))
+        acc = tl.where(stopped, 0.0, acc)
+        sums_at = partial_ptr + part.to(tl.int64) * 2 * CI + channels
+        tl.store(sums_at, tl.sum(acc * normal, 0), mask=channels < CI)
+        tl.store(sums_at + CI, tl.sum(acc, 0), mask=channels < CI)
+    tl.store(grad_x_ptr + at, acc.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "low", "high", "each"))
@@ -205,6 +228,8 @@ WIDE = Tile(128, 128, 64, 8)
 TALL = Tile(128, 64, 64, 4)
 SHALLOW = Tile(128, 64, 32, 4)  # of gradients with taps, where the loop keeps more in registers
 SMALL = Tile(64, 64, 64, 4)
+SPREAD = Tile(128, 64, 64, 8)  # of gradients that go on through a BatchNorm, whose numbers lie in registers too
+LOW = Tile(64, 64, 32, 4)  # of these with taps
 EXACT = Tile(32, 32, 16, 4, 2)  # float32 without TF32, and float64
 
 
@@ -216,6 +241,15 @@ class Prologue(NamedTuple):
     gamma: Tensor
     beta: Tensor
     act: str
+
+
+class Before(NamedTuple):
+    """The BatchNorm that made the input of a convolution, and what its gradient is made of."""
+
+    norm: Prologue
+    x: Tensor  # (B, CI, H, W), channels_last: what it normalised
+    y: Tensor | None  # what it made, if it has a residual and an activation
+    other: Tensor | None  # the gradient of another reader of y
 
 
 class Geometry(NamedTuple):
@@ -258,9 +292,14 @@ def tile(rows: int, columns: int, pointwise: bool, tall: Tile = TALL) -> Tile:
     return SMALL if few else found
 
 
-def input_tile(rows: int, columns: int, pointwise: bool) -> Tile:
-    """For the gradient of an input."""
-    return tile(rows, columns, pointwise, TALL if pointwise else SHALLOW)
+def input_tile(rows: int, columns: int, pointwise: bool, norm: bool = False) -> Tile:
+    """For the gradient of an input; with `norm` it goes on through a BatchNorm."""
+    if not norm:
+        return tile(rows, columns, pointwise, TALL if pointwise else SHALLOW)
+    if not pointwise:
+        return LOW
+    few = triton.cdiv(rows, SPREAD.rows) * triton.cdiv(columns, SPREAD.columns) < _FEW
+    return SMALL if few else SPREAD
 
 
 def weight_tile(filters: int, channels: int, pointwise: bool) -> Tile:
@@ -288,9 +327,11 @@ def configurations(dtype: torch.dtype = torch.bfloat16, tf32: bool = False) -> I
         flags = {"POINTWISE": pointwise, "NORM": norm}
         for shape in (WIDE, TALL, SMALL) if pointwise else (TALL, SMALL):
             found += [(forward_kernel, flags | {"STATS": stats}, shape) for stats in (0, 1)]
-        for shape in (WIDE, TALL, SMALL) if pointwise else (SHALLOW, SMALL):
-            if not norm:
-                found.append((input_gradient_kernel, {"POINTWISE": pointwise}, shape))
+        shapes = [(SHALLOW, SMALL), (WIDE, TALL, SMALL), (LOW,), (SPREAD, SMALL)][pointwise + 2 * norm]
+        for shape in shapes:
+            for from_y, other in itertools.product((0, 1), (0, 1)) if norm else ((0, 0),):
+                behind = {"NORM": norm, "FROM_Y": from_y, "OTHER": other}
+                found.append((input_gradient_kernel, {"POINTWISE": pointwise} | behind, shape))
         for shape in (WIDE, SMALL) if pointwise else (SHALLOW,):
             found.append((weight_gradient_kernel, flags, shape))
     yield from dict.fromkeys(configuration(kernel, flags, dtype, tf32, shape) for kernel, flags, shape in found)
@@ -336,20 +377,30 @@ def forward(
 
 def input_gradient(
     grad: Tensor, w: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """The gradient (B, CI, H, W), channels_last, of what the convolution read, from that of y. size: (H, W)."""
+    dilation: Sequence[int], before: Before | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradient (B, CI, H, W), channels_last, of what the convolution read, from that of y. size: (H, W).
+
+    before: then it is the gradient behind the activation of this BatchNorm, and with it come the sums (2, CI) that
+    `norm_act.gradient` goes on with, which are also the gradients of gamma and beta.
+    """
     sizes = geometry(size, w.shape[2:], stride, padding, dilation)
     CO, CI = w.shape[:2]
     found = empty(grad, grad.shape[0], CI, *size)
     M = found.numel() // CI
-    shape = input_tile(M, CI, sizes.pointwise)
-    flags = {"POINTWISE": int(sizes.pointwise)}
+    shape = input_tile(M, CI, sizes.pointwise, before is not None)
+    norm, x, y, other = before or (None, grad, None, None)
+    wanted = {"POINTWISE": sizes.pointwise, "NORM": norm, "FROM_Y": y is not None, "OTHER": other is not None}
+    flags = {name: int(bool(flag)) for name, flag in wanted.items()}
     config = configuration(input_gradient_kernel, flags, grad.dtype, uses_tf32(), shape)
     blocks = dict(config.constants)
-    programs = triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(CI, blocks["BLOCK_N"])
-    config.run(programs, grad, w, found, M, CI, CO, *sizes)
-    return found
+    parts = triton.cdiv(M, blocks["BLOCK_M"])
+    partial = grad.new_empty((parts if before else 0, 2, CI), dtype=_float(grad))
+    config.run(
+        parts * triton.cdiv(CI, blocks["BLOCK_N"]), grad, w, found, x if other is None else other, x,
+        x if y is None else y, partial, *_prologue(x, norm), M, CI, CO, *sizes,
+    )  # fmt: skip
+    return found, partial.sum(0) if before else None
 
 
 def weight_gradient(

@@ -293,25 +293,43 @@ def apply(
     return y
 
 
-def backward(
+def sums(
     grad: Tensor, other: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
-    bias: Tensor, act: str, batch: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """dx; g, or None where it was not written: without an activation it is `grad`; and d(weight), d(bias) (2, C).
+    bias: Tensor, act: str,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """g, the gradient behind the activation, or None where it was not written; and the sums (2, C) over all rows of
+    g * x_hat and of g, which are d(weight) and d(bias).
 
     other: another gradient of y, to be added to `grad`.
     y: what `apply` returned, if it had a residual and an activation.
     """
-    rows, kind = _Rows(x), ACTIVATIONS[act]
+    rows = _Rows(x)
     g = torch.empty_like(x) if y is not None or other is not None else None
     partial = rows.empty(rows.chunks, 2, rows.C)
+    flags = {"ACT": ACTIVATIONS[act], "FROM_Y": int(y is not None), "OTHER": int(other is not None)}
     rows.run(
-        sums_kernel, {"ACT": kind, "FROM_Y": int(y is not None), "OTHER": int(other is not None)}, rows.chunks, grad,
-        grad if other is None else other, x, x if y is None else y, mean, rstd, weight, bias, partial,
-        x if g is None else g, rows.M, rows.C, rows.each,
+        sums_kernel, flags, rows.chunks, grad, grad if other is None else other, x, x if y is None else y, mean, rstd,
+        weight, bias, partial, x if g is None else g, rows.M, rows.C, rows.each,
     )  # fmt: skip
-    sums, grad_x = partial.sum(0), torch.empty_like(x)
-    flags = {"ACT": kind if g is None else 0, "BATCH": int(batch)}
-    given = grad if g is None else g, x, mean, rstd, weight, bias, sums
-    rows.run(gradient_kernel, flags, rows.tiles, *given, grad_x, rows.M, rows.C)
-    return grad_x, g, sums
+    return g, partial.sum(0)
+
+
+def gradient(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, act: str,
+    batch: bool,
+) -> Tensor:  # fmt: skip
+    """dx. act: "none" if grad is behind the activation already. batch: mean and rstd are those of x."""
+    rows, grad_x = _Rows(x), torch.empty_like(x)
+    flags = {"ACT": ACTIVATIONS[act], "BATCH": int(batch)}
+    rows.run(gradient_kernel, flags, rows.tiles, grad, x, mean, rstd, weight, bias, sums, grad_x, rows.M, rows.C)
+    return grad_x
+
+
+def backward(
+    grad: Tensor, other: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
+    bias: Tensor, act: str, batch: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """dx, and what `sums` returns of the same arguments."""
+    g, found = sums(grad, other, x, y, mean, rstd, weight, bias, act)
+    grad, act = (grad, act) if g is None else (g, "none")
+    return gradient(grad, x, mean, rstd, weight, bias, found, act, batch), g, found

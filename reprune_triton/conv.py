@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,20 @@ from torch.nn import functional as F
 
 from . import dispatch, narrow
 from .errors import RepruneError
-from .norm import ACTIVATIONS, IMPLS, Norm, Stats, _backward, _wide, measure, normalise, refuses
+from .norm import (
+    ACTIVATIONS,
+    IMPLS,
+    Norm,
+    Stats,
+    _apply,
+    _backward,
+    _gradient,
+    _wide,
+    measure,
+    normalise,
+    normalise_twice,
+    refuses,
+)
 
 Size = int | Sequence[int]
 
@@ -74,13 +87,24 @@ def norm_act_conv2d(
             "the active input channels. Grouped and depthwise convolutions stay with torch.nn.functional.conv2d."
         )
     moves = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
-    return run(x, weight, norm, moves, stats_eps, choose(x, weight, norm, moves, stats_eps, impl))
+    return run(x, weight, norm, moves, stats_eps, choose(x, weight, norm, moves, stats_eps, impl))[:2]
+
+
+class Output(NamedTuple):
+    """Of `run`."""
+
+    y: Tensor
+    stats: Stats | None  # of y, with a stats_eps
+    normalised: Tensor | None  # what the convolution read, if others read it too
 
 
 Moves = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, of height and width each
 
 
-def choose(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, impl: str) -> str:
+def choose(
+    x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, impl: str,
+    residual: Tensor | None = None, shared: bool = False,
+) -> str:  # fmt: skip
     """For `run`, by one of norm.IMPLS: "auto" is whichever of "mixed" and "triton" is faster, by measurement."""
     near, kernel = _autocast(x) if norm is None else x, _autocast(weight)
     why_not = _why_not(near, kernel, norm, moves)
@@ -94,36 +118,51 @@ def choose(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps
     grad = torch.is_grad_enabled()
     prologue = 0 if norm is None else 1 + list(ACTIVATIONS).index(norm.act) + len(ACTIVATIONS) * norm.batch
     numbers = (len(x), *x.shape[2:], *weight.shape[2:], *(n for pair in moves for n in pair))
-    form = (*numbers, prologue, int(stats_eps is not None), int(grad))
-    case = dispatch.Case("conv", str(near.dtype), form, (x.shape[1], len(weight)))
-    found = dispatch.choose(near, case, _candidates(near, kernel, norm, moves, stats_eps, grad))
+    flags = (stats_eps is not None, residual is not None, shared, grad)
+    case = dispatch.Case("conv", str(near.dtype), (*numbers, prologue, *map(int, flags)), (x.shape[1], len(weight)))
+    made = _candidates(near, kernel, norm, moves, stats_eps, residual is not None, shared, grad)
+    found = dispatch.choose(near, case, made)
     return other if found == dispatch.UNKNOWN else found
 
 
 def run(
-    x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, how: str
-) -> tuple[Tensor, Stats | None]:
+    x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, how: str,
+    residual: Tensor | None = None, shared: bool = False,
+) -> Output:  # fmt: skip
     """`norm_act_conv2d` by PyTorch ("torch"), by the kernels ("triton"), or by PyTorch's convolution between the
-    kernels of `norm` ("mixed")."""
+    kernels of `norm` ("mixed").
+
+    residual: what the normalisation adds before its activation. shared: what it makes has another reader. With either
+    of them it is written, not by "torch".
+    """
+    written: Tensor | None = None
     if how == "triton":
         near, weight = _autocast(x) if norm is None else x, _autocast(weight)
         near, weight = (t.contiguous(memory_format=torch.channels_last) for t in (near, weight))
-        mean, rstd, gamma, beta, act, batch = norm or (None, None, None, None, "none", False)
-        y, *found = _conv(near, weight, mean, rstd, gamma, beta, act, batch, *moves, stats_eps)
-        return y, None if stats_eps is None else (found[0], found[1], found[2])
-    if norm is not None:
-        x = normalise(x, norm) if how == "mixed" else _normalised(x, norm)
+        if norm is not None and (shared or residual is not None):
+            residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+            written, y, *found = _Written.apply(near, residual, *norm, weight, *moves, stats_eps)
+        else:
+            y, *found = _conv(near, weight, *(norm or (None, None, None, None, "none", False)), *moves, stats_eps)
+        return Output(y, None if stats_eps is None else (found[0], found[1], found[2]), written if shared else None)
+    if norm is not None and how == "torch":
+        x = _normalised(x, norm)
+    elif norm is not None and shared:
+        x, written = normalise_twice(x, norm, residual)
+    elif norm is not None:
+        x = normalise(x, norm, residual)
     y = F.conv2d(x, weight, None, *moves)
     if stats_eps is None:
-        return y, None
+        return Output(y, None, written)
     if y.numel() == y.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {tuple(y.shape)}")
-    return y, (measure if how == "mixed" else _statistics)(y.detach(), stats_eps)
+    return Output(y, (measure if how == "mixed" else _statistics)(y.detach(), stats_eps), written)
 
 
 def _candidates(
-    x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, grad: bool
-) -> dispatch.Candidates:
+    x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, has_residual: bool,
+    shared: bool, grad: bool,
+) -> dispatch.Candidates:  # fmt: skip
     """What `dispatch` runs to compare the implementations, on numbers of its own."""
     shapes, act, batch = (x.shape, weight.shape), norm and norm.act, norm is not None and norm.batch
     x = x.new_empty(0)  # what is measured later must not hold on to the activations of today
@@ -133,13 +172,15 @@ def _candidates(
         value, kernel = (draw(*shape, grad=grad) for shape in shapes)
         gamma, beta = (draw(shapes[0][1], dtype=torch.float32, grad=grad) for _ in range(2))
         own = None if act is None else Norm(*_statistics(value.detach(), 1e-5)[:2], gamma, beta, act, batch)
-        inputs = [value, kernel] if own is None else [value, kernel, gamma, beta]
+        residual = draw(*shapes[0], grad=grad) if has_residual else None
+        inputs = [value, kernel, *(() if own is None else (gamma, beta)), *(() if residual is None else (residual,))]
         form = F.conv2d(value.detach().to("meta"), kernel.detach().to("meta"), None, *moves)
-        back = draw(*form.shape)
+        backs = [draw(*form.shape), *([draw(*shapes[0])] if shared else ())]
 
         def once(how: str) -> list[Tensor]:
-            y, stats = run(value, kernel, own, moves, stats_eps, how)
-            return dispatch.with_gradients([y], inputs, [back], grad) + list(stats or ())
+            y, stats, written = run(value, kernel, own, moves, stats_eps, how, residual, shared)
+            ys = [y] if written is None else [y, written]
+            return dispatch.with_gradients(ys, inputs, backs, grad) + list(stats or ())
 
         return {dispatch.UNKNOWN: functools.partial(once, "mixed"), "triton": functools.partial(once, "triton")}
 
@@ -243,7 +284,26 @@ def _input_gradient(
     from reprune_triton.kernels import masked_conv
 
     grad = grad.contiguous(memory_format=torch.channels_last)
-    return masked_conv.input_gradient(grad, weight, size, stride, padding, dilation)
+    return masked_conv.input_gradient(grad, weight, size, stride, padding, dilation)[0]
+
+
+@torch.library.custom_op("reprune::conv_norm_gradient", mutates_args=())
+def _norm_gradient(
+    grad: Tensor, weight: Tensor, other: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor,
+    gamma: Tensor, beta: Tensor, act: str, stride: list[int], padding: list[int], dilation: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient behind the activation in front of the convolution, and its sums (2, C): see `norm_act.sums`.
+
+    other: the gradient of another reader of what the convolution read. y: that, if a residual is in it.
+    """
+    from reprune_triton.kernels import masked_conv
+
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    other = None if other is None else other.contiguous(memory_format=torch.channels_last)
+    before = masked_conv.Before(masked_conv.Prologue(mean, rstd, gamma, beta, act), x, y, other)
+    g, sums = masked_conv.input_gradient(grad, weight, x.shape[2:], stride, padding, dilation, before)
+    assert sums is not None
+    return g, sums
 
 
 @torch.library.custom_op("reprune::conv_weight_gradient", mutates_args=())
@@ -283,6 +343,11 @@ def _(grad, weight, size, stride, padding, dilation):
     return masked_conv.empty(grad, grad.shape[0], weight.shape[1], *size)
 
 
+@_norm_gradient.register_fake
+def _(grad, weight, other, x, y, mean, rstd, gamma, beta, act, stride, padding, dilation):
+    return torch.empty_like(x), _wide(x, 2, x.shape[1])
+
+
 @_weight_gradient.register_fake
 def _(grad, x, mean, rstd, gamma, beta, act, kernel, stride, padding, dilation):
     from reprune_triton.kernels import masked_conv
@@ -302,12 +367,54 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     grad_x = grad_weight = grad_gamma = grad_beta = None
     if ctx.needs_input_grad[1]:
         grad_weight = _weight_gradient(grad, x, *vectors, ctx.act, list(weight.shape[2:]), *ctx.moves)
-    if any(ctx.needs_input_grad[i] for i in (0, 4, 5)):
+    if mean is None and ctx.needs_input_grad[0]:
         grad_x = _input_gradient(grad, weight, list(x.shape[2:]), *ctx.moves)
-        if mean is not None:
-            grad_x, _, sums = _backward(grad_x, None, x, None, mean, rstd, gamma, beta, ctx.act, ctx.batch)
-            grad_gamma, grad_beta = sums[0].to(gamma.dtype), sums[1].to(beta.dtype)
+    if mean is not None and any(ctx.needs_input_grad[i] for i in (0, 4, 5)):
+        g, sums = _norm_gradient(grad, weight, None, x, None, *vectors, ctx.act, *ctx.moves)
+        grad_x = _gradient(g, x, *vectors, sums, ctx.batch)
+        grad_gamma, grad_beta = sums[0].to(gamma.dtype), sums[1].to(beta.dtype)
     return grad_x, grad_weight, None, None, grad_gamma, grad_beta, *[None] * 6
 
 
 torch.library.register_autograd(_conv, _gradients, setup_context=_save)
+
+
+class _Written(torch.autograd.Function):
+    """A normalisation that is written, for it has a residual or another reader, and the convolution that reads it."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, act: str,
+        batch: bool, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
+        stats_eps: float | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        a = _apply(x, residual, mean, rstd, gamma, beta, act)
+        return a, *_conv(a, weight, None, None, None, None, "none", False, stride, padding, dilation, stats_eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, residual, mean, rstd, gamma, beta, ctx.act, ctx.batch, weight, *ctx.moves, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, output[0], weight, mean, rstd, gamma, beta)
+
+    @staticmethod
+    def backward(ctx: Any, other: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        x, a, weight, *vectors = ctx.saved_tensors
+        if grad is None and other is None:
+            return (None,) * 13
+        y, grad_weight = a if ctx.has_residual and ctx.act != "none" else None, None
+        if grad is None:  # nothing came of the convolution
+            grad_x, g, sums = _backward(other, None, x, y, *vectors, ctx.act, ctx.batch)
+            g = other if y is None else g
+        else:
+            if ctx.needs_input_grad[8]:
+                nothing = (None, None, None, None, "none")
+                grad_weight = _weight_gradient(grad, a, *nothing, list(weight.shape[2:]), *ctx.moves)
+            g, sums = _norm_gradient(grad, weight, other, x, y, *vectors, ctx.act, *ctx.moves)
+            grad_x = _gradient(g, x, *vectors, sums, ctx.batch)
+        gamma, beta = vectors[2:]
+        behind = g if ctx.has_residual else None
+        parts = (sums[0].to(gamma.dtype), sums[1].to(beta.dtype))
+        return grad_x, behind, None, None, *parts, None, None, grad_weight, None, None, None, None

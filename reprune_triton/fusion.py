@@ -42,11 +42,15 @@ class Measured(NamedTuple):
     eps: float
 
 
-class Pending(NamedTuple):
-    """What a BatchNorm hands to the convolution behind it: activations that are still to be normalised."""
+class Pending:
+    """What a BatchNorm hands to the convolution behind it: activations that are still to be normalised.
 
-    x: Tensor
-    norm: Norm
+    Where they have a second reader, the convolution, which comes first, writes them for that.
+    """
+
+    def __init__(self, x: Tensor, norm: Norm, residual: Tensor | None, shared: bool):
+        self.x, self.norm, self.residual, self.shared = x, norm, residual, shared
+        self.written: Tensor | None = None
 
 
 def fuse(model: nn.Module, impl: str = "auto") -> nn.Module:
@@ -100,41 +104,47 @@ def _replace_forward(module: nn.Module, forward: Any, impl: str) -> None:
 def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, behind: nn.BatchNorm2d | None = None) -> Tensor | Measured:
     """Of a fused Conv2d. behind: the BatchNorm that alone reads its output."""
     impl: str = getattr(self, _FUSED)
-    value, before = (x.x, x.norm) if isinstance(x, Pending) else (x, None)
-    if before is None and (impl == "torch" or (impl == "auto" and norm.refuses(value))):
+    pending = x if isinstance(x, Pending) and x.written is None else None
+    value = pending.x if pending else _whole(x)
+    if pending is None and (impl == "torch" or (impl == "auto" and norm.refuses(value))):
         return nn.Conv2d.forward(self, value)
     moves = list(self.stride), [int(n) for n in self.padding], list(self.dilation)
+    before, extra = (pending.norm, (pending.residual, pending.shared)) if pending else (None, (None, False))
     eps = None
     if behind is not None and (behind.training or behind.running_mean is None) and not _watched(self, behind):
         eps = behind.eps
-    how = conv.choose(value, self.weight, before, moves, eps, impl)
+    how = conv.choose(value, self.weight, before, moves, eps, impl, *extra)
     # By PyTorch there is nothing to gain: the BatchNorm counts them itself, if it needs them.
-    y, stats = conv.run(value, self.weight, before, moves, eps if how == "triton" else None, how)
-    return y if stats is None or eps is None else Measured(y, stats, eps)
+    found = conv.run(value, self.weight, before, moves, eps if how == "triton" else None, how, *extra)
+    if pending:
+        pending.written = found.normalised
+    return found.y if found.stats is None or eps is None else Measured(found.y, found.stats, eps)
 
 
 def _norm_forward(
-    self: nn.BatchNorm2d, x: Tensor | Measured, residual: Tensor | None = None, act: str = "none",
-    behind: nn.Conv2d | None = None, twice: bool = False,
-) -> Tensor | Pending | tuple[Tensor, Tensor]:  # fmt: skip
-    """Of a fused BatchNorm2d. behind: the convolution that alone reads its output. twice: two read it."""
+    self: nn.BatchNorm2d, x: Tensor | Measured, residual: Tensor | Pending | None = None, act: str = "none",
+    behind: tuple[nn.Module, ...] = (),
+) -> Tensor | Pending:  # fmt: skip
+    """Of a fused BatchNorm2d. behind: all that read its output, a convolution first; or nothing."""
     value, stats, eps = x if isinstance(x, Measured) else (x, None, self.eps)
     stats = stats if eps == self.eps else None
+    added = None if residual is None else _whole(residual)
     if self.training and self.track_running_stats and self.num_batches_tracked is not None:
         self.num_batches_tracked.add_(1)
     bn = _batch_norm(self, act)
-    twice = twice and not _watched(self)
-    if norm.choose(value, residual, bn, getattr(self, _FUSED), stats, twice) == "torch":
-        return norm.by_pytorch(value, residual, bn)
+    behind = () if behind and _watched(self, *behind) else behind
+    if norm.choose(value, added, bn, getattr(self, _FUSED), stats, len(behind) > 1) == "torch":
+        return norm.by_pytorch(value, added, bn)
     own = norm.normaliser(value, bn, stats)
-    if behind is not None and not _watched(self, behind):
-        return Pending(value, own)
-    return (norm.normalise_twice if twice else norm.normalise)(value, own, residual)
+    return Pending(value, own, added, len(behind) > 1) if behind else norm.normalise(value, own, added)
 
 
-def both(y: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """For each of two readers."""
-    return y if isinstance(y, tuple) else (y, y)
+def _whole(x: Tensor | Pending) -> Tensor:
+    """What the second reader of a BatchNorm reads."""
+    if isinstance(x, Pending):
+        assert x.written is not None
+        return x.written
+    return x
 
 
 def _batch_norm(self: nn.BatchNorm2d, act: str) -> BatchNorm:
@@ -235,25 +245,17 @@ def _takes_a_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _hand_on(graph: fx.Graph, norm: fx.Node, convs: list[fx.Node], modules: dict[str, nn.Module]) -> None:
-    """Tell a BatchNorm and the convolutions around it of each other, and split what two of them read."""
-    before, behind = norm.args[0], _only_user(norm)
+    """Tell a BatchNorm, and the convolution before it, who reads what they write."""
+
+    def tell(node: fx.Node, behind: list[fx.Node]) -> tuple[fx.Node, ...]:
+        with graph.inserting_before(node):
+            return tuple(graph.get_attr(str(reader.target)) for reader in behind)
+
+    before, readers = norm.args[0], sorted(norm.users)
     if isinstance(before, fx.Node) and before in convs and _only_user(before) is norm:
-        _tell(graph, before, norm)
-    if behind is not None and behind in convs and "residual" not in norm.kwargs:
-        _tell(graph, norm, behind)
-    readers = list(norm.users)
-    if len(readers) == 2 and all(_only_reads(user, norm, modules) for user in readers):
-        with graph.inserting_after(norm):
-            pair = graph.call_function(both, (norm,))
-        norm.kwargs = {**norm.kwargs, "twice": True}
-        for number, user in enumerate(readers):
-            with graph.inserting_before(user):
-                user.replace_input_with(norm, graph.call_function(operator.getitem, (pair, number)))
-
-
-def _tell(graph: fx.Graph, node: fx.Node, behind: fx.Node) -> None:
-    with graph.inserting_before(node):
-        node.kwargs = {**node.kwargs, "behind": graph.get_attr(str(behind.target))}
+        before.kwargs = {"behind": tell(before, [norm])[0]}
+    if 1 <= len(readers) <= 2 and readers[0] in convs and all(_only_reads(user, norm, modules) for user in readers):
+        norm.kwargs = {**norm.kwargs, "behind": tell(norm, readers)}
 
 
 def _only_reads(user: fx.Node, norm: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -231,6 +231,16 @@ def _backward(
     return grad_x, x.new_empty(0) if g is None else g, sums
 
 
+@torch.library.custom_op("reprune::norm_gradient", mutates_args=())
+def _gradient(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, batch: bool
+) -> Tensor:
+    """dx, from the gradient behind the activation and its sums (2, C)."""
+    from reprune_triton.kernels import norm_act
+
+    return norm_act.gradient(grad, x, mean, rstd, weight, bias, sums, "none", batch)
+
+
 def _wide(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -249,6 +259,11 @@ def _(x, residual, mean, rstd, weight, bias, act):
 def _(grad, other, x, y, mean, rstd, weight, bias, act, batch):
     written = y is not None or other is not None
     return torch.empty_like(x), torch.empty_like(x) if written else x.new_empty(0), _wide(x, 2, x.shape[1])
+
+
+@_gradient.register_fake
+def _(grad, x, mean, rstd, weight, bias, sums, batch):
+    return torch.empty_like(x)
 
 
 class _NormAct(torch.autograd.Function):

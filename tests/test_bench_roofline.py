@@ -97,10 +97,15 @@ def test_bytes_by_hand():
     assert eager["pool"] == eager["pool backward"] == [Y + Y / 4] and "add" not in eager
     assert eager["optimizer"] == [22 * (3 * 4 + 4 * 6 + 2 * 4 + 2 * 6)]
 
-    for level in ("compiled", "fused"):
-        fused = of_kind(small(), level)
-        assert fused["norm"] == [X, 2 * X, Y, 2 * Y] and fused["norm backward"] == [2 * X, 3 * X, 2 * Y, 3 * Y]
-        assert "act" not in fused and fused["conv"] == eager["conv"]
+    compiled = of_kind(small(), "compiled")
+    assert compiled["norm"] == [X, 2 * X, Y, 2 * Y] and compiled["norm backward"] == [2 * X, 3 * X, 2 * Y, 3 * Y]
+    assert "act" not in compiled and compiled["conv"] == eager["conv"]
+
+    fused = of_kind(small(), "fused")
+    assert fused["norm"] == [2 * Y], "conv by conv, all but what the pool reads"
+    assert fused["norm backward"] == [3 * X, 2 * Y, 3 * Y]
+    assert fused["conv input"] == [Y + W + 2 * X], "and the sums for the BatchNorm before"
+    assert all(fused[kind] == eager[kind] for kind in ("conv", "conv weights", "pool"))
 
     ours = of_kind(small(), "fused 1x1")
     assert ours["conv"] == eager["conv"]
@@ -133,11 +138,29 @@ def test_bytes_of_a_residual_by_hand():
     expected = {
         "eager": ([3 * Y], [5 * Y], [3 * Y, 3 * Y]),
         "compiled": ([Y, 3 * Y], [4 * Y, 3 * Y], [3 * Y]),  # gradient, y and x in, the residual's gradient out
-        "fused": ([Y, 3 * Y], [3 * Y, 5 * Y], [3 * Y]),
+        "fused": ([Y, 3 * Y], [4 * Y, 3 * Y], [3 * Y]),  # no 1x1 conv is next to it
     }
     for level, (forward, backward, adds) in expected.items():
         found = of_kind(Residual(), level)
         assert (found["norm"], found["norm backward"], found["add"]) == (forward, backward, adds), level
+
+
+def test_bytes_of_two_readers_by_hand():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+            self.conv, self.two = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = F.relu(self.one(self.stem(x)))
+            return F.max_pool2d(F.relu(self.two(self.conv(x)) + x), 2)
+
+    X, W = 2 * 2 * 4 * 64, 2 * 16
+    compiled, fused = (of_kind(Two(), level) for level in ("compiled", "fused"))
+    assert compiled["norm backward"] == [4 * X, 3 * X, 4 * X, 3 * X] and compiled["conv input"] == [2 * X + W]
+    assert fused["norm"] == [2 * X, 3 * X] and fused["norm backward"] == [3 * X, 4 * X, 3 * X]
+    assert fused["conv input"] == [4 * X + W] and "add" not in fused, "it reads x and the other gradient"
 
 
 def test_resnet50_is_as_designed():

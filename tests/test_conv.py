@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from reprune_triton import conv, ops
 from reprune_triton.errors import RepruneError
-from reprune_triton.norm import Norm
+from reprune_triton.norm import ACTIVATIONS, Norm
 
 ROOT = Path(__file__).resolve().parents[1]
 # B, input and output channels, H, W, kernel, stride, padding, dilation
@@ -56,7 +56,7 @@ def outcome(function, *inputs):
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     y, *others = function(*inputs)
     factors = torch.sin(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype)
-    return [y.detach(), *others, *torch.autograd.grad((y * factors).sum(), inputs)]
+    return [y.detach(), *others, *torch.autograd.grad((y * factors).sum(), inputs, materialize_grads=True)]
 
 
 def close(found, expected):
@@ -126,6 +126,47 @@ def test_statistics_behind(device, name, normalised):
         assert y.requires_grad and not any(vector.requires_grad for vector in stats)
         expected = [y.mean((0, 2, 3)), (y.var((0, 2, 3), correction=0) + 1e-3).rsqrt(), y.var((0, 2, 3))]
         assert close(stats, expected), impl
+
+
+@pytest.mark.parametrize("name", ["1x1", "1x1, stride 2", "3x3", "3x3, stride 2"])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_normalisation_that_is_written(device, name, with_residual, batch):
+    """For a residual, for another reader, for both; with the gradients of both readers, and of one alone."""
+    x, weight, moves = operands(CASES[name], device)
+    mean, rstd, gamma, beta = vectors(x.shape[1], device)
+    moves = tuple(conv._pair(key, size) for key, size in zip(("stride", "padding", "dilation"), moves, strict=True))
+    if batch:
+        mean, rstd = x.mean((0, 2, 3)), (x.var((0, 2, 3), correction=0) + 1e-5).rsqrt()
+    inputs = [x, weight, gamma, beta] + [draw(*x.shape, seed=9).to(device)] * with_residual
+
+    def formula(act, x, weight, gamma, beta, residual=None):
+        own = [x.mean((0, 2, 3)), (x.var((0, 2, 3), correction=0) + 1e-5).rsqrt()] if batch else [mean, rstd]
+        a, b, c, d = (vector[:, None, None] for vector in (*own, gamma, beta))
+        value = ACTIVATIONS[act]((x - a) * b * c + d + (0 if residual is None else residual))
+        return F.conv2d(value, weight, None, *moves), value
+
+    def found(act, how, shared, x, weight, gamma, beta, residual=None):
+        own = Norm(mean, rstd, gamma, beta, act, batch)
+        y, stats, written = conv.run(x, weight, own, moves, 1e-3, how, residual, shared)
+        assert (written is not None) == shared
+        assert torch.allclose(stats[0], y.mean((0, 2, 3))) and not stats[0].requires_grad
+        return y, written
+
+    for act in ACTIVATIONS:
+        for how, used in [(how, used) for how in ("mixed", "triton") for used in ((0, 1), (0,), (1,))]:
+            shared = 1 in used
+
+            def some(function, used=used):
+                def run(*given):
+                    outputs = function(*given)
+                    return [sum(((i + 1) * torch.sin(outputs[i] + i)).sum() for i in used)]
+
+                return run
+
+            expected = outcome(some(partial(formula, act)), *inputs)
+            mine = outcome(some(partial(found, act, how, shared)), *inputs)
+            assert close(mine, expected), (act, how, used)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -230,6 +271,9 @@ def test_the_operators_are_well_formed(device):
         torch.library.opcheck(conv._conv, (*given, "relu", True, *moves, eps), test_utils=tests)
         torch.library.opcheck(conv._weight_gradient, (grad, x, *norm, "relu", [3, 3], *moves), test_utils=tests)
     torch.library.opcheck(conv._input_gradient, (grad, weight, [5, 6], *moves), test_utils=tests)
+    for other, y in ((None, None), (x, None), (None, x), (x, x)):
+        given = (grad, weight, other, x, y, *vectors(3, device, torch.float32), "relu", *moves)
+        torch.library.opcheck(conv._norm_gradient, given, test_utils=tests)
 
 
 def test_only_the_gradients_that_are_asked_for(device, monkeypatch):
@@ -303,7 +347,7 @@ import torch
 from reprune_triton.kernels import compiled, masked_conv
 target, name, tf32 = sys.argv[1], sys.argv[2], sys.argv[3] == "tf32"
 dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-types = {key: "*" + name for key in ("x_ptr", "y_ptr", "w_ptr", "grad_ptr", "grad_x_ptr")}
+types = {f"{key}_ptr": "*" + name for key in ("x", "y", "w", "grad", "other", "grad_x")}
 types |= {f"{key}_ptr": "*fp32" for key in ("partial", "mean", "rstd", "gamma", "beta")}
 types |= {"low": "fp32", "high": "fp32"}
 types |= dict.fromkeys((*masked_conv.SIZES, "CI", "CO", "each"), "i32")
@@ -382,8 +426,9 @@ def test_what_a_launch_picks_is_compiled_here():
                     flags = {"POINTWISE": pointwise, "NORM": norm}
                     tile = kernels.tile(pixels, channels, bool(pointwise))
                     picked = [(kernels.forward_kernel, flags | {"STATS": stats}, tile) for stats in (0, 1)]
-                    tile = kernels.input_tile(pixels, channels, bool(pointwise))
-                    picked.append((kernels.input_gradient_kernel, {"POINTWISE": pointwise}, tile))
+                    tile = kernels.input_tile(pixels, channels, bool(pointwise), bool(norm))
+                    behind = {"FROM_Y": norm, "OTHER": norm}
+                    picked.append((kernels.input_gradient_kernel, flags | behind, tile))
                     for filters in (16, 256):
                         tile = kernels.weight_tile(filters, channels, bool(pointwise))
                         picked.append((kernels.weight_gradient_kernel, flags, tile))

@@ -99,8 +99,9 @@ def test_what_is_measured_agrees(device, grad):
         norm._candidates(x, True, batch, grad, False, True),
         norm._candidates(x, True, batch._replace(act="none"), grad, True, False),
         norm._candidates(x, False, given, grad, False, False),
-        conv._candidates(x, weight, None, ([1, 1], [0, 0], [1, 1]), None, grad),
-        conv._candidates(x, weight, norm_of, ([2, 2], [0, 0], [1, 1]), 1e-5, grad),
+        conv._candidates(x, weight, None, ([1, 1], [0, 0], [1, 1]), None, False, False, grad),
+        conv._candidates(x, weight, norm_of, ([2, 2], [0, 0], [1, 1]), 1e-5, False, False, grad),
+        conv._candidates(x, weight, norm_of, ([1, 1], [0, 0], [1, 1]), None, True, True, grad),
     ):
         runs = make()
         results = [runs[name]() for name in ("torch", "triton")]
