@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 import torchvision
+from test_narrow import Oracle, calm, largest_difference, sgd, some, train_step
 from torch import nn
 from torch.nn import functional as F
 
 from reprune_triton import REPrune, fuse, models, norm, unfuse
+from reprune_triton.bench import graph
 from reprune_triton.errors import RepruneError
+from reprune_triton.narrow import Narrowing, compact
 
 NETS = {  # how to build it; how many operations remain behind BatchNorms that are not fused into them
     "resnet8": lambda: models.build("resnet8", num_classes=10),
@@ -146,7 +149,7 @@ def test_whichever_implementation_is_chosen(device, name, monkeypatch):
     expected = outcome(plain, x, passes=1)
     start = tiny(name, device)[0]
     seen = set()
-    for seed in range(12):
+    for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
 
         def choose(x, case, candidates, generator=generator):
@@ -311,6 +314,33 @@ def test_through_the_kernels_a_pruned_network_trains_alike(device, name):
     (a, state, layers), (b, fused_state, fused_layers) = run(None), run("triton")
     assert layers == fused_layers and b == pytest.approx(a, rel=1e-9)
     assert all(torch.allclose(state[key], fused_state[key], rtol=1e-7, atol=1e-9) for key in state)
+
+
+def test_many_steps_narrow_masked_and_compact(device):
+    """In float64, all through the kernels but the masked one; fifty on a GPU, a few in the interpreter."""
+    start, x = tiny("bottleneck", device)
+    calm(start, None)
+    found = graph.prunable(start, tuple(x.shape))
+    assert len(found.prunable) == 6
+    active = some(found, 0.5, torch.Generator().manual_seed(0))
+    slices = found.slices({name: index.to(device) for name, index in active.items()})
+    labels = torch.arange(len(x), device=device)
+    masked, narrow = copy.deepcopy(start), fuse(copy.deepcopy(start), "triton")
+    small = fuse(compact(start, slices), "triton")
+    oracle = Oracle(masked, sgd(masked), found)
+    oracle.prune(active)
+    optimizer, other = sgd(narrow), sgd(small)
+    narrowing = Narrowing(narrow, optimizer, impl="triton")
+    narrowing.set(slices)
+    for _ in range(50 if device == "cuda" else 2):
+        loss = oracle.step(x, labels)
+        for model, its in ((narrow, optimizer), (small, other)):
+            assert train_step(model, its, x, labels) == pytest.approx(loss, rel=1e-9)
+    assert largest_difference(narrow.state_dict(), masked.state_dict()) < 1e-9
+    assert largest_difference(small.state_dict(), compact(narrow, slices).state_dict()) < 1e-9
+    for model in (masked, narrow, small):
+        model.eval()
+    assert torch.allclose(narrow(x), masked(x), rtol=1e-9) and torch.allclose(small(x), masked(x), rtol=1e-9)
 
 
 def test_a_copy_and_unfuse():

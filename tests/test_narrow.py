@@ -44,7 +44,8 @@ class Oracle:
 
     def __init__(self, model, optimizer, found):
         self.model, self.optimizer, self.found = model, optimizer, found
-        self.masks = {layer.name: torch.ones(layer.n_out) for layer in found.prunable}
+        device = next(model.parameters()).device
+        self.masks = {layer.name: torch.ones(layer.n_out, device=device) for layer in found.prunable}
         for layer in found.prunable:
             for name in layer.followers:
                 module = model.get_submodule(name)
@@ -71,7 +72,7 @@ class Oracle:
         return ones
 
     def prune(self, active):
-        self.masks = {n: torch.zeros_like(m).index_fill_(0, active[n], 1) for n, m in self.masks.items()}
+        self.masks = {n: torch.zeros_like(m).index_fill_(0, active[n].to(m.device), 1) for n, m in self.masks.items()}
         self.forget()
 
     @torch.no_grad()
