@@ -73,7 +73,8 @@ def operations(model: nn.Module, shape: tuple[int, ...], fused: bool = False) ->
     Raises:
         RepruneError: if torch.fx cannot trace the model.
     """
-    twin = copy.deepcopy(model).to("meta").eval()  # else BatchNorm refuses a batch of one value a channel
+    # In training BatchNorm refuses a batch of one value a channel.
+    twin = fusion.unfuse(copy.deepcopy(model)).to("meta").eval()
     traced = fx.GraphModule(twin, fusion.trace(twin))
     graph, modules = traced.graph, dict(twin.named_modules())
     sizes = _Sizes(traced)
@@ -139,7 +140,7 @@ def prunable(model: nn.Module, shape: tuple[int, ...]) -> Channels:
     next conv or linear. Known are BatchNorms, activations, pools, dropout, depthwise convs and one flatten; whatever
     else there is, its conv stays. Why, `reasons` does not say.
     """
-    twin = copy.deepcopy(model).to("meta")
+    twin = fusion.unfuse(copy.deepcopy(model)).to("meta")
     graph, modules = fusion.trace(twin), dict(twin.named_modules())
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     layers: list[Prunable] = []

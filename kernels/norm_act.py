@@ -27,6 +27,7 @@ from reprune_triton.kernels.launch import Configuration
 
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 CHUNKS = 256  # the most programs that share the rows of a channel: two for each SM of the largest GPUs
+SIZES = ("M", "each", "chunks")  # compiled once for all; only that C is a multiple of 16 makes faster code
 _ELEMENTS = 2048  # of a tile; with twice as many the gradient's registers spill
 
 
@@ -54,7 +55,7 @@ def vector(ptr, channels, C, WIDE: tl.constexpr):
     return found.to(tl.float64) if WIDE else found.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
     x_ptr, partial_ptr, M, C, each, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -91,7 +92,7 @@ def merged(partial_ptr, chunk, channels, M, C, each, chunks, WIDE: tl.constexpr)
     return whole, tl.sum(squares + off * off * count[:, None], 0), rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     partial_ptr, combined_ptr, M, C, each, chunks, WIDE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -104,7 +105,7 @@ def combine_kernel(
     tl.store(at + C, squares, mask=channels < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     partial_ptr, mean_ptr, rstd_ptr, unbiased_ptr, M, C, each, chunks, eps, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -117,7 +118,7 @@ def merge_kernel(
     tl.store(unbiased_ptr + channels, squares / (rows - 1), mask=channels < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     x_ptr, residual_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, M, C, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -148,7 +149,7 @@ def through(grad, value, ACT: tl.constexpr):
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sums_kernel(
     grad_ptr, other_ptr, x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, partial_ptr, g_ptr, M, C, each,
     ACT: tl.constexpr, FROM_Y: tl.constexpr, OTHER: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -181,7 +182,7 @@ def sums_kernel(
     tl.store(at + C, alone, mask=channels < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr, grad_x_ptr, M, C, ACT: tl.constexpr,
     BATCH: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,

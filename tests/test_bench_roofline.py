@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import channels, models, narrow
+from reprune_triton import channels, fuse, models, narrow
 from reprune_triton.bench import graph, roofline
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
@@ -58,6 +58,7 @@ def test_chains_are_those_of_the_analysis(name):
     assert plain(found) == plain(analysed) and found.costs == analysed.costs
     assert all(analysed.reasons[layer] == reason for layer, reason in found.reasons.items())
     assert name != "other" or [x.name for x in found.prunable] == ["last"]
+    assert name == "other" or graph.prunable(fuse(model), (4, 3, size, size)) == found
 
 
 @pytest.mark.parametrize("level", roofline.LEVELS)

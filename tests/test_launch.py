@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Apart from this process, in which Triton interprets kernels. A driver without a device: launches are compiled as for a
 # GPU, arguments and all, but not run.
-PROGRAM = """
+DRIVER = """
 import hashlib
 import json
 import torch
@@ -25,7 +25,6 @@ class Driver:
 
 
 driver.set_active(Driver())
-from reprune_triton import ops
 from reprune_triton.kernels import compiled, launch
 
 kernels = {}
@@ -41,6 +40,10 @@ def compile_only(self, programs, *arguments):
 
 
 launch.Configuration.run = compile_only
+"""
+EVENT = """
+from reprune_triton import ops
+
 for sizes in (((40, 3), (100, 3), (300, 1)), ((41, 3), (111, 3), (511, 1)), ((64, 3), (1, 3), (2, 2))):
     layers = [ops.Layer(torch.randn(n, 16, k, k)[:, 1:], torch.arange(n + 1)[1:] % n) for n, k in sizes]
     event, keep = launch.prepare(layers, seeds=[(5, 1 << 40)] * 3), torch.zeros(4, dtype=torch.int32)[1:]
@@ -58,15 +61,62 @@ print(json.dumps([[config.kernel.__name__, len(hashes), sorted({*hashes, digest(
 """
 
 
-def test_a_launch_compiles_what_was_tested_and_nothing_else(tmp_path):
+# Narrow training under autocast: activations, gradients and weights of two types, as they meet in a whole step.
+STEP = """
+import torchvision
+from torch import nn
+from reprune_triton import fuse, narrow
+from reprune_triton.bench import graph
+from reprune_triton.kernels import norm_act
+
+norm_act.INTERPRETED = True  # so that activations on the CPU are taken; what comes out is made of nothing
+shortcut = nn.Sequential(nn.Conv2d(16, 128, 1, bias=False), nn.BatchNorm2d(128))
+Bottleneck, Inverted = torchvision.models.resnet.Bottleneck, torchvision.models.mobilenetv2.InvertedResidual
+blocks = [Bottleneck(16, 32, downsample=shortcut), Bottleneck(128, 32), Inverted(128, 128, 1, 2)]
+stem = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 5))
+fuse(model, "triton")
+optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+narrowing = narrow.Narrowing(model, optimizer, impl="triton")
+found = graph.prunable(model, (2, 3, 16, 16))
+for channels, batch in ((256, 2), (16, 3)):
+    narrowing.set(found.slices({x.name: torch.arange(min(x.n_out, channels)) for x in found.prunable}))
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(torch.randn(batch, 3, 16, 16))
+    y.float().sum().backward()
+    optimizer.step()
+with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    model.eval()(torch.randn(2, 3, 16, 16))
+print(json.dumps([[config.kernel.__name__, len(hashes), sorted({*hashes})] for config, hashes in kernels.items()]))
+"""
+
+
+def compiled(program, cache):
+    """What the launches of this program compile: [kernel, how often launched, hashes of the machine codes]."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}  # cached code may have old line numbers
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}  # cached code may have old line numbers
+    environment |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", DRIVER + program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_a_launch_compiles_what_was_tested_and_nothing_else(tmp_path):
+    found = compiled(EVENT, tmp_path)
     kernels = {"magnitude_kernel", "chain_kernel", "reciprocal_kernel", "line_kernel", "level_kernel", "label_kernel"}
     kernels |= {"membership_kernel", "cover_kernel", "bits_kernel"}
     assert {name for name, _, _ in found} == kernels
     for name, _, hashes in found:
         assert len(hashes) == 1, f"{name} was compiled in {len(hashes)} ways"
     assert max(launches for _, launches, _ in found) >= 6, "shared by networks of different sizes and alignments"
+
+
+def test_a_training_step_compiles_once_for_all_widths_and_batches(tmp_path):
+    """Every launch of it, with the types that its arguments have under autocast."""
+    found = compiled(STEP, tmp_path)
+    kernels = {"copy_kernel", "statistics_kernel", "merge_kernel", "apply_kernel", "sums_kernel", "gradient_kernel"}
+    kernels |= {"forward_kernel", "input_gradient_kernel", "weight_gradient_kernel"}
+    assert {name for name, _, _ in found} == kernels
+    for name, _, hashes in found:
+        assert len(hashes) == 1, f"{name} was compiled in {len(hashes)} ways"
