@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reprune_triton.kernels import norm_act
-from reprune_triton.kernels.launch import Configuration
+from reprune_triton.kernels.launch import Configuration, cdiv
 from reprune_triton.kernels.norm_act import vector
 
 RANGES = {"none": (float("-inf"), float("inf")), "relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
@@ -288,7 +288,7 @@ def geometry(
 def tile(rows: int, columns: int, pointwise: bool, tall: Tile = TALL) -> Tile:
     """For an output of this many pixels and channels: as large as it fills, unless SMs would be idle."""
     found = WIDE if pointwise and columns > tall.columns else tall
-    few = triton.cdiv(rows, found.rows) * triton.cdiv(columns, found.columns) < _FEW
+    few = cdiv(rows, found.rows) * cdiv(columns, found.columns) < _FEW
     return SMALL if few else found
 
 
@@ -298,7 +298,7 @@ def input_tile(rows: int, columns: int, pointwise: bool, norm: bool = False) -> 
         return tile(rows, columns, pointwise, TALL if pointwise else SHALLOW)
     if not pointwise:
         return LOW
-    few = triton.cdiv(rows, SPREAD.rows) * triton.cdiv(columns, SPREAD.columns) < _FEW
+    few = cdiv(rows, SPREAD.rows) * cdiv(columns, SPREAD.columns) < _FEW
     return SMALL if few else SPREAD
 
 
@@ -368,9 +368,9 @@ def forward(
     flags = {"POINTWISE": int(sizes.pointwise), "NORM": int(norm is not None), "STATS": int(stats_eps is not None)}
     config = configuration(forward_kernel, flags, x.dtype, uses_tf32(), shape)
     blocks = dict(config.constants)
-    parts = triton.cdiv(M, blocks["BLOCK_M"])
+    parts = cdiv(M, blocks["BLOCK_M"])
     partial = x.new_empty((parts if stats_eps is not None else 0, 2, CO), dtype=_float(x))
-    programs = parts * triton.cdiv(CO, blocks["BLOCK_N"])
+    programs = parts * cdiv(CO, blocks["BLOCK_N"])
     config.run(programs, x, w, y, partial, *_prologue(x, norm), M, CI, CO, *sizes)
     return y, None if stats_eps is None else norm_act.merge(partial, M, blocks["BLOCK_M"], stats_eps)
 
@@ -394,10 +394,10 @@ def input_gradient(
     flags = {name: int(bool(flag)) for name, flag in wanted.items()}
     config = configuration(input_gradient_kernel, flags, grad.dtype, uses_tf32(), shape)
     blocks = dict(config.constants)
-    parts = triton.cdiv(M, blocks["BLOCK_M"])
+    parts = cdiv(M, blocks["BLOCK_M"])
     partial = grad.new_empty((parts if before else 0, 2, CI), dtype=_float(grad))
     config.run(
-        parts * triton.cdiv(CI, blocks["BLOCK_N"]), grad, w, found, x if other is None else other, x,
+        parts * cdiv(CI, blocks["BLOCK_N"]), grad, w, found, x if other is None else other, x,
         x if y is None else y, partial, *_prologue(x, norm), M, CI, CO, *sizes,
     )  # fmt: skip
     return found, partial.sum(0) if before else None
@@ -415,10 +415,10 @@ def weight_gradient(
     flags = {"POINTWISE": int(sizes.pointwise), "NORM": int(norm is not None)}
     config = configuration(weight_gradient_kernel, flags, x.dtype, uses_tf32(), shape)
     blocks = dict(config.constants)
-    share = triton.cdiv(CO, blocks["BLOCK_M"]) * sizes.R * sizes.S * triton.cdiv(CI, blocks["BLOCK_N"])
-    steps = triton.cdiv(M, blocks["BLOCK_K"])
-    each = triton.cdiv(steps, triton.cdiv(PROGRAMS, share)) * blocks["BLOCK_K"]
-    chunks = triton.cdiv(M, each)
+    share = cdiv(CO, blocks["BLOCK_M"]) * sizes.R * sizes.S * cdiv(CI, blocks["BLOCK_N"])
+    steps = cdiv(M, blocks["BLOCK_K"])
+    each = cdiv(steps, cdiv(PROGRAMS, share)) * blocks["BLOCK_K"]
+    chunks = cdiv(M, each)
     partial = x.new_empty((chunks, CO, sizes.R, sizes.S, CI), dtype=_float(x))
     config.run(chunks * share, grad, x, partial, *_prologue(x, norm), each, M, CI, CO, *sizes)
     return partial.sum(0).to(x.dtype).permute(0, 3, 1, 2)

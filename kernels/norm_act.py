@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprune_triton.kernels.launch import Configuration
+from reprune_triton.kernels.launch import Configuration, cdiv
 
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 CHUNKS = 256  # the most programs that share the rows of a channel: two for each SM of the largest GPUs
@@ -237,9 +237,9 @@ class _Rows:
         self.wide = x.dtype == torch.float64
         self.constants = (("WIDE", int(self.wide)), *blocks(self.C))
         self.block_m, self.block_c = (size for _, size in blocks(self.C))
-        tiles = triton.cdiv(self.M, self.block_m)
-        self.each = self.block_m * triton.cdiv(tiles, CHUNKS)  # rows of a chunk
-        self.chunks = triton.cdiv(self.M, self.each)
+        tiles = cdiv(self.M, self.block_m)
+        self.each = self.block_m * cdiv(tiles, CHUNKS)  # rows of a chunk
+        self.chunks = cdiv(self.M, self.each)
         self.x = x
 
     def empty(self, *shape: int) -> Tensor:
@@ -248,11 +248,11 @@ class _Rows:
 
     def run(self, kernel: object, flags: dict[str, int], chunks: int, *arguments: Tensor | int) -> None:
         config = Configuration(kernel, (*flags.items(), *self.constants), 4)
-        config.run(chunks * triton.cdiv(self.C, self.block_c), *arguments)
+        config.run(chunks * cdiv(self.C, self.block_c), *arguments)
 
     @property
     def tiles(self) -> int:
-        return triton.cdiv(self.M, self.block_m)
+        return cdiv(self.M, self.block_m)
 
 
 def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,9 +270,9 @@ def merge(partial: Tensor, M: int, each: int, eps: float) -> tuple[Tensor, Tenso
     """What `statistics` returns, from partial (chunks, 2, C): of `each` rows, the last of the rest of M rows."""
     chunks, _, C = partial.shape
     constants = (("WIDE", int(partial.dtype == torch.float64)), ("CHUNKS", CHUNKS), ("BLOCK_C", 16))
-    blocks = triton.cdiv(C, 16)
+    blocks = cdiv(C, 16)
     while chunks > CHUNKS:
-        groups = triton.cdiv(chunks, CHUNKS)
+        groups = cdiv(chunks, CHUNKS)
         combined = partial.new_empty(groups, 2, C)
         Configuration(combine_kernel, constants, 4).run(groups * blocks, partial, combined, M, C, each, chunks)
         partial, chunks, each = combined, groups, each * CHUNKS

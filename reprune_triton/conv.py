@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from . import dispatch, narrow
 from .errors import RepruneError
+from .library import operator, unseen
 from .norm import (
     ACTIVATIONS,
     IMPLS,
@@ -143,7 +144,8 @@ def run(
             residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
             written, y, *found = _Written.apply(near, residual, *norm, weight, *moves, stats_eps)
         else:
-            y, *found = _conv(near, weight, *(norm or (None, None, None, None, "none", False)), *moves, stats_eps)
+            call = _Conv.apply if unseen(near) else _conv
+            y, *found = call(near, weight, *(norm or (None, None, None, None, "none", False)), *moves, stats_eps)
         return Output(y, None if stats_eps is None else (found[0], found[1], found[2]), written if shared else None)
     if norm is not None and how == "torch":
         x = _normalised(x, norm)
@@ -262,7 +264,7 @@ def _statistics(y: Tensor, eps: float) -> Stats:
 # ---------------------------------------------------------------------- in Triton
 
 
-@torch.library.custom_op("reprune::conv", mutates_args=())
+@operator("reprune::conv")
 def _conv(
     x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     act: str, batch: bool, stride: list[int], padding: list[int], dilation: list[int], stats_eps: float | None,
@@ -276,7 +278,7 @@ def _conv(
     return y, *(stats or (_wide(x, 0) for _ in range(3)))
 
 
-@torch.library.custom_op("reprune::conv_input_gradient", mutates_args=())
+@operator("reprune::conv_input_gradient")
 def _input_gradient(
     grad: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
@@ -287,7 +289,7 @@ def _input_gradient(
     return masked_conv.input_gradient(grad, weight, size, stride, padding, dilation)[0]
 
 
-@torch.library.custom_op("reprune::conv_norm_gradient", mutates_args=())
+@operator("reprune::conv_norm_gradient")
 def _norm_gradient(
     grad: Tensor, weight: Tensor, other: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor,
     gamma: Tensor, beta: Tensor, act: str, stride: list[int], padding: list[int], dilation: list[int],
@@ -306,7 +308,7 @@ def _norm_gradient(
     return g, sums
 
 
-@torch.library.custom_op("reprune::conv_weight_gradient", mutates_args=())
+@operator("reprune::conv_weight_gradient")
 def _weight_gradient(
     grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     act: str, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
@@ -376,7 +378,19 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return grad_x, grad_weight, None, None, grad_gamma, grad_beta, *[None] * 6
 
 
-torch.library.register_autograd(_conv, _gradients, setup_context=_save)
+torch.library.register_autograd(_conv.op, _gradients, setup_context=_save)
+
+
+class _Conv(torch.autograd.Function):
+    """The same without the operator around it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = _conv(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gradients)
 
 
 class _Written(torch.autograd.Function):
@@ -384,20 +398,18 @@ class _Written(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, act: str,
+        ctx: Any, x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, act: str,
         batch: bool, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
         stats_eps: float | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         a = _apply(x, residual, mean, rstd, gamma, beta, act)
-        return a, *_conv(a, weight, None, None, None, None, "none", False, stride, padding, dilation, stats_eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, mean, rstd, gamma, beta, ctx.act, ctx.batch, weight, *ctx.moves, _ = inputs
+        moves = stride, padding, dilation
+        y, *stats = _conv(a, weight, None, None, None, None, "none", False, *moves, stats_eps)
+        ctx.act, ctx.batch, ctx.moves, ctx.has_residual = act, batch, moves, residual is not None
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.has_residual = residual is not None
-        ctx.save_for_backward(x, output[0], weight, mean, rstd, gamma, beta)
+        ctx.mark_non_differentiable(*stats)
+        ctx.save_for_backward(x, a, weight, mean, rstd, gamma, beta)
+        return a, y, *stats
 
     @staticmethod
     def backward(ctx: Any, other: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:

@@ -162,10 +162,14 @@ def _batch_norm(self: nn.BatchNorm2d, act: str) -> BatchNorm:
 
 def _watched(*some: nn.Module) -> bool:
     """Would a hook that is not ours see what one of these modules takes or gives?"""
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     if torch.nn.modules.module._has_any_global_hook():
         return True
-    return any(len(found := getattr(m, name)) > len(narrow._shadows(found)) for m in some for name in hooks)
+    for module in some:
+        for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+            hooks = module.__dict__[name]
+            if hooks and len(hooks) > len(narrow._shadows(hooks)):
+                return True
+    return False
 
 
 # ---------------------------------------------------------------------- who hands on what to whom

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from . import dispatch
 from .errors import RepruneError
+from .library import operator
 
 IMPLS = ("auto", "torch", "triton")
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}
@@ -200,7 +201,7 @@ def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Te
     return None
 
 
-@torch.library.custom_op("reprune::statistics", mutates_args=())
+@operator("reprune::statistics")
 def measure(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The mean of every channel, 1 / sqrt(variance + eps), and the unbiased variance, (C,) each."""
     from reprune_triton.kernels import norm_act
@@ -208,7 +209,7 @@ def measure(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return norm_act.statistics(_channels_last(x), eps)
 
 
-@torch.library.custom_op("reprune::norm_act", mutates_args=())
+@operator("reprune::norm_act")
 def _apply(
     x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str
 ) -> Tensor:
@@ -218,7 +219,7 @@ def _apply(
     return norm_act.apply(x, residual, mean, rstd, weight, bias, act)
 
 
-@torch.library.custom_op("reprune::norm_act_backward", mutates_args=())
+@operator("reprune::norm_act_backward")
 def _backward(
     grad: Tensor, other: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
     bias: Tensor, act: str, batch: bool,
@@ -231,7 +232,7 @@ def _backward(
     return grad_x, x.new_empty(0) if g is None else g, sums
 
 
-@torch.library.custom_op("reprune::norm_gradient", mutates_args=())
+@operator("reprune::norm_gradient")
 def _gradient(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, batch: bool
 ) -> Tensor:
@@ -271,19 +272,14 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str,
-        batch: bool, twice: bool,
+        ctx: Any, x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+        act: str, batch: bool, twice: bool,
     ) -> Any:  # fmt: skip
         y = _apply(x, residual, mean, rstd, weight, bias, act)
-        return (y, y.detach()) if twice else y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, residual, mean, rstd, weight, bias, ctx.act, ctx.batch, twice = inputs
+        ctx.act, ctx.batch, ctx.has_residual = act, batch, residual is not None
         ctx.set_materialize_grads(False)
-        ctx.has_residual = residual is not None
-        y = output[0] if twice else output
-        ctx.save_for_backward(x, y if ctx.has_residual and ctx.act != "none" else None, mean, rstd, weight, bias)
+        ctx.save_for_backward(x, y if ctx.has_residual and act != "none" else None, mean, rstd, weight, bias)
+        return (y, y.detach()) if twice else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -268,12 +268,12 @@ def test_the_operators_are_well_formed(device):
     for norm, eps in ((vectors(3, device, torch.float32), 1e-5), ((None, None, None, None), None)):
         differentiable = [t if t is None else t.clone().requires_grad_(i > 1) for i, t in enumerate(norm)]
         given = (x.clone().requires_grad_(), weight.clone().requires_grad_(), *differentiable)
-        torch.library.opcheck(conv._conv, (*given, "relu", True, *moves, eps), test_utils=tests)
-        torch.library.opcheck(conv._weight_gradient, (grad, x, *norm, "relu", [3, 3], *moves), test_utils=tests)
-    torch.library.opcheck(conv._input_gradient, (grad, weight, [5, 6], *moves), test_utils=tests)
+        torch.library.opcheck(conv._conv.op, (*given, "relu", True, *moves, eps), test_utils=tests)
+        torch.library.opcheck(conv._weight_gradient.op, (grad, x, *norm, "relu", [3, 3], *moves), test_utils=tests)
+    torch.library.opcheck(conv._input_gradient.op, (grad, weight, [5, 6], *moves), test_utils=tests)
     for other, y in ((None, None), (x, None), (None, x), (x, x)):
         given = (grad, weight, other, x, y, *vectors(3, device, torch.float32), "relu", *moves)
-        torch.library.opcheck(conv._norm_gradient, given, test_utils=tests)
+        torch.library.opcheck(conv._norm_gradient.op, given, test_utils=tests)
 
 
 def test_only_the_gradients_that_are_asked_for(device, monkeypatch):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprune_triton import norm
 from reprune_triton.errors import RepruneError
@@ -137,12 +139,28 @@ def test_the_operators_are_well_formed(device):
     x, residual, weight, bias = (t.detach() for t in operands((2, 3, 4, 5), device, torch.float32))
     x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(norm.measure, (x, 1e-5), test_utils=tests)
+    torch.library.opcheck(norm.measure.op, (x, 1e-5), test_utils=tests)
     mean, rstd = torch.zeros(3, device=device), torch.ones(3, device=device)
     for other, y in ((None, None), (residual, x), (None, x), (residual, None)):
-        torch.library.opcheck(norm._apply, (x, other, mean, rstd, weight, bias, "relu"), test_utils=tests)
+        torch.library.opcheck(norm._apply.op, (x, other, mean, rstd, weight, bias, "relu"), test_utils=tests)
         given = (x, other, x, y, mean, rstd, weight, bias, "relu", True)
-        torch.library.opcheck(norm._backward, given, test_utils=tests)
+        torch.library.opcheck(norm._backward.op, given, test_utils=tests)
+
+
+def test_whoever_looks_at_operators_sees_ours(device):
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 3, 4, 5, device=device)
+    seen = []
+    with Names():
+        looked_at = norm.measure(x, 1e-5)
+    assert "reprune.statistics.default" in seen
+    assert all(torch.equal(a, b) for a, b in zip(norm.measure(x, 1e-5), looked_at, strict=True))
+    with FakeTensorMode() as mode:
+        assert norm.measure(mode.from_tensor(x), 1e-5)[0].shape == (3,)
 
 
 def test_nan_goes_through(device):
