@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -27,6 +28,9 @@ _TYPES = {  # of pointers; all others are int32
     "table_ptr": "*i64", "owner_ptr": "*i64", "height_ptr": "*fp32", "floats_ptr": "*fp32",
     "place_ptr": "*i16", "member_ptr": "*i16",
 }  # fmt: skip
+# What kernels of training read and write in the type of the activations; their other pointers are float32.
+_ACTIVATIONS = ("x", "y", "w", "residual", "grad", "other", "g", "grad_x")
+_FLOATS = ("low", "high", "eps")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -60,6 +64,29 @@ def build(
         options.pop("maxnreg", None)
     source = ASTSource(config.kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def build_training(config: Configuration, target: str, dtype: str = "bf16") -> Any:
+    """Compile a kernel of norm_act or masked_conv, as a launch would for channels in multiples of 16.
+
+    dtype: of the activations, as Triton writes it.
+    """
+    names = config.kernel.arg_names
+    types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
+    types |= {f"{name}_ptr": f"*{dtype}" for name in _ACTIVATIONS} | dict.fromkeys(_FLOATS, "fp32")
+    aligned = [name for name in names if name.endswith("_ptr") or name in ("C", "CI", "CO")]
+    return build(config, target, types, aligned)
+
+
+def warm(config: Configuration, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Compile a kernel of norm_act or masked_conv for the GPU here, into Triton's cache, where launches look first."""
+    given: list[torch.dtype | float | int] = []
+    for name in config.kernel.arg_names:
+        if name.endswith("_ptr"):
+            given.append(dtype if name.removesuffix("_ptr") in _ACTIVATIONS else torch.float32)
+        elif name not in dict(config.constants):
+            given.append(0.5 if name in _FLOATS else 16)
+    return config.kernel.warmup(*given, grid=(1,), **dict(config.constants), **config.options())
 
 
 def resources(compiled: Any) -> Resources:

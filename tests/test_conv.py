@@ -347,13 +347,8 @@ import torch
 from reprune_triton.kernels import compiled, masked_conv
 target, name, tf32 = sys.argv[1], sys.argv[2], sys.argv[3] == "tf32"
 dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-types = {f"{key}_ptr": "*" + name for key in ("x", "y", "w", "grad", "other", "grad_x")}
-types |= {f"{key}_ptr": "*fp32" for key in ("partial", "mean", "rstd", "gamma", "beta")}
-types |= {"low": "fp32", "high": "fp32"}
-types |= dict.fromkeys((*masked_conv.SIZES, "CI", "CO", "each"), "i32")
 for config in masked_conv.configurations(dtype, tf32):
-    aligned = [key for key in config.kernel.arg_names if key.endswith("_ptr") or key in ("CI", "CO")]
-    binary = compiled.build(config, target, types, aligned)
+    binary = compiled.build_training(config, target, name)
     code = compiled.machine_code(binary) if "cubin" in binary.asm else []
     print(json.dumps({"kernel": config.kernel.__name__, "constants": dict(config.constants), "warps": config.warps,
                       "resources": compiled.resources(binary)._asdict(), "code": code}))

@@ -192,14 +192,8 @@ def test_what_cannot_run_says_why(device):
 PROGRAM = """
 import json, sys
 from reprune_triton.kernels import compiled, norm_act
-types = {name: "*bf16" for name in ("x_ptr", "y_ptr", "residual_ptr", "grad_ptr", "other_ptr", "g_ptr", "grad_x_ptr")}
-types |= {name: "*fp32" for name in ("mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "partial_ptr", "sums_ptr")}
-types |= {"combined_ptr": "*fp32", "unbiased_ptr": "*fp32", "eps": "fp32"}
-types |= dict.fromkeys(("M", "C", "each", "chunks"), "i32")
 for config in norm_act.configurations():
-    names = config.kernel.arg_names
-    aligned = [name for name in names if name.endswith("_ptr") or name == "C"]
-    binary = compiled.build(config, sys.argv[1], types, aligned)
+    binary = compiled.build_training(config, sys.argv[1])
     code = compiled.machine_code(binary) if "cubin" in binary.asm else []
     print(json.dumps({"kernel": config.kernel.__name__, "constants": dict(config.constants),
                       "resources": compiled.resources(binary)._asdict(), "code": code}))
