@@ -9,10 +9,10 @@ A variant is NET[-fused][-BACKEND]:
     compile, max-autotune (both torch.compile), graph (the whole step in a CUDA graph); without one of them, eager
 
 A variant is only timed if it computes what the dense network does with the same channels masked after BatchNorm and
-activation. Eager variants must do so over two steps in float64, on a few small images. Then each must in its first
-step on the images that are timed: as near as rounding allows, of which a deep network that is not trained yet makes
-much; with autocast, as near as autocast leaves the masked network to float32. The loss must stay finite. Whether a
-compiled or captured variant also has the right gradients is not checked.
+activation. Eager variants must do so over two steps in float64, on a few small images. Then each, compiled or captured
+as it is timed, takes a step on the images that are timed: its outputs, and for every parameter what SGD remembers of
+the gradient, must be as near as rounding allows; with autocast, as near as autocast leaves the masked network to
+float32. These checks use weights of their own (`make_probe`). The loss must stay finite.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ FORWARD = (1, 16, 32)  # images of a forward
 EXACT = 1e-6  # of outputs, relative in the L2 norm: two steps in float64
 FEW, SMALL = 4, 64  # images of them, and their side at most
 TOLERANCE = 1e-3  # ... of the outputs of one step in float32
-ROUNDING = 2  # with autocast: and so many times what autocast changes
+GRADIENT_TOLERANCE = 0.05  # ... of a gradient, where every sign shows that rounding turns in a ReLU; none at all is 1
+ROUNDING = 3  # with autocast: and so many times what autocast changes
+SLIGHT = 0.01  # a gradient that is smaller, by its share of the root mean square of all, may be nothing but rounding
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1 / 32768
 COMPILING = 40  # seconds that must be left for a variant to be compiled
 AGAIN = 2  # steps before each further run that are not timed
+RECORDING = 3  # steps after which max-autotune only replays what it has recorded
 
 
 class Variant(NamedTuple):
@@ -113,6 +116,7 @@ class Task(NamedTuple):
     """What every variant is given."""
 
     dense: nn.Module  # on the device, never trained
+    probe: nn.Module  # the same with the weights that variants are checked at
     channels: Channels
     images: Tensor  # (B, 3, H, W)
     labels: Tensor  # (B,)
@@ -155,19 +159,19 @@ class Runner:
         self.figures: dict[str, float] = {}
         self.runs: list[float] = []  # ms, the median step of each
         self.active = active if variant.net != "dense" else {}
-        self._slices = task.slices(self.active)
+        self.slices = task.slices(self.active)
         self._graph: Any = None
         self.attempt(self._build)
 
     def _build(self) -> None:
         task, variant = self.task, self.variant
         compact = variant.net == "compact"
-        self.model = narrow.compact(task.dense, self._slices) if compact else copy.deepcopy(task.dense)
+        self.model = narrow.compact(task.dense, self.slices) if compact else copy.deepcopy(task.dense)
         if variant.fused:
             fuse(self.model)
         self.optimizer = sgd(self.model)
         if variant.net == "narrow":
-            narrow.Narrowing(self.model, self.optimizer).set(self._slices)
+            narrow.Narrowing(self.model, self.optimizer).set(self.slices)
         self._forward: Callable[[Tensor], Tensor] = self.model
 
     def attempt(self, work: Callable[[], object]) -> bool:
@@ -191,10 +195,18 @@ class Runner:
             gc.collect()
             torch.cuda.empty_cache()
 
+    def begin(self, dense: nn.Module) -> None:
+        """Start from the weights of this network, with nothing remembered of gradients; all in place, for graphs."""
+        slim = narrow.compact(dense, self.slices) if self.variant.net == "compact" else dense
+        self.model.load_state_dict(slim.state_dict())
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
     def prepare(self, wanted: Wanted, warmup: int) -> None:
         """Compile or capture; check; warm up."""
         begun = time.perf_counter()
         device = self.task.images.device
+        self.begin(self.task.probe)
         if self.variant.backend == "eager":
             self.figures["difference_float64"] = check_exactly(self.task, self.model, self.active)
         before = _memory(device)
@@ -204,8 +216,13 @@ class Runner:
                 raise RepruneError("a CUDA graph needs CUDA")
             self._capture()
             self.figures |= _peak(device, before)
-        self.figures |= wanted.check(self.step()[0])
-        _synchronize(device)
+        elif self.variant.backend == "max-autotune":
+            for _ in range(RECORDING):
+                self.step()
+        self.begin(self.task.probe)
+        outputs, there = self.step()[0], {} if self.variant.net == "compact" else self.slices
+        self.figures |= wanted.check(outputs, gradients(self.model, self.optimizer, there))
+        self.begin(self.task.dense)
         self.figures["prepare_s"] = time.perf_counter() - begun
         self.figures["estimate_ms"] = statistics.median(self.time(max(1, warmup)))
         if self.variant.backend in ("eager", "compile"):  # the others hold on to memory that is not counted again
@@ -223,16 +240,12 @@ class Runner:
         return train_step(self.task, self._forward, self.optimizer)
 
     def _capture(self) -> None:
-        """The whole step as a CUDA graph; the steps that this takes are taken back."""
-        start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        """The whole step as a CUDA graph."""
         _side_stream(lambda: train_step(self.task, self.model, self.optimizer))
         self.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._outputs = train_step(self.task, self.model, self.optimizer)
-        self.model.load_state_dict(start)
-        for state in self.optimizer.state.values():
-            state["momentum_buffer"].zero_()
 
     def time(self, steps: int) -> list[float]:
         """Milliseconds of each of these steps."""
@@ -293,35 +306,86 @@ class Wrong(RepruneError):
 
 
 class Wanted(NamedTuple):
-    """The outputs of a masked network in float32, and how far autocast alone leads away from them."""
+    """What a masked network computes in float32, and how far autocast alone leads away from it."""
 
     outputs: Tensor
     own: float
+    gradients: dict[str, Tensor] = {}  # of a step, by parameter
+    own_gradients: dict[str, float] = {}
 
-    def check(self, found: Tensor) -> dict[str, float]:
+    def check(self, outputs: Tensor, found: dict[str, Tensor] | None = None) -> dict[str, float]:
         """By how much they differ; raise Wrong if it is too much."""
-        difference, most = relative(found, self.outputs), TOLERANCE + ROUNDING * self.own
-        if not difference <= most:
-            raise Wrong(
-                f"its outputs are {difference:.2e} away from those of the masked network, and may be {most:.2e}: it is "
-                "not timed"
-            )
-        return {"difference": difference, "autocast_alone": self.own}
+        difference = relative(outputs, self.outputs)
+        _check("its outputs are", difference, TOLERANCE + ROUNDING * self.own)
+        figures = {"difference": difference, "autocast_alone": self.own}
+        if found is not None:
+            apart = differences(found, self.gradients)
+            for name, own in self.own_gradients.items():
+                _check(f"its gradient of {name} is", apart[name], GRADIENT_TOLERANCE + ROUNDING * own)
+            figures |= {"difference_gradient": max(apart.values())}
+            figures |= {"autocast_alone_gradient": max(self.own_gradients.values())}
+        return figures
+
+
+def _check(what: str, difference: float, most: float) -> None:
+    if not difference <= most:
+        raise Wrong(f"{what} {difference:.2e} away from the masked network's, and may be {most:.2e}: it is not timed")
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Of each gradient, relative in the L2 norm; of a slight one, relative to the least that is not slight."""
+    norms = {name: float(tensor.double().norm()) for name, tensor in wanted.items()}
+    count = sum(tensor.numel() for tensor in wanted.values())
+    slight = SLIGHT * math.sqrt(sum(norm**2 for norm in norms.values()) / count)
+    return {
+        name: float((found[name].double() - tensor.double()).norm()) / max(norms[name], slight * tensor.numel() ** 0.5)
+        for name, tensor in wanted.items()
+    }
+
+
+def gradients(model: nn.Module, optimizer: torch.optim.Optimizer, slices: narrow.Slices) -> dict[str, Tensor]:
+    """What SGD remembers after its first step, the gradients with the weight decay; of the active channels."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        remembered = optimizer.state.get(parameter, {}).get("momentum_buffer", torch.zeros_like(parameter))
+        module, _, key = name.rpartition(".")
+        where = narrow.cuts(model.get_submodule(module), slices[module]).get(key, []) if module in slices else []
+        found[name] = narrow.gather(remembered, where).clone()
+    return found
+
+
+def wanted_step(task: Task, active: dict[str, Tensor]) -> Wanted:
+    """Of a variant's first step from the weights of the probe."""
+
+    def step(amp: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        model = masked(task, task.probe, active)
+        optimizer = sgd(model)
+        with exact():
+            outputs = train_step(task, model, optimizer, amp)[0].float()
+        return outputs, gradients(model, optimizer, task.slices(active))
+
+    outputs, wide = step(False)
+    if task.amp is None:
+        return Wanted(outputs, 0.0, wide, dict.fromkeys(wide, 0.0))
+    other, cast = step(True)
+    return Wanted(outputs, relative(other, outputs), wide, differences(cast, wide))
+
+
 @torch.no_grad()
-def wanted_outputs(task: Task, active: dict[str, Tensor], images: Tensor, training: bool) -> Wanted:
-    def outputs(amp: bool) -> Tensor:
-        model = masked(task, active).train(training)
+def wanted_forward(task: Task, active: dict[str, Tensor], images: Tensor) -> Wanted:
+    """Of a forward in evaluation, from the weights that are timed."""
+
+    def forward(amp: bool) -> Tensor:
+        model = masked(task, task.dense, active).eval()
         with exact(), task.autocast(amp):
             return model(images).float()
 
-    wide = outputs(False)
-    return Wanted(wide, 0.0 if task.amp is None else relative(outputs(True), wide))
+    outputs = forward(False)
+    return Wanted(outputs, 0.0 if task.amp is None else relative(forward(True), outputs))
 
 
 def check_exactly(task: Task, model: nn.Module, active: dict[str, Tensor]) -> float:
@@ -335,7 +399,7 @@ def check_exactly(task: Task, model: nn.Module, active: dict[str, Tensor]) -> fl
         return [train_step(small, model, optimizer)[0] for _ in range(2)]  # right twice: so is the gradient
 
     with exact():
-        both = outputs(copy.deepcopy(model)), outputs(masked(task, active))
+        both = outputs(copy.deepcopy(model)), outputs(masked(task, task.probe, active))
     difference = max(relative(a, b) for a, b in zip(*both, strict=True))
     if not difference <= EXACT:
         raise Wrong(f"in float64 it is {difference:.2e} away from the masked network: it is not timed")
@@ -354,9 +418,9 @@ def exact() -> Iterator[None]:
         cudnn.benchmark, cudnn.allow_tf32 = before
 
 
-def masked(task: Task, active: dict[str, Tensor]) -> nn.Module:
-    """The dense network without these channels where they are read, after BatchNorm and activation."""
-    model, slices = copy.deepcopy(task.dense), task.slices(active)
+def masked(task: Task, dense: nn.Module, active: dict[str, Tensor]) -> nn.Module:
+    """A dense network without the other channels where they are read, after BatchNorm and activation."""
+    model, slices = copy.deepcopy(dense), task.slices(active)
     for layer in task.channels.prunable:
         for reader in layer.readers:
             if reader.name in slices:
@@ -453,7 +517,24 @@ def make_task(args: argparse.Namespace, device: torch.device) -> Task:
     if device.type == "cuda":
         dense.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
-    return Task(dense, channels, images, labels, torch.bfloat16 if device.type == "cuda" else None)
+    amp = torch.bfloat16 if device.type == "cuda" else None
+    return Task(dense, make_probe(dense, generator), channels, images, labels, amp)
+
+
+def make_probe(dense: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The network with other scales and shifts in its BatchNorms, no two alike, and most activations behind them on.
+
+    As it is built, a deep network makes so much of rounding that no check could tell its gradients in bfloat16 from
+    wrong ones: on a CPU those of ResNet-50 are further from float32 than zeros would be. Here few are further than a
+    third. These weights are not timed: with fewer zeros in its activations a GPU may be slower.
+    """
+    probe = copy.deepcopy(dense)
+    for module in probe.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for parameter, low, high in ((module.weight, 0.5, 1.5), (module.bias, 1.0, 3.0)):
+                drawn = torch.empty(parameter.shape).uniform_(low, high, generator=generator)
+                parameter.data.copy_(drawn)
+    return probe
 
 
 def active_at(channels: Channels, share: float, args: argparse.Namespace) -> dict[str, Tensor]:
@@ -500,7 +581,7 @@ class Group:
                 continue
             dense = runner.variant.net == "dense"
             if dense not in wanted:
-                wanted[dense] = wanted_outputs(task, runner.active, task.images, True)
+                wanted[dense] = wanted_step(task, runner.active)
             runner.attempt(lambda r=runner, w=wanted[dense]: r.prepare(w, self.args.warmup))  # type: ignore[misc]
         for number in range(self.args.runs):
             if time.monotonic() + self.planned() > self.deadline:
@@ -598,18 +679,12 @@ class Group:
 
     def _forward_of(self, runner: Runner, images: Tensor, line: dict[str, Any]) -> Callable[[], Tensor]:
         """The forward of this variant, checked and warm."""
-        runner.model.load_state_dict(self._start(runner))
+        runner.begin(self.task.dense)  # after some training they would no longer be equal to the last bit
         runner.model.eval()
         call = runner.forward_of(images)
-        line |= wanted_outputs(self.task, runner.active, images, False).check(call())
+        line |= wanted_forward(self.task, runner.active, images).check(call())
         time_each(call, self.args.warmup, images.device)
         return call
-
-    def _start(self, runner: Runner) -> dict[str, Tensor]:
-        """The weights that all began with: after some training they are no longer equal to the last bit."""
-        if runner.variant.net == "compact":
-            return narrow.compact(self.task.dense, self.task.slices(self.active)).state_dict()
-        return self.task.dense.state_dict()
 
 
 def time_each(work: Callable[[], object], count: int, device: torch.device, wait: bool = False) -> list[float]:

@@ -51,6 +51,7 @@ def test_rows(tmp_path, capsys):
         assert (row["flops_left"] < 1) == (not dense) and row["dtype"] == "float32" and row["round_to"] == 1
         assert (row["seed"], row["batch"], row["size"], row["warmup"], row["steps"]) == (2, 4, 16, 1, 2)
         assert row["difference"] < 1e-5 and row["difference_float64"] < 1e-12 and "peak_mb" not in row
+        assert row["difference_gradient"] < 1e-3 and row["autocast_alone_gradient"] == 0.0
         assert row["share"] == pytest.approx(row["roofline_ms"] / row["ms"]) and row["roofline"] == "eager"
         assert row["torch"] == torch.__version__ and row["threads"] == 1 and row["cpu"] and "commit" in row
         beside = {r["variant"]: r for r in rows if r["beside"] == row["beside"]}
@@ -117,19 +118,81 @@ def no_gradient(monkeypatch):
 @pytest.mark.parametrize("broken", [other_biases, no_gradient])
 def test_wrong_outputs_are_not_timed(tmp_path, capsys, monkeypatch, broken):
     broken(monkeypatch)
-    build = roofline.build
-
-    def uneven(name):
-        model = build(name)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.bias)
-        return model
-
-    monkeypatch.setattr(roofline, "build", uneven)
     code, rows = run(tmp_path, "--sparsity", "0.5", "--runs", "1", "--variants", "dense", "narrow")
     assert code == 1 and [row["result"] for row in rows] == ["measured", "refused"]
     assert "ms" not in rows[1] and "not timed" in rows[1]["why"] and "not timed" in capsys.readouterr().err
+
+
+def under_autocast(monkeypatch):
+    """As on CUDA."""
+    make_task = step.make_task
+    monkeypatch.setattr(step, "make_task", lambda *given: make_task(*given)._replace(amp=torch.bfloat16))
+
+
+def as_compiled(monkeypatch, change):
+    """What torch.compile would return is the model after `change`."""
+
+    def compiled(model, backend):
+        if backend == "compile":
+            change(model)
+        return model
+
+    monkeypatch.setattr(step, "_compiled", compiled)
+
+
+COMPILED = ("dense-compile", "narrow-compile", "narrow-fused-compile", "compact-compile")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["conv1.weight", "stage1.0.conv2.weight", "stage2.0.bn1.weight", "stage2.0.bn1.bias"])
+def test_wrong_gradients_are_not_timed(tmp_path, monkeypatch, name, autocast):
+    if autocast:
+        under_autocast(monkeypatch)
+    options = ("--sparsity", "0.5", "--runs", "1", "--variants", *COMPILED)
+    as_compiled(monkeypatch, lambda model: None)
+    code, rows = run(tmp_path, *options)
+    assert code == 0 and [row["result"] for row in rows] == ["measured"] * 4
+    assert all((row["autocast_alone_gradient"] > 1e-3) == autocast for row in rows)
+    assert all(row["difference_gradient"] <= max(1e-3, 1.5 * row["autocast_alone_gradient"]) for row in rows)
+
+    as_compiled(monkeypatch, lambda model: model.get_parameter(name).register_hook(torch.zeros_like))
+    code, rows = run(tmp_path, *options)
+    assert code == 1 and [row["result"] for row in rows] == ["refused"] * 4
+    assert all(row["why"].startswith(f"its gradient of {name} is") and "not timed" in row["why"] for row in rows)
+
+
+def test_a_gradient_that_is_missing_is_not_timed(tmp_path, monkeypatch):
+    as_compiled(monkeypatch, lambda model: model.get_parameter("conv1.weight").requires_grad_(False))
+    code, rows = run(tmp_path, "--sparsity", "0", "--runs", "1", "--variants", "dense-compile")
+    assert code == 1 and "conv1.weight" in rows[0]["why"]
+
+
+@pytest.mark.parametrize("model", ["resnet20", "mobilenet_v2"])
+def test_rounding_says_little_at_the_weights_of_the_checks(model):
+    """Else gradients in bfloat16 could not be told from wrong ones: in a deep network as it is built they cannot."""
+    task = step.make_task(argparse.Namespace(model=model, size=64, batch=8, seed=0), torch.device("cpu"))
+    wanted = step.wanted_step(task._replace(amp=torch.bfloat16), {})
+    own = sorted(wanted.own_gradients.values())
+    assert wanted.own < 0.02 and own[len(own) // 2] < 0.3
+
+
+def test_all_are_timed_from_the_weights_as_they_are_built():
+    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    active = {x.name: torch.arange(x.n_out // 2) for x in task.channels.prunable}
+    wanted = step.wanted_step(task, active)
+    timed = []
+
+    class Stopped(step.Runner):
+        def time(self, steps):
+            slim = narrow.compact(task.dense, self.slices) if self.variant.net == "compact" else task.dense
+            state = self.model.state_dict()
+            timed.append(all(torch.equal(tensor, state[name]) for name, tensor in slim.state_dict().items()))
+            assert not any(x["momentum_buffer"].any() for x in self.optimizer.state.values())
+            return [1.0]
+
+    for variant in ("narrow", "narrow-fused", "compact"):
+        Stopped(task, step.parse(variant), 0.5, active).prepare(wanted, 1)
+    assert timed == [True] * 3
 
 
 def test_a_loss_that_is_not_finite_is_not_timed(tmp_path, monkeypatch):
@@ -188,7 +251,7 @@ def test_the_networks_are_left_alone():
     active = {x.name: torch.arange(x.n_out // 2) for x in task.channels.prunable}
     before = {name: tensor.clone() for name, tensor in task.dense.state_dict().items()}
     runner = step.Runner(task, step.parse("narrow-fused"), 0.5, active)
-    assert runner.attempt(lambda: runner.prepare(step.wanted_outputs(task, active, task.images, True), 1))
+    assert runner.attempt(lambda: runner.prepare(step.wanted_step(task, active), 1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.dense.state_dict().items())
     assert fusion._FUSED not in task.dense.__dict__ and fusion._FUSED in runner.model.__dict__
     assert {name: p.shape for name, p in runner.model.named_parameters()} == {
