@@ -209,13 +209,11 @@ class Runner:
         self.begin(self.task.probe)
         if self.variant.backend == "eager":
             self.figures["difference_float64"] = check_exactly(self.task, self.model, self.active)
-        before = _memory(device)
         self._forward = _compiled(self.model, self.variant.backend)
         if self.variant.backend == "graph":
             if device.type != "cuda":
                 raise RepruneError("a CUDA graph needs CUDA")
             self._capture()
-            self.figures |= _peak(device, before)
         elif self.variant.backend == "max-autotune":
             for _ in range(RECORDING):
                 self.step()
@@ -225,7 +223,7 @@ class Runner:
         self.begin(self.task.dense)
         self.figures["prepare_s"] = time.perf_counter() - begun
         self.figures["estimate_ms"] = statistics.median(self.time(max(1, warmup)))
-        if self.variant.backend in ("eager", "compile"):  # the others hold on to memory that is not counted again
+        if self.variant.backend in ("eager", "compile"):  # a replay takes no memory: graph counted in its capture
             before = _memory(device)
             self.step()
             self.figures |= _peak(device, before)
@@ -241,11 +239,14 @@ class Runner:
 
     def _capture(self) -> None:
         """The whole step as a CUDA graph."""
+        device = self.task.images.device
         _side_stream(lambda: train_step(self.task, self.model, self.optimizer))
+        before = _memory(device)  # with momentum and gradients, as in a later step of eager
         self.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._outputs = train_step(self.task, self.model, self.optimizer)
+        self.figures |= _peak(device, before)
 
     def time(self, steps: int) -> list[float]:
         """Milliseconds of each of these steps."""
@@ -739,7 +740,9 @@ def _memory(device: torch.device) -> int:
 
 
 def _peak(device: torch.device, before: int) -> dict[str, float]:
-    """Beyond what was in use before: weights, momentum and the last gradients."""
+    """The most in use during a step beyond what is there before one, which is weights, momentum, the last gradients and
+    what other variants hold: so activations and workspaces. The same for eager, compile and graph. max-autotune has no
+    figure: only Inductor knows what the graphs it has recorded share."""
     if device.type != "cuda":
         return {}
     torch.cuda.synchronize(device)

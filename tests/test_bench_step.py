@@ -2,6 +2,7 @@
 something else is not timed."""
 
 import argparse
+import contextlib
 import json
 import math
 
@@ -193,6 +194,49 @@ def test_all_are_timed_from_the_weights_as_they_are_built():
     for variant in ("narrow", "narrow-fused", "compact"):
         Stopped(task, step.parse(variant), 0.5, active).prepare(wanted, 1)
     assert timed == [True] * 3
+
+
+def test_memory_is_counted_beside_the_same_in_all_backends(monkeypatch):
+    """Beside weights, momentum and gradients, and nothing that only one backend has."""
+    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    wanted, beside, taken = step.wanted_step(task, {}), [], []
+
+    class Graph:
+        def replay(self):
+            runner._outputs = step.train_step(task, runner.model, runner.optimizer)
+
+    def memory(device):
+        parameters = list(runner.model.parameters())
+        state = [runner.optimizer.state.get(p, {}).get("momentum_buffer") for p in parameters]
+        beside.append(all(x is not None for x in (*state, *(p.grad for p in parameters))))
+        return len(beside)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: taken.append(len(beside)) or contextlib.nullcontext())
+    monkeypatch.setattr(step, "_side_stream", lambda work: work())
+    monkeypatch.setattr(step, "_memory", memory)
+    monkeypatch.setattr(step, "_peak", lambda device, before: {"peak_mb": before})
+    monkeypatch.setattr(step, "_compiled", lambda model, backend: model)
+    for backend in step.BACKENDS:
+        beside.clear()
+        runner = step.Runner(task, step.Variant("dense", False, backend), 0.0, {})
+        if backend == "graph":
+            runner._capture()
+        else:
+            runner.prepare(wanted, 1)
+        assert beside == [True] * (backend != "max-autotune")
+        assert ("peak_mb" in runner.figures) == (backend != "max-autotune")
+    assert taken == [1], "the capture is what is counted"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps(tmp_path):
+    names = ("dense", "dense-graph", "narrow-graph", "compact-graph")
+    size = ("--model", "resnet18", "--device", "cuda", "--batch", "64", "--size", "64", "--round-to", "1")
+    code, rows = run(tmp_path, *size, "--sparsity", "0.5", "--runs", "1", "--variants", *names)
+    assert code == 0 and [row["result"] for row in rows] == ["measured"] * 4
+    assert all(row["peak_mb"] > 10 for row in rows)
 
 
 def test_a_loss_that_is_not_finite_is_not_timed(tmp_path, monkeypatch):
