@@ -8,6 +8,8 @@ A variant is NET[-fused][-BACKEND]:
     fused      BatchNorm, addition and activation as one operation (`reprune_triton.fuse`)
     compile, max-autotune (both torch.compile), graph (the whole step in a CUDA graph); without one of them, eager
 
+Variants of one backend take turns, one backend after the other.
+
 A variant is only timed if it computes what the dense network does with the same channels masked after BatchNorm and
 activation. Eager variants must do so over two steps in float64, on a few small images. Then each, compiled or captured
 as it is timed, takes a step on the images that are timed: its outputs, and for every parameter what SGD remembers of
@@ -57,6 +59,7 @@ GRADIENT_TOLERANCE = 0.05  # ... of a gradient, where every sign shows that roun
 ROUNDING = 3  # with autocast: and so many times what autocast changes
 SLIGHT = 0.01  # a gradient that is smaller, by its share of the root mean square of all, may be nothing but rounding
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1 / 32768
+COMPILED = ("compile", "max-autotune")
 COMPILING = 40  # seconds that must be left for a variant to be compiled
 AGAIN = 2  # steps before each further run that are not timed
 RECORDING = 3  # steps after which max-autotune only replays what it has recorded
@@ -158,7 +161,7 @@ class Runner:
         self.ready = False
         self.figures: dict[str, float] = {}
         self.runs: list[float] = []  # ms, the median step of each
-        self.active = active if variant.net != "dense" else {}
+        self.active = active
         self.slices = task.slices(self.active)
         self._graph: Any = None
         self.attempt(self._build)
@@ -183,17 +186,16 @@ class Runner:
         except Exception as error:  # out of memory, no compiler, an operation that a CUDA graph cannot hold
             self.result, self.why = "failed", reason(error)
         if self.result in ("refused", "failed"):
-            self.ready, self.runs = False, []
+            self.runs = []
             self.release()
         return not self.result
 
     def release(self) -> None:
         """Give the memory back."""
+        self.ready = False
         for name in ("model", "optimizer", "_forward", "_graph", "_outputs"):
             self.__dict__.pop(name, None)
-        if self.task.images.is_cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
+        give_back(self.task.images.device)
 
     def begin(self, dense: nn.Module) -> None:
         """Start from the weights of this network, with nothing remembered of gradients; all in place, for graphs."""
@@ -270,7 +272,7 @@ class Runner:
         """Of bench/roofline.py."""
         if self.variant.fused and self.task.images.is_cuda:
             return "fused"
-        return "compiled" if self.variant.backend in ("compile", "max-autotune") else "eager"
+        return "compiled" if self.variant.backend in COMPILED else "eager"
 
     @torch.no_grad()
     def forward_of(self, images: Tensor) -> Callable[[], Tensor]:
@@ -298,7 +300,12 @@ class Runner:
         return replay
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
+    behind: BaseException | None = error  # as behind that of a capture, which ends with an error of its own
+    while behind is not None:
+        if isinstance(behind, torch.OutOfMemoryError):
+            return "out of memory"
+        behind = behind.__cause__ or behind.__context__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
@@ -445,7 +452,7 @@ def run(args: argparse.Namespace) -> None:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    if {variant.backend for variant in variants} & {"compile", "max-autotune"}:
+    if {variant.backend for variant in variants} & {*COMPILED}:
         from torch._dynamo import config
 
         # All variants share the code of one class, and narrow ones differ from the rest in their hooks alone.
@@ -456,7 +463,7 @@ def run(args: argparse.Namespace) -> None:
     task = make_task(args, device)
     shares = args.sparsity if args.flops is None else [at_flops(task.channels, f, args.round_to) for f in args.flops]
     shares = list(dict.fromkeys(shares))
-    actives = {share: active_at(task.channels, share, args) for share in shares}
+    actives = {share: active_at(task.channels, share, args) for share in (0.0, *shares)}
     ceilings = roofline.measure(device)
     settings = rows.environment(device) | {
         "benchmark": "step", "model": args.model, "batch": args.batch, "size": args.size, "seed": args.seed,
@@ -465,35 +472,44 @@ def run(args: argparse.Namespace) -> None:
         "torchvision": rows.version("torchvision"), "ceilings": ceilings._asdict(),
     }  # fmt: skip
 
-    def build(net: bool, share: float) -> list[Runner]:
-        """The dense ones, or the others."""
-        return [Runner(task, v, share, actives.get(share, {})) for v in variants if (v.net == "dense") == net]
+    def build(share: float, backend: str) -> list[Runner]:
+        """At 0 the dense ones, else the others. Before any is compiled: making a model narrow forgets what was."""
+        some = (v for v in variants if v.backend == backend and (v.net == "dense") == (share == 0))
+        return [Runner(task, variant, share, actives[share]) for variant in some]
 
-    # All before anything is compiled, since making a model narrow forgets what was.
-    dense = build(True, 0.0)
-    thin = {share: build(False, share) for share in shares if share > 0}
-    refused = []
-    for share, some in (thin or {0.0: []}).items():
-        group = Group(task, args, share, actives.get(share, {}), [*dense, *some], deadline)
+    stays, wanted, refused = build(0.0, "eager"), dict[float, Wanted](), list[str]()
+    for share in [share for share in shares if share > 0] or [0.0]:
+        groups, forward = list[Group](), list[dict[str, Any]]()
         try:
-            group.measure()
-        finally:  # one that is stopped keeps what it has measured
-            lines = group.lines(ceilings)
-            save(args, settings, lines)
+            for backend in dict.fromkeys(variant.backend for variant in variants):
+                whole = stays if backend == "eager" else build(0.0, backend)
+                runners = [*whole, *(build(share, backend) if share else ())]
+                groups.append(Group(task, args, share, runners, wanted, deadline))
+                groups[-1].measure()
+                forward += groups[-1].forward() if args.forward else []
+                groups[-1].close()
+        finally:  # what is stopped keeps what it has measured
+            lines = with_best([line for group in groups for line in group.lines(ceilings)])
+            save(args, settings, lines + forward)
         on = f"{settings['device']}, sparsity {share:g}"
         console.print(step_table(lines, f"A step of {args.model}, {args.batch} images, {on}"))
         if args.forward:
-            forward = group.forward()
-            save(args, settings, forward)
             console.print(forward_table(forward, f"A forward of {args.model}, {on}"))
-            lines += forward
+        lines += forward
         for note in dict.fromkeys(f"{x['variant']}, {x['result']}: {x['why']}" for x in lines if x["why"]):
             console.print(note, markup=False)
         refused += [f"{line['variant']}: {line['why']}" for line in lines if line["result"] == "refused"]
-        for runner in some:
-            runner.release()
     if refused:
         raise RepruneError("; ".join(dict.fromkeys(refused)))
+
+
+def with_best(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the ratio to the best dense one, of whatever backend."""
+    measured = [line for line in lines if line["result"] == "measured"]
+    plain = [line["ms"] for line in measured if line["net"] == "dense" and not line["fused"]]
+    for line in measured:
+        line["ratio_best"] = min(plain) / line["ms"] if plain else None
+    return lines
 
 
 def save(args: argparse.Namespace, settings: dict[str, Any], lines: list[dict[str, Any]]) -> None:
@@ -560,30 +576,31 @@ def at_flops(channels: Channels, flops: float, round_to: int) -> float:
 
 
 class Group:
-    """The variants that take turns: all dense ones, and those of one sparsity."""
+    """The variants that take turns: of one backend, all dense ones and those of one sparsity.
+
+    Not of all backends, since a CUDA graph (so max-autotune too) keeps its activations' memory as long as it exists,
+    14 GB for ResNet-50 at batch 256, and compiled code cannot be dropped one by one. `close` gives it back before the
+    next group begins. One that runs out of memory fails alone: what it held is given back at once.
+    """
 
     def __init__(
-        self, task: Task, args: argparse.Namespace, share: float, active: dict[str, Tensor], runners: list[Runner],
+        self, task: Task, args: argparse.Namespace, share: float, runners: list[Runner], wanted: dict[float, Wanted],
         deadline: float,
     ):  # fmt: skip
-        self.task, self.args, self.share, self.active = task, args, share, active
-        self.runners, self.deadline = runners, deadline
+        self.task, self.args, self.share = task, args, share
+        self.runners, self.wanted, self.deadline = runners, wanted, deadline
 
     def measure(self) -> None:
-        task, wanted = self.task, dict[bool, Wanted]()
         for runner in self.runners:
             runner.runs = []
             if runner.ready or runner.result in ("refused", "failed"):
                 continue
             runner.result = ""
-            compiling = COMPILING if runner.variant.backend in ("compile", "max-autotune") else 0
+            compiling = COMPILING if runner.variant.backend in COMPILED else 0
             if time.monotonic() + self.planned() + compiling > self.deadline:
                 runner.result, runner.why = "skipped", "no time left"
                 continue
-            dense = runner.variant.net == "dense"
-            if dense not in wanted:
-                wanted[dense] = wanted_step(task, runner.active)
-            runner.attempt(lambda r=runner, w=wanted[dense]: r.prepare(w, self.args.warmup))  # type: ignore[misc]
+            runner.attempt(lambda r=runner: self._prepare(r))  # type: ignore[misc]
         for number in range(self.args.runs):
             if time.monotonic() + self.planned() > self.deadline:
                 break
@@ -593,6 +610,21 @@ class Group:
         for runner in self.runners:
             if runner.ready and not runner.runs:
                 runner.result, runner.why = "skipped", "no time left"
+
+    def _prepare(self, runner: Runner) -> None:
+        if runner.share not in self.wanted:
+            self.wanted[runner.share] = wanted_step(self.task, runner.active)
+        give_back(self.task.images.device)  # a graph has no use for what the allocator still holds for others
+        runner.prepare(self.wanted[runner.share], self.args.warmup)
+
+    def close(self) -> None:
+        """Give back the memory of all that have no turn in a later group."""
+        for runner in self.runners:
+            if runner.share or runner.variant.backend != "eager":
+                runner.release()
+        if any(runner.variant.backend in COMPILED for runner in self.runners):
+            torch.compiler.reset()  # its code holds the graphs of max-autotune
+            give_back(self.task.images.device)
 
     def _turn(self, runner: Runner, number: int) -> None:
         runner.result = ""
@@ -606,33 +638,30 @@ class Group:
 
     def lines(self, ceilings: roofline.Ceilings) -> list[dict[str, Any]]:
         """A row for every variant."""
-        measured = {runner.variant: runner for runner in self.runners if runner.runs}
-        plain = [r.ms for v, r in measured.items() if v.net == "dense" and not v.fused]
+        measured = {(runner.variant, runner.share): runner for runner in self.runners if runner.runs}
         size, shape = (4 if self.task.amp is None else 2), tuple(self.task.images.shape)
-        slim = narrow.compact(self.task.dense, self.task.slices(self.active)) if self.share else self.task.dense
-        ideal: dict[tuple[bool, str], float] = {}
+        ideal: dict[tuple[float, str], float] = {}
         found = []
         for runner in self.runners:
-            variant, dense = runner.variant, runner.variant.net == "dense"
-            widths = {name: len(index) for name, index in self.active.items()}
+            variant = runner.variant
+            widths = {name: len(index) for name, index in runner.active.items()}
             line: dict[str, Any] = {
                 "row": "step", "variant": str(variant), **variant._asdict(), "sparsity": runner.share,
-                "beside": self.share, "flops_left": 1.0 if dense else self.task.channels.flops(widths),
+                "beside": self.share, "flops_left": self.task.channels.flops(widths),
                 "result": "measured" if runner.runs else runner.result or "skipped", "why": runner.why,
             }  # fmt: skip
             line |= {key: value for key, value in runner.figures.items() if key != "estimate_ms"}
             if runner.runs:
-                key = dense, runner.level
+                key = runner.share, runner.level
                 if key not in ideal:
-                    model = self.task.dense if dense else slim
+                    model = narrow.compact(self.task.dense, runner.slices)
                     ideal[key] = roofline.total(roofline.kernels(model, shape, runner.level, size), ceilings) * 1e3
-                same = measured.get(variant._replace(net="dense"))
+                same = measured.get((variant._replace(net="dense"), 0.0))
                 line |= {
                     "ms": runner.ms, "runs_ms": runner.runs, "runs": len(runner.runs),
                     "spread": (max(runner.runs) - min(runner.runs)) / runner.ms,
                     "images_per_s": shape[0] / runner.ms * 1e3,
                     "ratio_dense": same.ms / runner.ms if same else None,
-                    "ratio_best": min(plain) / runner.ms if plain else None,
                     "roofline": runner.level, "roofline_ms": ideal[key], "share": ideal[key] / runner.ms,
                 }  # fmt: skip
             found.append(line)
@@ -646,10 +675,10 @@ class Group:
         images = self.task.images[torch.arange(batch) % len(self.task.images)]
         if images.is_cuda:
             images = images.contiguous(memory_format=torch.channels_last)
-        calls: dict[Variant, Callable[[], Tensor]] = {}
-        lines: dict[Variant, dict[str, Any]] = {}
+        calls: dict[Runner, Callable[[], Tensor]] = {}
+        lines: dict[Runner, dict[str, Any]] = {}
         for runner in self.runners:
-            lines[runner.variant] = line = {
+            lines[runner] = line = {
                 "row": "forward", "variant": str(runner.variant), **runner.variant._asdict(), "images": batch,
                 "sparsity": runner.share, "beside": self.share, "result": runner.result, "why": runner.why,
             }  # fmt: skip
@@ -659,20 +688,20 @@ class Group:
             if time.monotonic() > self.deadline:
                 continue
             try:
-                calls[runner.variant] = self._forward_of(runner, images, line)
+                calls[runner] = self._forward_of(runner, images, line)
                 line |= {"result": "measured", "why": ""}
             except Wrong as error:
                 line |= {"result": "refused", "why": str(error)}
             except Exception as error:  # the others go on
                 line |= {"result": "failed", "why": reason(error)}
-        spent: dict[Variant, list[tuple[float, float]]] = {variant: [] for variant in calls}
+        spent: dict[Runner, list[tuple[float, float]]] = {runner: [] for runner in calls}
         for _ in range(self.args.runs):
-            for variant, call in calls.items():
+            for runner, call in calls.items():
                 both = (time_each(call, self.args.steps, images.device, wait) for wait in (True, False))
-                spent[variant].append(tuple(map(statistics.median, both)))  # type: ignore[arg-type]
-        for variant, pairs in spent.items():
+                spent[runner].append(tuple(map(statistics.median, both)))  # type: ignore[arg-type]
+        for runner, pairs in spent.items():
             latency, ms = (statistics.median(some) for some in zip(*pairs, strict=True))
-            lines[variant] |= {"latency_ms": latency, "ms": ms, "images_per_s": batch / ms * 1e3}
+            lines[runner] |= {"latency_ms": latency, "ms": ms, "images_per_s": batch / ms * 1e3}
         for runner in self.runners:
             if runner.ready:
                 runner.model.train()
@@ -710,7 +739,7 @@ def time_each(work: Callable[[], object], count: int, device: torch.device, wait
 
 
 def _compiled(model: nn.Module, backend: str) -> Callable[[Tensor], Tensor]:
-    if backend not in ("compile", "max-autotune"):
+    if backend not in COMPILED:
         return model
     return torch.compile(model, mode=None if backend == "compile" else backend, dynamic=False)
 
@@ -728,6 +757,13 @@ def _side_stream(work: Callable[[], object], times: int = 3) -> None:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def give_back(device: torch.device) -> None:
+    """To the device, what nobody uses any more."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _memory(device: torch.device) -> int:
@@ -750,7 +786,11 @@ def _peak(device: torch.device, before: int) -> dict[str, float]:
 
 
 def step_table(lines: list[dict[str, Any]], title: str) -> Table:
-    made = Table(title=title, caption="Spread: from the fastest run to the slowest; ratios mean no more.")
+    made = Table(
+        title=title,
+        caption="Spread: from the fastest run to the slowest; ratios mean no more. The best dense one may be of "
+        "another backend, and have had its turns at another time.",
+    )
     for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense, same backend", "to the best dense",
                    "peak MB", "of the roofline", "difference", "in float64"):  # fmt: skip
         made.add_column(column, justify="right" if column else "left")

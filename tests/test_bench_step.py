@@ -262,6 +262,57 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
         assert code == 0 and rows[0]["result"] == "failed"
 
 
+def test_what_runs_out_of_memory_gives_back_what_it_held(tmp_path, monkeypatch):
+    def no_memory(model, backend):
+        if backend != "compile" or model.get_parameter("stage1.0.conv1.weight").shape[0] == 16:
+            return model
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        finally:
+            raise RuntimeError("the end of a capture")
+
+    monkeypatch.setattr(step, "_compiled", no_memory)
+    made = watch(monkeypatch)
+    variants = ("--variants", "dense", "dense-compile", "compact-compile", "narrow-compile")
+    code, rows = run(tmp_path, "--sparsity", "0.5", "0.75", "--runs", "1", *variants)
+    assert code == 0 and [row["result"] for row in rows] == ["measured", "measured", "failed", "measured"] * 2
+    assert [row["why"] for row in rows if row["result"] == "failed"] == ["out of memory"] * 2
+    failed = [runner for runner in made if runner.result == "failed"]
+    assert len(failed) == 2 and not any(hasattr(runner, "model") for runner in failed)
+
+
+def watch(monkeypatch) -> list[step.Runner]:
+    """All that are made."""
+    made, make = [], step.Runner.__init__
+    monkeypatch.setattr(step.Runner, "__init__", lambda self, *given: made.append(self) or make(self, *given))
+    return made
+
+
+def test_only_one_backend_holds_memory(tmp_path, monkeypatch):
+    """Beside eager ones, which hold none between their steps."""
+    made, time, reset, resets = watch(monkeypatch), step.Runner.time, torch.compiler.reset, []
+
+    def alone(runner, steps):
+        holding = {r.variant.backend for r in made if hasattr(r, "model")} - {"eager"}
+        assert holding <= {runner.variant.backend}
+        return time(runner, steps)
+
+    monkeypatch.setattr(step.Runner, "time", alone)
+    monkeypatch.setattr(step, "_compiled", lambda model, backend: model)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1) or reset())
+    names = [f"{net}-{backend}" for backend in step.COMPILED for net in ("dense", "narrow", "compact")]
+    options = ("--runs", "1", "--variants", "dense", *names, "compact")
+    code, rows = run(tmp_path, "--sparsity", "0.5", "0.75", *options)
+    assert code == 0 and [row["result"] for row in rows] == ["measured"] * 16 and len(resets) == 4
+    assert [row["variant"] for row in rows] == ["dense", "compact", *names] * 2
+    assert sum(runner.variant == ("dense", False, "eager") for runner in made) == 1, "it is not prepared again"
+    for row in rows:
+        beside = [r for r in rows if r["beside"] == row["beside"] and r["net"] == "dense"]
+        (same,) = (r for r in beside if r["backend"] == row["backend"])
+        assert row["ratio_dense"] == pytest.approx(same["ms"] / row["ms"])
+        assert row["ratio_best"] == pytest.approx(min(r["ms"] for r in beside) / row["ms"])
+
+
 def test_no_time_left(tmp_path):
     code, rows = run(tmp_path, "--sparsity", "0.5", "--seconds", "1e-6")
     assert code == 0 and {(row["result"], row["why"]) for row in rows} == {("skipped", "no time left")}
