@@ -3,12 +3,14 @@
 A variant is NET[-fused][-BACKEND]:
 
     dense      the network as it is
-    narrow     as it trains between events: parameters of full shape, each module runs on its active channels
+    narrow     as it trains between events: parameters of full shape, each module runs on its active channels; at
+               sparsity 0 with all of them, which no training does, but on CUDA weights are cast there as in any narrow
+               network: what pruning alone gains is narrow against narrow at 0
     compact    as it trains after the last event: physically narrow
     fused      BatchNorm, addition and activation as one operation (`reprune_triton.fuse`)
     compile, max-autotune (both torch.compile), graph (the whole step in a CUDA graph); without one of them, eager
 
-Variants of one backend take turns, one backend after the other.
+Variants of one backend take turns, those at sparsity 0 beside every other sparsity; one backend after the other.
 
 A variant is only timed if it computes what the dense network does with the same channels masked after BatchNorm and
 activation. Eager variants must do so over two steps in float64, on a few small images. Then each, compiled or captured
@@ -97,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     widths = parser.add_mutually_exclusive_group()
     widths.add_argument(
         "--sparsity", type=float, nargs="+", default=[0.0, 0.3, 0.51, 0.75],
-        help="share of the prunable channels to leave out, of every layer (default: 0 0.3 0.51 0.75)",
+        help="share of the prunable channels to leave out, of every layer; 0: beside the others also narrow with all "
+        "of them (default: 0 0.3 0.51 0.75)",
     )  # fmt: skip
     widths.add_argument("--flops", type=float, nargs="+", help="instead: share of the dense network's FLOPs to keep")
     parser.add_argument(
@@ -174,7 +177,9 @@ class Runner:
             fuse(self.model)
         self.optimizer = sgd(self.model)
         if variant.net == "narrow":
-            narrow.Narrowing(self.model, self.optimizer).set(self.slices)
+            # Without a module that is named nothing would be cast either.
+            whole = {layer.name: narrow.Slice() for layer in task.channels.prunable}
+            narrow.Narrowing(self.model, self.optimizer).set(self.slices or whole)
         self._forward: Callable[[Tensor], Tensor] = self.model
 
     def attempt(self, work: Callable[[], object]) -> bool:
@@ -473,9 +478,9 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
 
     def build(share: float, backend: str) -> list[Runner]:
-        """At 0 the dense ones, else the others. Before any is compiled: making a model narrow forgets what was."""
-        some = (v for v in variants if v.backend == backend and (v.net == "dense") == (share == 0))
-        return [Runner(task, variant, share, actives[share]) for variant in some]
+        """Of a group, before any of it is compiled: making a model narrow forgets what was."""
+        nets = ("narrow", "compact") if share else ("dense", "narrow") if 0.0 in shares else ("dense",)
+        return [Runner(task, v, share, actives[share]) for v in variants if v.backend == backend and v.net in nets]
 
     stays, wanted, refused = build(0.0, "eager"), dict[float, Wanted](), list[str]()
     for share in [share for share in shares if share > 0] or [0.0]:
@@ -496,9 +501,9 @@ def run(args: argparse.Namespace) -> None:
         if args.forward:
             console.print(forward_table(forward, f"A forward of {args.model}, {on}"))
         lines += forward
-        for note in dict.fromkeys(f"{x['variant']}, {x['result']}: {x['why']}" for x in lines if x["why"]):
+        for note in dict.fromkeys(f"{label(x)}, {x['result']}: {x['why']}" for x in lines if x["why"]):
             console.print(note, markup=False)
-        refused += [f"{line['variant']}: {line['why']}" for line in lines if line["result"] == "refused"]
+        refused += [f"{label(line)}: {line['why']}" for line in lines if line["result"] == "refused"]
     if refused:
         raise RepruneError("; ".join(dict.fromkeys(refused)))
 
@@ -576,11 +581,12 @@ def at_flops(channels: Channels, flops: float, round_to: int) -> float:
 
 
 class Group:
-    """The variants that take turns: of one backend, all dense ones and those of one sparsity.
+    """The variants that take turns: of one backend, those at sparsity 0 and at one other.
 
-    Not of all backends, since a CUDA graph (so max-autotune too) keeps its activations' memory as long as it exists,
-    14 GB for ResNet-50 at batch 256, and compiled code cannot be dropped one by one. `close` gives it back before the
-    next group begins. One that runs out of memory fails alone: what it held is given back at once.
+    Not of all backends: a CUDA graph, of max-autotune too, keeps the memory of its activations as long as it exists,
+    and all of them with the eager ones may be more than 80 GB for ResNet-50 at batch 256. `close` gives it back before
+    the next group begins. One that runs out of memory fails alone: what it held is given back at once, except what
+    compiled code keeps until `close`, which cannot be dropped one by one.
     """
 
     def __init__(
@@ -657,11 +663,13 @@ class Group:
                     model = narrow.compact(self.task.dense, runner.slices)
                     ideal[key] = roofline.total(roofline.kernels(model, shape, runner.level, size), ceilings) * 1e3
                 same = measured.get((variant._replace(net="dense"), 0.0))
+                whole = measured.get((variant, 0.0)) if variant.net == "narrow" else None
                 line |= {
                     "ms": runner.ms, "runs_ms": runner.runs, "runs": len(runner.runs),
                     "spread": (max(runner.runs) - min(runner.runs)) / runner.ms,
                     "images_per_s": shape[0] / runner.ms * 1e3,
                     "ratio_dense": same.ms / runner.ms if same else None,
+                    "ratio_whole": whole.ms / runner.ms if whole else None,
                     "roofline": runner.level, "roofline_ms": ideal[key], "share": ideal[key] / runner.ms,
                 }  # fmt: skip
             found.append(line)
@@ -788,20 +796,21 @@ def _peak(device: torch.device, before: int) -> dict[str, float]:
 def step_table(lines: list[dict[str, Any]], title: str) -> Table:
     made = Table(
         title=title,
-        caption="Spread: from the fastest run to the slowest; ratios mean no more. The best dense one may be of "
-        "another backend, and have had its turns at another time.",
+        caption="Spread: from the fastest run to the slowest; ratios mean no more. To dense: of the same backend. The "
+        "best dense may be of another one, and have had its turns at another time.",
     )
-    for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense, same backend", "to the best dense",
-                   "peak MB", "of the roofline", "difference", "in float64"):  # fmt: skip
-        made.add_column(column, justify="right" if column else "left")
+    for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense", "to narrow at 0",
+                   "to best dense", "peak MB", "of the roofline", "difference", "in float64"):  # fmt: skip
+        made.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for line in lines:
         if line["result"] != "measured":
-            made.add_row(line["variant"], "", line["result"])
+            made.add_row(label(line), "", line["result"])
             continue
         made.add_row(
-            line["variant"], cell(line["flops_left"], ".3f"), cell(line["ms"], ".3f"),
+            label(line), cell(line["flops_left"], ".3f"), cell(line["ms"], ".3f"),
             cell(line["spread"], ".0%"), cell(line["images_per_s"], ".0f"), cell(line["ratio_dense"], ".2f", "x"),
-            cell(line["ratio_best"], ".2f", "x"), cell(line.get("peak_mb"), ".0f"),
+            cell(line["ratio_whole"], ".2f", "x"), cell(line["ratio_best"], ".2f", "x"),
+            cell(line.get("peak_mb"), ".0f"),
             cell(line["share"], ".0%"), cell(line["difference"], ".1e"),
             cell(line.get("difference_float64"), ".1e"),
         )  # fmt: skip
@@ -811,16 +820,20 @@ def step_table(lines: list[dict[str, Any]], title: str) -> Table:
 def forward_table(lines: list[dict[str, Any]], title: str) -> Table:
     made = Table(title=title, caption="Latency: of one alone. Images a second: one after the other.")
     for column in ("images", "", "latency, ms", "images / s", "difference"):
-        made.add_column(column, justify="right" if column else "left")
+        made.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for line in lines:
         if line["result"] != "measured":
-            made.add_row(str(line["images"]), line["variant"], line["result"])
+            made.add_row(str(line["images"]), label(line), line["result"])
             continue
         made.add_row(
-            str(line["images"]), line["variant"], cell(line["latency_ms"], ".3f"), cell(line["images_per_s"], ".0f"),
+            str(line["images"]), label(line), cell(line["latency_ms"], ".3f"), cell(line["images_per_s"], ".0f"),
             cell(line["difference"], ".1e"),
         )  # fmt: skip
     return made
+
+
+def label(line: dict[str, Any]) -> str:
+    return line["variant"] + " at 0" * (line["net"] == "narrow" and not line["sparsity"])
 
 
 def cell(value: float | None, form: str, unit: str = "") -> str:

@@ -41,10 +41,12 @@ def run(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
 def test_rows(tmp_path, capsys):
     code, rows = run(tmp_path, "--sparsity", "0", "0.5", "0.75", "--runs", "3", "--seed", "2", "--threads", "1")
     assert code == 0
-    assert [(row["beside"], row["variant"]) for row in rows] == [(s, v) for s in (0.5, 0.75) for v in ALL]
+    assert [(row["beside"], row["sparsity"], row["variant"]) for row in rows] == [
+        (s, at, v) for s in (0.5, 0.75) for at, names in ((0.0, ALL[:4]), (s, ALL[2:])) for v in names
+    ]
     for row in rows:
-        dense = row["net"] == "dense"
-        assert row["result"] == "measured" and row["sparsity"] == (0.0 if dense else row["beside"])
+        dense, narrow = row["sparsity"] == 0.0, row["net"] == "narrow"
+        assert row["result"] == "measured" and dense >= (row["net"] == "dense")
         assert row["fused"] == row["variant"].endswith("fused") and row["backend"] == "eager"
         assert row["ms"] == sorted(row["runs_ms"])[1] and row["runs"] == 3
         assert row["images_per_s"] == pytest.approx(4e3 / row["ms"])
@@ -55,13 +57,16 @@ def test_rows(tmp_path, capsys):
         assert row["difference_gradient"] < 1e-3 and row["autocast_alone_gradient"] == 0.0
         assert row["share"] == pytest.approx(row["roofline_ms"] / row["ms"]) and row["roofline"] == "eager"
         assert row["torch"] == torch.__version__ and row["threads"] == 1 and row["cpu"] and "commit" in row
-        beside = {r["variant"]: r for r in rows if r["beside"] == row["beside"]}
+        beside = {r["variant"]: r for r in rows if (r["beside"], r["sparsity"]) == (row["beside"], 0.0)}
         plain, same = beside["dense"], beside["dense-fused" if row["fused"] else "dense"]
+        whole = pytest.approx(beside[row["variant"]]["ms"] / row["ms"]) if narrow else None
+        assert row["ratio_whole"] == whole
         assert row["ratio_dense"] == pytest.approx(same["ms"] / row["ms"])
         assert row["ratio_best"] == pytest.approx(plain["ms"] / row["ms"])
     by_width = {row["variant"] + str(row["sparsity"]): row["roofline_ms"] for row in rows}
-    assert by_width["narrow0.75"] < by_width["narrow0.5"] < by_width["dense0.0"]
-    assert "of the roofline" in " ".join(capsys.readouterr().out.split())
+    assert by_width["narrow0.75"] < by_width["narrow0.5"] < by_width["narrow0.0"] == by_width["dense0.0"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "roofline" in printed and "narrow at 0" in printed and "narrow-fused at 0" in printed
 
 
 def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, monkeypatch):
@@ -92,9 +97,31 @@ def test_forward(tmp_path, monkeypatch):
         assert row["images_per_s"] == pytest.approx(row["images"] / row["ms"] * 1e3)
 
 
-def test_dense_alone(tmp_path):
+def test_sparsity_0(tmp_path):
     code, rows = run(tmp_path, "--sparsity", "0", "--runs", "1")
-    assert code == 0 and [row["variant"] for row in rows] == ["dense", "dense-fused"]
+    assert code == 0 and [row["variant"] for row in rows] == list(ALL[:4])
+    code, rows = run(tmp_path, "--sparsity", "0.5", "--runs", "1")
+    assert code == 0 and [(row["variant"], row["ratio_whole"]) for row in rows] == [(variant, None) for variant in ALL]
+
+
+def test_narrow_at_0_casts_as_any_narrow_one(monkeypatch):
+    """On CUDA. Then nothing but the pruned channels is between it and narrow at another sparsity."""
+    kinds = (nn.Conv2d, nn.Linear)
+    monkeypatch.setattr(narrow._Gathering, "casts", lambda self, module: type(module) in kinds)
+    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    whole = {x.name: torch.arange(x.n_out) for x in task.channels.prunable}
+    runner = step.Runner(task, step.parse("narrow"), 0.0, whole)
+    modules = [runner.model, *(module for module in runner.model.modules() if type(module) in kinds)]
+    assert all(narrow._shadows(module._forward_pre_hooks) for module in modules)
+    assert not any(narrow._shadows(m._forward_pre_hooks) for m in runner.model.modules() if m not in modules)
+
+
+def test_forward_of_narrow_at_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "FORWARD", (1,))
+    options = "--sparsity 0 0.5 --runs 1 --forward --variants dense narrow".split()
+    code, rows = run(tmp_path, *options)
+    found = [(row["variant"], row["sparsity"], row["result"]) for row in rows if row["row"] == "forward"]
+    assert code == 0 and found == [(v, s, "measured") for v, s in (("dense", 0.0), ("narrow", 0.0), ("narrow", 0.5))]
 
 
 def other_biases(monkeypatch):
@@ -421,6 +448,16 @@ def test_hours_by_hand(tmp_path, capsys):
     assert row["computed"] is True and row["measured_on_cpu"] is True and row["paper_hours"]["0.56"] == 38.75
     printed = " ".join(capsys.readouterr().out.split())
     assert "11.4% at -56%" in printed and "a CPU" in printed
+
+
+def test_hours_with_narrow_at_0(tmp_path):
+    """Where nothing is pruned yet a training is dense; the line of narrow begins where it was measured."""
+    _, (row,) = add_up(tmp_path, [*STEPS, a_step("narrow", 0.0, 800.0)], [an_event()])
+    deltas = [0.4 * (1 + math.cos(math.pi * t / 5)) / 2 for t in (2, 4)]
+    early = [0.8 - 0.2 * (0.5 - delta) / 0.5 for delta in deltas]
+    seconds = 5 * (2 * 1.0 + 2 * early[0] + 1 * early[1] + 3 * 0.4) + 3 * 7.0
+    assert row["sparsity"] == 0.5 and row["hours"] == pytest.approx(seconds / 3600)
+    assert row["dense_hours"] == pytest.approx(8 * 5 / 3600)
 
 
 def test_the_best_dense_step_is_a_median_too(tmp_path):
