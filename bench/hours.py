@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     where = steps[0]
     event_s = event_seconds(read(args.events), where, args.model)
     per_epoch = math.ceil(args.images / (where["batch"] * args.gpus))
-    shares = args.sparsity or sorted({row["sparsity"] for row in steps if row["net"] == "narrow"})
+    shares = args.sparsity or sorted({row["sparsity"] for row in steps if row["net"] == "narrow" and row["sparsity"]})
     if not shares:
         raise missing("narrow", "a narrow variant", args)
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -164,21 +164,29 @@ def schedule(epochs: int, until: int, every: int, sparsity: float, regrow: float
 
 
 def curve(steps: Sequence[Row], narrow: str, dense: str, args: argparse.Namespace) -> Callable[[float], float]:
-    """Milliseconds of a step by sparsity: between measured ones on a straight line, never beyond them."""
-    spent: dict[float, list[float]] = {}
-    for row in steps:
-        if row["variant"] in (narrow, dense):
-            spent.setdefault(row["sparsity"], []).append(row["ms"])
-    points = sorted((share, statistics.median(some)) for share, some in spent.items())
-    if not points or points[0][0] > 0:
+    """Milliseconds of a step by sparsity: between measured ones on a straight line, never beyond them.
+
+    At 0 a training is dense. If narrow was measured there too, that is where its line begins.
+    """
+
+    def medians(variant: str) -> dict[float, float]:
+        spent: dict[float, list[float]] = {}
+        for row in steps:
+            if row["variant"] == variant:
+                spent.setdefault(row["sparsity"], []).append(row["ms"])
+        return {share: statistics.median(some) for share, some in spent.items()}
+
+    whole = medians(dense)
+    if 0.0 not in whole:
         raise missing(dense, f"{dense}, beside {narrow}", args)
+    points = sorted((whole | medians(narrow)).items())
 
     def at(share: float) -> float:
+        if share == 0:
+            return whole[0.0]
         for (low, before), (high, after) in zip(points, points[1:], strict=False):
             if low <= share <= high:
                 return before + (after - before) * (share - low) / (high - low)
-        if share == points[0][0]:
-            return points[0][1]
         raise missing(narrow, f"{narrow} at a sparsity of {share:g} or more", args)
 
     return at

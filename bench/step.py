@@ -3,16 +3,20 @@
 A variant is NET[-fused][-BACKEND]:
 
     dense      the network as it is
-    narrow     as it trains between events: parameters of full shape, each module runs on its active channels
+    narrow     as it trains between events: parameters of full shape, each module runs on its active channels; at
+               sparsity 0 with all of them, which no training does, but on CUDA weights are cast there as in any narrow
+               network: what pruning alone gains is narrow against narrow at 0
     compact    as it trains after the last event: physically narrow
     fused      BatchNorm, addition and activation as one operation (`reprune_triton.fuse`)
     compile, max-autotune (both torch.compile), graph (the whole step in a CUDA graph); without one of them, eager
 
+Variants of one backend take turns, those at sparsity 0 beside every other sparsity; one backend after the other.
+
 A variant is only timed if it computes what the dense network does with the same channels masked after BatchNorm and
-activation. Eager variants must do so over two steps in float64, on a few small images. Then each must in its first
-step on the images that are timed: as near as rounding allows, of which a deep network that is not trained yet makes
-much; with autocast, as near as autocast leaves the masked network to float32. The loss must stay finite. Whether a
-compiled or captured variant also has the right gradients is not checked.
+activation. Eager variants must do so over two steps in float64, on a few small images. Then each, compiled or captured
+as it is timed, takes a step on the images that are timed: its outputs, and for every parameter what SGD remembers of
+the gradient, must be as near as rounding allows; with autocast, as near as autocast leaves the masked network to
+float32. These checks use weights of their own (`make_probe`). The loss must stay finite.
 """
 
 from __future__ import annotations
@@ -53,10 +57,14 @@ FORWARD = (1, 16, 32)  # images of a forward
 EXACT = 1e-6  # of outputs, relative in the L2 norm: two steps in float64
 FEW, SMALL = 4, 64  # images of them, and their side at most
 TOLERANCE = 1e-3  # ... of the outputs of one step in float32
-ROUNDING = 2  # with autocast: and so many times what autocast changes
+GRADIENT_TOLERANCE = 0.05  # ... of a gradient, where every sign shows that rounding turns in a ReLU; none at all is 1
+ROUNDING = 3  # with autocast: and so many times what autocast changes
+SLIGHT = 0.01  # a gradient that is smaller, by its share of the root mean square of all, may be nothing but rounding
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1 / 32768
+COMPILED = ("compile", "max-autotune")
 COMPILING = 40  # seconds that must be left for a variant to be compiled
 AGAIN = 2  # steps before each further run that are not timed
+RECORDING = 3  # steps after which max-autotune only replays what it has recorded
 
 
 class Variant(NamedTuple):
@@ -91,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     widths = parser.add_mutually_exclusive_group()
     widths.add_argument(
         "--sparsity", type=float, nargs="+", default=[0.0, 0.3, 0.51, 0.75],
-        help="share of the prunable channels to leave out, of every layer (default: 0 0.3 0.51 0.75)",
+        help="share of the prunable channels to leave out, of every layer; 0: beside the others also narrow with all "
+        "of them (default: 0 0.3 0.51 0.75)",
     )  # fmt: skip
     widths.add_argument("--flops", type=float, nargs="+", help="instead: share of the dense network's FLOPs to keep")
     parser.add_argument(
@@ -113,6 +122,7 @@ class Task(NamedTuple):
     """What every variant is given."""
 
     dense: nn.Module  # on the device, never trained
+    probe: nn.Module  # the same with the weights that variants are checked at
     channels: Channels
     images: Tensor  # (B, 3, H, W)
     labels: Tensor  # (B,)
@@ -154,20 +164,22 @@ class Runner:
         self.ready = False
         self.figures: dict[str, float] = {}
         self.runs: list[float] = []  # ms, the median step of each
-        self.active = active if variant.net != "dense" else {}
-        self._slices = task.slices(self.active)
+        self.active = active
+        self.slices = task.slices(self.active)
         self._graph: Any = None
         self.attempt(self._build)
 
     def _build(self) -> None:
         task, variant = self.task, self.variant
         compact = variant.net == "compact"
-        self.model = narrow.compact(task.dense, self._slices) if compact else copy.deepcopy(task.dense)
+        self.model = narrow.compact(task.dense, self.slices) if compact else copy.deepcopy(task.dense)
         if variant.fused:
             fuse(self.model)
         self.optimizer = sgd(self.model)
         if variant.net == "narrow":
-            narrow.Narrowing(self.model, self.optimizer).set(self._slices)
+            # Without a module that is named nothing would be cast either.
+            whole = {layer.name: narrow.Slice() for layer in task.channels.prunable}
+            narrow.Narrowing(self.model, self.optimizer).set(self.slices or whole)
         self._forward: Callable[[Tensor], Tensor] = self.model
 
     def attempt(self, work: Callable[[], object]) -> bool:
@@ -179,36 +191,46 @@ class Runner:
         except Exception as error:  # out of memory, no compiler, an operation that a CUDA graph cannot hold
             self.result, self.why = "failed", reason(error)
         if self.result in ("refused", "failed"):
-            self.ready, self.runs = False, []
+            self.runs = []
             self.release()
         return not self.result
 
     def release(self) -> None:
         """Give the memory back."""
+        self.ready = False
         for name in ("model", "optimizer", "_forward", "_graph", "_outputs"):
             self.__dict__.pop(name, None)
-        if self.task.images.is_cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
+        give_back(self.task.images.device)
+
+    def begin(self, dense: nn.Module) -> None:
+        """Start from the weights of this network, with nothing remembered of gradients; all in place, for graphs."""
+        slim = narrow.compact(dense, self.slices) if self.variant.net == "compact" else dense
+        self.model.load_state_dict(slim.state_dict())
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
 
     def prepare(self, wanted: Wanted, warmup: int) -> None:
         """Compile or capture; check; warm up."""
         begun = time.perf_counter()
         device = self.task.images.device
+        self.begin(self.task.probe)
         if self.variant.backend == "eager":
             self.figures["difference_float64"] = check_exactly(self.task, self.model, self.active)
-        before = _memory(device)
         self._forward = _compiled(self.model, self.variant.backend)
         if self.variant.backend == "graph":
             if device.type != "cuda":
                 raise RepruneError("a CUDA graph needs CUDA")
             self._capture()
-            self.figures |= _peak(device, before)
-        self.figures |= wanted.check(self.step()[0])
-        _synchronize(device)
+        elif self.variant.backend == "max-autotune":
+            for _ in range(RECORDING):
+                self.step()
+        self.begin(self.task.probe)
+        outputs, there = self.step()[0], {} if self.variant.net == "compact" else self.slices
+        self.figures |= wanted.check(outputs, gradients(self.model, self.optimizer, there))
+        self.begin(self.task.dense)
         self.figures["prepare_s"] = time.perf_counter() - begun
         self.figures["estimate_ms"] = statistics.median(self.time(max(1, warmup)))
-        if self.variant.backend in ("eager", "compile"):  # the others hold on to memory that is not counted again
+        if self.variant.backend in ("eager", "compile"):  # a replay takes no memory: graph counted in its capture
             before = _memory(device)
             self.step()
             self.figures |= _peak(device, before)
@@ -223,16 +245,15 @@ class Runner:
         return train_step(self.task, self._forward, self.optimizer)
 
     def _capture(self) -> None:
-        """The whole step as a CUDA graph; the steps that this takes are taken back."""
-        start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        """The whole step as a CUDA graph."""
+        device = self.task.images.device
         _side_stream(lambda: train_step(self.task, self.model, self.optimizer))
+        before = _memory(device)  # with momentum and gradients, as in a later step of eager
         self.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._outputs = train_step(self.task, self.model, self.optimizer)
-        self.model.load_state_dict(start)
-        for state in self.optimizer.state.values():
-            state["momentum_buffer"].zero_()
+        self.figures |= _peak(device, before)
 
     def time(self, steps: int) -> list[float]:
         """Milliseconds of each of these steps."""
@@ -256,7 +277,7 @@ class Runner:
         """Of bench/roofline.py."""
         if self.variant.fused and self.task.images.is_cuda:
             return "fused"
-        return "compiled" if self.variant.backend in ("compile", "max-autotune") else "eager"
+        return "compiled" if self.variant.backend in COMPILED else "eager"
 
     @torch.no_grad()
     def forward_of(self, images: Tensor) -> Callable[[], Tensor]:
@@ -284,7 +305,12 @@ class Runner:
         return replay
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
+    behind: BaseException | None = error  # as behind that of a capture, which ends with an error of its own
+    while behind is not None:
+        if isinstance(behind, torch.OutOfMemoryError):
+            return "out of memory"
+        behind = behind.__cause__ or behind.__context__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
@@ -293,35 +319,86 @@ class Wrong(RepruneError):
 
 
 class Wanted(NamedTuple):
-    """The outputs of a masked network in float32, and how far autocast alone leads away from them."""
+    """What a masked network computes in float32, and how far autocast alone leads away from it."""
 
     outputs: Tensor
     own: float
+    gradients: dict[str, Tensor] = {}  # of a step, by parameter
+    own_gradients: dict[str, float] = {}
 
-    def check(self, found: Tensor) -> dict[str, float]:
+    def check(self, outputs: Tensor, found: dict[str, Tensor] | None = None) -> dict[str, float]:
         """By how much they differ; raise Wrong if it is too much."""
-        difference, most = relative(found, self.outputs), TOLERANCE + ROUNDING * self.own
-        if not difference <= most:
-            raise Wrong(
-                f"its outputs are {difference:.2e} away from those of the masked network, and may be {most:.2e}: it is "
-                "not timed"
-            )
-        return {"difference": difference, "autocast_alone": self.own}
+        difference = relative(outputs, self.outputs)
+        _check("its outputs are", difference, TOLERANCE + ROUNDING * self.own)
+        figures = {"difference": difference, "autocast_alone": self.own}
+        if found is not None:
+            apart = differences(found, self.gradients)
+            for name, own in self.own_gradients.items():
+                _check(f"its gradient of {name} is", apart[name], GRADIENT_TOLERANCE + ROUNDING * own)
+            figures |= {"difference_gradient": max(apart.values())}
+            figures |= {"autocast_alone_gradient": max(self.own_gradients.values())}
+        return figures
+
+
+def _check(what: str, difference: float, most: float) -> None:
+    if not difference <= most:
+        raise Wrong(f"{what} {difference:.2e} away from the masked network's, and may be {most:.2e}: it is not timed")
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Of each gradient, relative in the L2 norm; of a slight one, relative to the least that is not slight."""
+    norms = {name: float(tensor.double().norm()) for name, tensor in wanted.items()}
+    count = sum(tensor.numel() for tensor in wanted.values())
+    slight = SLIGHT * math.sqrt(sum(norm**2 for norm in norms.values()) / count)
+    return {
+        name: float((found[name].double() - tensor.double()).norm()) / max(norms[name], slight * tensor.numel() ** 0.5)
+        for name, tensor in wanted.items()
+    }
+
+
+def gradients(model: nn.Module, optimizer: torch.optim.Optimizer, slices: narrow.Slices) -> dict[str, Tensor]:
+    """What SGD remembers after its first step, the gradients with the weight decay; of the active channels."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        remembered = optimizer.state.get(parameter, {}).get("momentum_buffer", torch.zeros_like(parameter))
+        module, _, key = name.rpartition(".")
+        where = narrow.cuts(model.get_submodule(module), slices[module]).get(key, []) if module in slices else []
+        found[name] = narrow.gather(remembered, where).clone()
+    return found
+
+
+def wanted_step(task: Task, active: dict[str, Tensor]) -> Wanted:
+    """Of a variant's first step from the weights of the probe."""
+
+    def step(amp: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        model = masked(task, task.probe, active)
+        optimizer = sgd(model)
+        with exact():
+            outputs = train_step(task, model, optimizer, amp)[0].float()
+        return outputs, gradients(model, optimizer, task.slices(active))
+
+    outputs, wide = step(False)
+    if task.amp is None:
+        return Wanted(outputs, 0.0, wide, dict.fromkeys(wide, 0.0))
+    other, cast = step(True)
+    return Wanted(outputs, relative(other, outputs), wide, differences(cast, wide))
+
+
 @torch.no_grad()
-def wanted_outputs(task: Task, active: dict[str, Tensor], images: Tensor, training: bool) -> Wanted:
-    def outputs(amp: bool) -> Tensor:
-        model = masked(task, active).train(training)
+def wanted_forward(task: Task, active: dict[str, Tensor], images: Tensor) -> Wanted:
+    """Of a forward in evaluation, from the weights that are timed."""
+
+    def forward(amp: bool) -> Tensor:
+        model = masked(task, task.dense, active).eval()
         with exact(), task.autocast(amp):
             return model(images).float()
 
-    wide = outputs(False)
-    return Wanted(wide, 0.0 if task.amp is None else relative(outputs(True), wide))
+    outputs = forward(False)
+    return Wanted(outputs, 0.0 if task.amp is None else relative(forward(True), outputs))
 
 
 def check_exactly(task: Task, model: nn.Module, active: dict[str, Tensor]) -> float:
@@ -335,7 +412,7 @@ def check_exactly(task: Task, model: nn.Module, active: dict[str, Tensor]) -> fl
         return [train_step(small, model, optimizer)[0] for _ in range(2)]  # right twice: so is the gradient
 
     with exact():
-        both = outputs(copy.deepcopy(model)), outputs(masked(task, active))
+        both = outputs(copy.deepcopy(model)), outputs(masked(task, task.probe, active))
     difference = max(relative(a, b) for a, b in zip(*both, strict=True))
     if not difference <= EXACT:
         raise Wrong(f"in float64 it is {difference:.2e} away from the masked network: it is not timed")
@@ -354,9 +431,9 @@ def exact() -> Iterator[None]:
         cudnn.benchmark, cudnn.allow_tf32 = before
 
 
-def masked(task: Task, active: dict[str, Tensor]) -> nn.Module:
-    """The dense network without these channels where they are read, after BatchNorm and activation."""
-    model, slices = copy.deepcopy(task.dense), task.slices(active)
+def masked(task: Task, dense: nn.Module, active: dict[str, Tensor]) -> nn.Module:
+    """A dense network without the other channels where they are read, after BatchNorm and activation."""
+    model, slices = copy.deepcopy(dense), task.slices(active)
     for layer in task.channels.prunable:
         for reader in layer.readers:
             if reader.name in slices:
@@ -380,7 +457,7 @@ def run(args: argparse.Namespace) -> None:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    if {variant.backend for variant in variants} & {"compile", "max-autotune"}:
+    if {variant.backend for variant in variants} & {*COMPILED}:
         from torch._dynamo import config
 
         # All variants share the code of one class, and narrow ones differ from the rest in their hooks alone.
@@ -391,7 +468,7 @@ def run(args: argparse.Namespace) -> None:
     task = make_task(args, device)
     shares = args.sparsity if args.flops is None else [at_flops(task.channels, f, args.round_to) for f in args.flops]
     shares = list(dict.fromkeys(shares))
-    actives = {share: active_at(task.channels, share, args) for share in shares}
+    actives = {share: active_at(task.channels, share, args) for share in (0.0, *shares)}
     ceilings = roofline.measure(device)
     settings = rows.environment(device) | {
         "benchmark": "step", "model": args.model, "batch": args.batch, "size": args.size, "seed": args.seed,
@@ -400,35 +477,44 @@ def run(args: argparse.Namespace) -> None:
         "torchvision": rows.version("torchvision"), "ceilings": ceilings._asdict(),
     }  # fmt: skip
 
-    def build(net: bool, share: float) -> list[Runner]:
-        """The dense ones, or the others."""
-        return [Runner(task, v, share, actives.get(share, {})) for v in variants if (v.net == "dense") == net]
+    def build(share: float, backend: str) -> list[Runner]:
+        """Of a group, before any of it is compiled: making a model narrow forgets what was."""
+        nets = ("narrow", "compact") if share else ("dense", "narrow") if 0.0 in shares else ("dense",)
+        return [Runner(task, v, share, actives[share]) for v in variants if v.backend == backend and v.net in nets]
 
-    # All before anything is compiled, since making a model narrow forgets what was.
-    dense = build(True, 0.0)
-    thin = {share: build(False, share) for share in shares if share > 0}
-    refused = []
-    for share, some in (thin or {0.0: []}).items():
-        group = Group(task, args, share, actives.get(share, {}), [*dense, *some], deadline)
+    stays, wanted, refused = build(0.0, "eager"), dict[float, Wanted](), list[str]()
+    for share in [share for share in shares if share > 0] or [0.0]:
+        groups, forward = list[Group](), list[dict[str, Any]]()
         try:
-            group.measure()
-        finally:  # one that is stopped keeps what it has measured
-            lines = group.lines(ceilings)
-            save(args, settings, lines)
+            for backend in dict.fromkeys(variant.backend for variant in variants):
+                whole = stays if backend == "eager" else build(0.0, backend)
+                runners = [*whole, *(build(share, backend) if share else ())]
+                groups.append(Group(task, args, share, runners, wanted, deadline))
+                groups[-1].measure()
+                forward += groups[-1].forward() if args.forward else []
+                groups[-1].close()
+        finally:  # what is stopped keeps what it has measured
+            lines = with_best([line for group in groups for line in group.lines(ceilings)])
+            save(args, settings, lines + forward)
         on = f"{settings['device']}, sparsity {share:g}"
         console.print(step_table(lines, f"A step of {args.model}, {args.batch} images, {on}"))
         if args.forward:
-            forward = group.forward()
-            save(args, settings, forward)
             console.print(forward_table(forward, f"A forward of {args.model}, {on}"))
-            lines += forward
-        for note in dict.fromkeys(f"{x['variant']}, {x['result']}: {x['why']}" for x in lines if x["why"]):
+        lines += forward
+        for note in dict.fromkeys(f"{label(x)}, {x['result']}: {x['why']}" for x in lines if x["why"]):
             console.print(note, markup=False)
-        refused += [f"{line['variant']}: {line['why']}" for line in lines if line["result"] == "refused"]
-        for runner in some:
-            runner.release()
+        refused += [f"{label(line)}: {line['why']}" for line in lines if line["result"] == "refused"]
     if refused:
         raise RepruneError("; ".join(dict.fromkeys(refused)))
+
+
+def with_best(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the ratio to the best dense one, of whatever backend."""
+    measured = [line for line in lines if line["result"] == "measured"]
+    plain = [line["ms"] for line in measured if line["net"] == "dense" and not line["fused"]]
+    for line in measured:
+        line["ratio_best"] = min(plain) / line["ms"] if plain else None
+    return lines
 
 
 def save(args: argparse.Namespace, settings: dict[str, Any], lines: list[dict[str, Any]]) -> None:
@@ -453,7 +539,24 @@ def make_task(args: argparse.Namespace, device: torch.device) -> Task:
     if device.type == "cuda":
         dense.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
-    return Task(dense, channels, images, labels, torch.bfloat16 if device.type == "cuda" else None)
+    amp = torch.bfloat16 if device.type == "cuda" else None
+    return Task(dense, make_probe(dense, generator), channels, images, labels, amp)
+
+
+def make_probe(dense: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The network with other scales and shifts in its BatchNorms, no two alike, and most activations behind them on.
+
+    As it is built, a deep network makes so much of rounding that no check could tell its gradients in bfloat16 from
+    wrong ones: on a CPU those of ResNet-50 are further from float32 than zeros would be. Here few are further than a
+    third. These weights are not timed: with fewer zeros in its activations a GPU may be slower.
+    """
+    probe = copy.deepcopy(dense)
+    for module in probe.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for parameter, low, high in ((module.weight, 0.5, 1.5), (module.bias, 1.0, 3.0)):
+                drawn = torch.empty(parameter.shape).uniform_(low, high, generator=generator)
+                parameter.data.copy_(drawn)
+    return probe
 
 
 def active_at(channels: Channels, share: float, args: argparse.Namespace) -> dict[str, Tensor]:
@@ -478,30 +581,32 @@ def at_flops(channels: Channels, flops: float, round_to: int) -> float:
 
 
 class Group:
-    """The variants that take turns: all dense ones, and those of one sparsity."""
+    """The variants that take turns: of one backend, those at sparsity 0 and at one other.
+
+    Not of all backends: a CUDA graph, of max-autotune too, keeps the memory of its activations as long as it exists,
+    and all of them with the eager ones may be more than 80 GB for ResNet-50 at batch 256. `close` gives it back before
+    the next group begins. One that runs out of memory fails alone: what it held is given back at once, except what
+    compiled code keeps until `close`, which cannot be dropped one by one.
+    """
 
     def __init__(
-        self, task: Task, args: argparse.Namespace, share: float, active: dict[str, Tensor], runners: list[Runner],
+        self, task: Task, args: argparse.Namespace, share: float, runners: list[Runner], wanted: dict[float, Wanted],
         deadline: float,
     ):  # fmt: skip
-        self.task, self.args, self.share, self.active = task, args, share, active
-        self.runners, self.deadline = runners, deadline
+        self.task, self.args, self.share = task, args, share
+        self.runners, self.wanted, self.deadline = runners, wanted, deadline
 
     def measure(self) -> None:
-        task, wanted = self.task, dict[bool, Wanted]()
         for runner in self.runners:
             runner.runs = []
             if runner.ready or runner.result in ("refused", "failed"):
                 continue
             runner.result = ""
-            compiling = COMPILING if runner.variant.backend in ("compile", "max-autotune") else 0
+            compiling = COMPILING if runner.variant.backend in COMPILED else 0
             if time.monotonic() + self.planned() + compiling > self.deadline:
                 runner.result, runner.why = "skipped", "no time left"
                 continue
-            dense = runner.variant.net == "dense"
-            if dense not in wanted:
-                wanted[dense] = wanted_outputs(task, runner.active, task.images, True)
-            runner.attempt(lambda r=runner, w=wanted[dense]: r.prepare(w, self.args.warmup))  # type: ignore[misc]
+            runner.attempt(lambda r=runner: self._prepare(r))  # type: ignore[misc]
         for number in range(self.args.runs):
             if time.monotonic() + self.planned() > self.deadline:
                 break
@@ -511,6 +616,21 @@ class Group:
         for runner in self.runners:
             if runner.ready and not runner.runs:
                 runner.result, runner.why = "skipped", "no time left"
+
+    def _prepare(self, runner: Runner) -> None:
+        if runner.share not in self.wanted:
+            self.wanted[runner.share] = wanted_step(self.task, runner.active)
+        give_back(self.task.images.device)  # a graph has no use for what the allocator still holds for others
+        runner.prepare(self.wanted[runner.share], self.args.warmup)
+
+    def close(self) -> None:
+        """Give back the memory of all that have no turn in a later group."""
+        for runner in self.runners:
+            if runner.share or runner.variant.backend != "eager":
+                runner.release()
+        if any(runner.variant.backend in COMPILED for runner in self.runners):
+            torch.compiler.reset()  # its code holds the graphs of max-autotune
+            give_back(self.task.images.device)
 
     def _turn(self, runner: Runner, number: int) -> None:
         runner.result = ""
@@ -524,33 +644,32 @@ class Group:
 
     def lines(self, ceilings: roofline.Ceilings) -> list[dict[str, Any]]:
         """A row for every variant."""
-        measured = {runner.variant: runner for runner in self.runners if runner.runs}
-        plain = [r.ms for v, r in measured.items() if v.net == "dense" and not v.fused]
+        measured = {(runner.variant, runner.share): runner for runner in self.runners if runner.runs}
         size, shape = (4 if self.task.amp is None else 2), tuple(self.task.images.shape)
-        slim = narrow.compact(self.task.dense, self.task.slices(self.active)) if self.share else self.task.dense
-        ideal: dict[tuple[bool, str], float] = {}
+        ideal: dict[tuple[float, str], float] = {}
         found = []
         for runner in self.runners:
-            variant, dense = runner.variant, runner.variant.net == "dense"
-            widths = {name: len(index) for name, index in self.active.items()}
+            variant = runner.variant
+            widths = {name: len(index) for name, index in runner.active.items()}
             line: dict[str, Any] = {
                 "row": "step", "variant": str(variant), **variant._asdict(), "sparsity": runner.share,
-                "beside": self.share, "flops_left": 1.0 if dense else self.task.channels.flops(widths),
+                "beside": self.share, "flops_left": self.task.channels.flops(widths),
                 "result": "measured" if runner.runs else runner.result or "skipped", "why": runner.why,
             }  # fmt: skip
             line |= {key: value for key, value in runner.figures.items() if key != "estimate_ms"}
             if runner.runs:
-                key = dense, runner.level
+                key = runner.share, runner.level
                 if key not in ideal:
-                    model = self.task.dense if dense else slim
+                    model = narrow.compact(self.task.dense, runner.slices)
                     ideal[key] = roofline.total(roofline.kernels(model, shape, runner.level, size), ceilings) * 1e3
-                same = measured.get(variant._replace(net="dense"))
+                same = measured.get((variant._replace(net="dense"), 0.0))
+                whole = measured.get((variant, 0.0)) if variant.net == "narrow" else None
                 line |= {
                     "ms": runner.ms, "runs_ms": runner.runs, "runs": len(runner.runs),
                     "spread": (max(runner.runs) - min(runner.runs)) / runner.ms,
                     "images_per_s": shape[0] / runner.ms * 1e3,
                     "ratio_dense": same.ms / runner.ms if same else None,
-                    "ratio_best": min(plain) / runner.ms if plain else None,
+                    "ratio_whole": whole.ms / runner.ms if whole else None,
                     "roofline": runner.level, "roofline_ms": ideal[key], "share": ideal[key] / runner.ms,
                 }  # fmt: skip
             found.append(line)
@@ -564,10 +683,10 @@ class Group:
         images = self.task.images[torch.arange(batch) % len(self.task.images)]
         if images.is_cuda:
             images = images.contiguous(memory_format=torch.channels_last)
-        calls: dict[Variant, Callable[[], Tensor]] = {}
-        lines: dict[Variant, dict[str, Any]] = {}
+        calls: dict[Runner, Callable[[], Tensor]] = {}
+        lines: dict[Runner, dict[str, Any]] = {}
         for runner in self.runners:
-            lines[runner.variant] = line = {
+            lines[runner] = line = {
                 "row": "forward", "variant": str(runner.variant), **runner.variant._asdict(), "images": batch,
                 "sparsity": runner.share, "beside": self.share, "result": runner.result, "why": runner.why,
             }  # fmt: skip
@@ -577,20 +696,20 @@ class Group:
             if time.monotonic() > self.deadline:
                 continue
             try:
-                calls[runner.variant] = self._forward_of(runner, images, line)
+                calls[runner] = self._forward_of(runner, images, line)
                 line |= {"result": "measured", "why": ""}
             except Wrong as error:
                 line |= {"result": "refused", "why": str(error)}
             except Exception as error:  # the others go on
                 line |= {"result": "failed", "why": reason(error)}
-        spent: dict[Variant, list[tuple[float, float]]] = {variant: [] for variant in calls}
+        spent: dict[Runner, list[tuple[float, float]]] = {runner: [] for runner in calls}
         for _ in range(self.args.runs):
-            for variant, call in calls.items():
+            for runner, call in calls.items():
                 both = (time_each(call, self.args.steps, images.device, wait) for wait in (True, False))
-                spent[variant].append(tuple(map(statistics.median, both)))  # type: ignore[arg-type]
-        for variant, pairs in spent.items():
+                spent[runner].append(tuple(map(statistics.median, both)))  # type: ignore[arg-type]
+        for runner, pairs in spent.items():
             latency, ms = (statistics.median(some) for some in zip(*pairs, strict=True))
-            lines[variant] |= {"latency_ms": latency, "ms": ms, "images_per_s": batch / ms * 1e3}
+            lines[runner] |= {"latency_ms": latency, "ms": ms, "images_per_s": batch / ms * 1e3}
         for runner in self.runners:
             if runner.ready:
                 runner.model.train()
@@ -598,18 +717,12 @@ class Group:
 
     def _forward_of(self, runner: Runner, images: Tensor, line: dict[str, Any]) -> Callable[[], Tensor]:
         """The forward of this variant, checked and warm."""
-        runner.model.load_state_dict(self._start(runner))
+        runner.begin(self.task.dense)  # after some training they would no longer be equal to the last bit
         runner.model.eval()
         call = runner.forward_of(images)
-        line |= wanted_outputs(self.task, runner.active, images, False).check(call())
+        line |= wanted_forward(self.task, runner.active, images).check(call())
         time_each(call, self.args.warmup, images.device)
         return call
-
-    def _start(self, runner: Runner) -> dict[str, Tensor]:
-        """The weights that all began with: after some training they are no longer equal to the last bit."""
-        if runner.variant.net == "compact":
-            return narrow.compact(self.task.dense, self.task.slices(self.active)).state_dict()
-        return self.task.dense.state_dict()
 
 
 def time_each(work: Callable[[], object], count: int, device: torch.device, wait: bool = False) -> list[float]:
@@ -634,7 +747,7 @@ def time_each(work: Callable[[], object], count: int, device: torch.device, wait
 
 
 def _compiled(model: nn.Module, backend: str) -> Callable[[Tensor], Tensor]:
-    if backend not in ("compile", "max-autotune"):
+    if backend not in COMPILED:
         return model
     return torch.compile(model, mode=None if backend == "compile" else backend, dynamic=False)
 
@@ -654,6 +767,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def give_back(device: torch.device) -> None:
+    """To the device, what nobody uses any more."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def _memory(device: torch.device) -> int:
     """Bytes in use; from here on the peak is counted."""
     if device.type != "cuda":
@@ -664,7 +784,9 @@ def _memory(device: torch.device) -> int:
 
 
 def _peak(device: torch.device, before: int) -> dict[str, float]:
-    """Beyond what was in use before: weights, momentum and the last gradients."""
+    """The most in use during a step beyond what is there before one, which is weights, momentum, the last gradients and
+    what other variants hold: so activations and workspaces. The same for eager, compile and graph. max-autotune has no
+    figure: only Inductor knows what the graphs it has recorded share."""
     if device.type != "cuda":
         return {}
     torch.cuda.synchronize(device)
@@ -672,18 +794,23 @@ def _peak(device: torch.device, before: int) -> dict[str, float]:
 
 
 def step_table(lines: list[dict[str, Any]], title: str) -> Table:
-    made = Table(title=title, caption="Spread: from the fastest run to the slowest; ratios mean no more.")
-    for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense, same backend", "to the best dense",
-                   "peak MB", "of the roofline", "difference", "in float64"):  # fmt: skip
-        made.add_column(column, justify="right" if column else "left")
+    made = Table(
+        title=title,
+        caption="Spread: from the fastest run to the slowest; ratios mean no more. To dense: of the same backend. The "
+        "best dense may be of another one, and have had its turns at another time.",
+    )
+    for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense", "to narrow at 0",
+                   "to best dense", "peak MB", "of the roofline", "difference", "in float64"):  # fmt: skip
+        made.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for line in lines:
         if line["result"] != "measured":
-            made.add_row(line["variant"], "", line["result"])
+            made.add_row(label(line), "", line["result"])
             continue
         made.add_row(
-            line["variant"], cell(line["flops_left"], ".3f"), cell(line["ms"], ".3f"),
+            label(line), cell(line["flops_left"], ".3f"), cell(line["ms"], ".3f"),
             cell(line["spread"], ".0%"), cell(line["images_per_s"], ".0f"), cell(line["ratio_dense"], ".2f", "x"),
-            cell(line["ratio_best"], ".2f", "x"), cell(line.get("peak_mb"), ".0f"),
+            cell(line["ratio_whole"], ".2f", "x"), cell(line["ratio_best"], ".2f", "x"),
+            cell(line.get("peak_mb"), ".0f"),
             cell(line["share"], ".0%"), cell(line["difference"], ".1e"),
             cell(line.get("difference_float64"), ".1e"),
         )  # fmt: skip
@@ -693,16 +820,20 @@ def step_table(lines: list[dict[str, Any]], title: str) -> Table:
 def forward_table(lines: list[dict[str, Any]], title: str) -> Table:
     made = Table(title=title, caption="Latency: of one alone. Images a second: one after the other.")
     for column in ("images", "", "latency, ms", "images / s", "difference"):
-        made.add_column(column, justify="right" if column else "left")
+        made.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for line in lines:
         if line["result"] != "measured":
-            made.add_row(str(line["images"]), line["variant"], line["result"])
+            made.add_row(str(line["images"]), label(line), line["result"])
             continue
         made.add_row(
-            str(line["images"]), line["variant"], cell(line["latency_ms"], ".3f"), cell(line["images_per_s"], ".0f"),
+            str(line["images"]), label(line), cell(line["latency_ms"], ".3f"), cell(line["images_per_s"], ".0f"),
             cell(line["difference"], ".1e"),
         )  # fmt: skip
     return made
+
+
+def label(line: dict[str, Any]) -> str:
+    return line["variant"] + " at 0" * (line["net"] == "narrow" and not line["sparsity"])
 
 
 def cell(value: float | None, form: str, unit: str = "") -> str:

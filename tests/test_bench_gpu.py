@@ -136,6 +136,9 @@ def test_parts_of_a_real_run(tmp_path):
             with pytest.raises(SystemExit) as done:
                 main([*(word.replace("{seconds}", "60") for word in command), "--help"])
             assert done.value.code == 0, part.name
+    for words in (part.command for part in made if "step" in part.command):
+        shares = words[words.index("--sparsity") + 1 : words.index("--device")]
+        assert ("narrow" in words) == ("0" in shares), "what pruning gains is measured against narrow at 0"
     files = {word for part in made for word in part.command if str(tmp_path) in word}
     assert len(files) <= 4
 

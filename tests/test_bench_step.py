@@ -2,6 +2,7 @@
 something else is not timed."""
 
 import argparse
+import contextlib
 import json
 import math
 
@@ -40,10 +41,12 @@ def run(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
 def test_rows(tmp_path, capsys):
     code, rows = run(tmp_path, "--sparsity", "0", "0.5", "0.75", "--runs", "3", "--seed", "2", "--threads", "1")
     assert code == 0
-    assert [(row["beside"], row["variant"]) for row in rows] == [(s, v) for s in (0.5, 0.75) for v in ALL]
+    assert [(row["beside"], row["sparsity"], row["variant"]) for row in rows] == [
+        (s, at, v) for s in (0.5, 0.75) for at, names in ((0.0, ALL[:4]), (s, ALL[2:])) for v in names
+    ]
     for row in rows:
-        dense = row["net"] == "dense"
-        assert row["result"] == "measured" and row["sparsity"] == (0.0 if dense else row["beside"])
+        dense, narrow = row["sparsity"] == 0.0, row["net"] == "narrow"
+        assert row["result"] == "measured" and dense >= (row["net"] == "dense")
         assert row["fused"] == row["variant"].endswith("fused") and row["backend"] == "eager"
         assert row["ms"] == sorted(row["runs_ms"])[1] and row["runs"] == 3
         assert row["images_per_s"] == pytest.approx(4e3 / row["ms"])
@@ -51,15 +54,19 @@ def test_rows(tmp_path, capsys):
         assert (row["flops_left"] < 1) == (not dense) and row["dtype"] == "float32" and row["round_to"] == 1
         assert (row["seed"], row["batch"], row["size"], row["warmup"], row["steps"]) == (2, 4, 16, 1, 2)
         assert row["difference"] < 1e-5 and row["difference_float64"] < 1e-12 and "peak_mb" not in row
+        assert row["difference_gradient"] < 1e-3 and row["autocast_alone_gradient"] == 0.0
         assert row["share"] == pytest.approx(row["roofline_ms"] / row["ms"]) and row["roofline"] == "eager"
         assert row["torch"] == torch.__version__ and row["threads"] == 1 and row["cpu"] and "commit" in row
-        beside = {r["variant"]: r for r in rows if r["beside"] == row["beside"]}
+        beside = {r["variant"]: r for r in rows if (r["beside"], r["sparsity"]) == (row["beside"], 0.0)}
         plain, same = beside["dense"], beside["dense-fused" if row["fused"] else "dense"]
+        whole = pytest.approx(beside[row["variant"]]["ms"] / row["ms"]) if narrow else None
+        assert row["ratio_whole"] == whole
         assert row["ratio_dense"] == pytest.approx(same["ms"] / row["ms"])
         assert row["ratio_best"] == pytest.approx(plain["ms"] / row["ms"])
     by_width = {row["variant"] + str(row["sparsity"]): row["roofline_ms"] for row in rows}
-    assert by_width["narrow0.75"] < by_width["narrow0.5"] < by_width["dense0.0"]
-    assert "of the roofline" in " ".join(capsys.readouterr().out.split())
+    assert by_width["narrow0.75"] < by_width["narrow0.5"] < by_width["narrow0.0"] == by_width["dense0.0"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "roofline" in printed and "narrow at 0" in printed and "narrow-fused at 0" in printed
 
 
 def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, monkeypatch):
@@ -90,9 +97,31 @@ def test_forward(tmp_path, monkeypatch):
         assert row["images_per_s"] == pytest.approx(row["images"] / row["ms"] * 1e3)
 
 
-def test_dense_alone(tmp_path):
+def test_sparsity_0(tmp_path):
     code, rows = run(tmp_path, "--sparsity", "0", "--runs", "1")
-    assert code == 0 and [row["variant"] for row in rows] == ["dense", "dense-fused"]
+    assert code == 0 and [row["variant"] for row in rows] == list(ALL[:4])
+    code, rows = run(tmp_path, "--sparsity", "0.5", "--runs", "1")
+    assert code == 0 and [(row["variant"], row["ratio_whole"]) for row in rows] == [(variant, None) for variant in ALL]
+
+
+def test_narrow_at_0_casts_as_any_narrow_one(monkeypatch):
+    """On CUDA. Then nothing but the pruned channels is between it and narrow at another sparsity."""
+    kinds = (nn.Conv2d, nn.Linear)
+    monkeypatch.setattr(narrow._Gathering, "casts", lambda self, module: type(module) in kinds)
+    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    whole = {x.name: torch.arange(x.n_out) for x in task.channels.prunable}
+    runner = step.Runner(task, step.parse("narrow"), 0.0, whole)
+    modules = [runner.model, *(module for module in runner.model.modules() if type(module) in kinds)]
+    assert all(narrow._shadows(module._forward_pre_hooks) for module in modules)
+    assert not any(narrow._shadows(m._forward_pre_hooks) for m in runner.model.modules() if m not in modules)
+
+
+def test_forward_of_narrow_at_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "FORWARD", (1,))
+    options = "--sparsity 0 0.5 --runs 1 --forward --variants dense narrow".split()
+    code, rows = run(tmp_path, *options)
+    found = [(row["variant"], row["sparsity"], row["result"]) for row in rows if row["row"] == "forward"]
+    assert code == 0 and found == [(v, s, "measured") for v, s in (("dense", 0.0), ("narrow", 0.0), ("narrow", 0.5))]
 
 
 def other_biases(monkeypatch):
@@ -117,19 +146,124 @@ def no_gradient(monkeypatch):
 @pytest.mark.parametrize("broken", [other_biases, no_gradient])
 def test_wrong_outputs_are_not_timed(tmp_path, capsys, monkeypatch, broken):
     broken(monkeypatch)
-    build = roofline.build
-
-    def uneven(name):
-        model = build(name)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.bias)
-        return model
-
-    monkeypatch.setattr(roofline, "build", uneven)
     code, rows = run(tmp_path, "--sparsity", "0.5", "--runs", "1", "--variants", "dense", "narrow")
     assert code == 1 and [row["result"] for row in rows] == ["measured", "refused"]
     assert "ms" not in rows[1] and "not timed" in rows[1]["why"] and "not timed" in capsys.readouterr().err
+
+
+def under_autocast(monkeypatch):
+    """As on CUDA."""
+    make_task = step.make_task
+    monkeypatch.setattr(step, "make_task", lambda *given: make_task(*given)._replace(amp=torch.bfloat16))
+
+
+def as_compiled(monkeypatch, change):
+    """What torch.compile would return is the model after `change`."""
+
+    def compiled(model, backend):
+        if backend == "compile":
+            change(model)
+        return model
+
+    monkeypatch.setattr(step, "_compiled", compiled)
+
+
+COMPILED = ("dense-compile", "narrow-compile", "narrow-fused-compile", "compact-compile")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["conv1.weight", "stage1.0.conv2.weight", "stage2.0.bn1.weight", "stage2.0.bn1.bias"])
+def test_wrong_gradients_are_not_timed(tmp_path, monkeypatch, name, autocast):
+    if autocast:
+        under_autocast(monkeypatch)
+    options = ("--sparsity", "0.5", "--runs", "1", "--variants", *COMPILED)
+    as_compiled(monkeypatch, lambda model: None)
+    code, rows = run(tmp_path, *options)
+    assert code == 0 and [row["result"] for row in rows] == ["measured"] * 4
+    assert all((row["autocast_alone_gradient"] > 1e-3) == autocast for row in rows)
+    assert all(row["difference_gradient"] <= max(1e-3, 1.5 * row["autocast_alone_gradient"]) for row in rows)
+
+    as_compiled(monkeypatch, lambda model: model.get_parameter(name).register_hook(torch.zeros_like))
+    code, rows = run(tmp_path, *options)
+    assert code == 1 and [row["result"] for row in rows] == ["refused"] * 4
+    assert all(row["why"].startswith(f"its gradient of {name} is") and "not timed" in row["why"] for row in rows)
+
+
+def test_a_gradient_that_is_missing_is_not_timed(tmp_path, monkeypatch):
+    as_compiled(monkeypatch, lambda model: model.get_parameter("conv1.weight").requires_grad_(False))
+    code, rows = run(tmp_path, "--sparsity", "0", "--runs", "1", "--variants", "dense-compile")
+    assert code == 1 and "conv1.weight" in rows[0]["why"]
+
+
+@pytest.mark.parametrize("model", ["resnet20", "mobilenet_v2"])
+def test_rounding_says_little_at_the_weights_of_the_checks(model):
+    """Else gradients in bfloat16 could not be told from wrong ones: in a deep network as it is built they cannot."""
+    task = step.make_task(argparse.Namespace(model=model, size=64, batch=8, seed=0), torch.device("cpu"))
+    wanted = step.wanted_step(task._replace(amp=torch.bfloat16), {})
+    own = sorted(wanted.own_gradients.values())
+    assert wanted.own < 0.02 and own[len(own) // 2] < 0.3
+
+
+def test_all_are_timed_from_the_weights_as_they_are_built():
+    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    active = {x.name: torch.arange(x.n_out // 2) for x in task.channels.prunable}
+    wanted = step.wanted_step(task, active)
+    timed = []
+
+    class Stopped(step.Runner):
+        def time(self, steps):
+            slim = narrow.compact(task.dense, self.slices) if self.variant.net == "compact" else task.dense
+            state = self.model.state_dict()
+            timed.append(all(torch.equal(tensor, state[name]) for name, tensor in slim.state_dict().items()))
+            assert not any(x["momentum_buffer"].any() for x in self.optimizer.state.values())
+            return [1.0]
+
+    for variant in ("narrow", "narrow-fused", "compact"):
+        Stopped(task, step.parse(variant), 0.5, active).prepare(wanted, 1)
+    assert timed == [True] * 3
+
+
+def test_memory_is_counted_beside_the_same_in_all_backends(monkeypatch):
+    """Beside weights, momentum and gradients, and nothing that only one backend has."""
+    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    wanted, beside, taken = step.wanted_step(task, {}), [], []
+
+    class Graph:
+        def replay(self):
+            runner._outputs = step.train_step(task, runner.model, runner.optimizer)
+
+    def memory(device):
+        parameters = list(runner.model.parameters())
+        state = [runner.optimizer.state.get(p, {}).get("momentum_buffer") for p in parameters]
+        beside.append(all(x is not None for x in (*state, *(p.grad for p in parameters))))
+        return len(beside)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: taken.append(len(beside)) or contextlib.nullcontext())
+    monkeypatch.setattr(step, "_side_stream", lambda work: work())
+    monkeypatch.setattr(step, "_memory", memory)
+    monkeypatch.setattr(step, "_peak", lambda device, before: {"peak_mb": before})
+    monkeypatch.setattr(step, "_compiled", lambda model, backend: model)
+    for backend in step.BACKENDS:
+        beside.clear()
+        runner = step.Runner(task, step.Variant("dense", False, backend), 0.0, {})
+        if backend == "graph":
+            runner._capture()
+        else:
+            runner.prepare(wanted, 1)
+        assert beside == [True] * (backend != "max-autotune")
+        assert ("peak_mb" in runner.figures) == (backend != "max-autotune")
+    assert taken == [1], "the capture is what is counted"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps(tmp_path):
+    names = ("dense", "dense-graph", "narrow-graph", "compact-graph")
+    size = ("--model", "resnet18", "--device", "cuda", "--batch", "64", "--size", "64", "--round-to", "1")
+    code, rows = run(tmp_path, *size, "--sparsity", "0.5", "--runs", "1", "--variants", *names)
+    assert code == 0 and [row["result"] for row in rows] == ["measured"] * 4
+    assert all(row["peak_mb"] > 10 for row in rows)
 
 
 def test_a_loss_that_is_not_finite_is_not_timed(tmp_path, monkeypatch):
@@ -153,6 +287,57 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         code, rows = run(tmp_path, "--sparsity", "0", "--runs", "1", "--variants", "dense-graph")
         assert code == 0 and rows[0]["result"] == "failed"
+
+
+def test_what_runs_out_of_memory_gives_back_what_it_held(tmp_path, monkeypatch):
+    def no_memory(model, backend):
+        if backend != "compile" or model.get_parameter("stage1.0.conv1.weight").shape[0] == 16:
+            return model
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        finally:
+            raise RuntimeError("the end of a capture")
+
+    monkeypatch.setattr(step, "_compiled", no_memory)
+    made = watch(monkeypatch)
+    variants = ("--variants", "dense", "dense-compile", "compact-compile", "narrow-compile")
+    code, rows = run(tmp_path, "--sparsity", "0.5", "0.75", "--runs", "1", *variants)
+    assert code == 0 and [row["result"] for row in rows] == ["measured", "measured", "failed", "measured"] * 2
+    assert [row["why"] for row in rows if row["result"] == "failed"] == ["out of memory"] * 2
+    failed = [runner for runner in made if runner.result == "failed"]
+    assert len(failed) == 2 and not any(hasattr(runner, "model") for runner in failed)
+
+
+def watch(monkeypatch) -> list[step.Runner]:
+    """All that are made."""
+    made, make = [], step.Runner.__init__
+    monkeypatch.setattr(step.Runner, "__init__", lambda self, *given: made.append(self) or make(self, *given))
+    return made
+
+
+def test_only_one_backend_holds_memory(tmp_path, monkeypatch):
+    """Beside eager ones, which hold none between their steps."""
+    made, time, reset, resets = watch(monkeypatch), step.Runner.time, torch.compiler.reset, []
+
+    def alone(runner, steps):
+        holding = {r.variant.backend for r in made if hasattr(r, "model")} - {"eager"}
+        assert holding <= {runner.variant.backend}
+        return time(runner, steps)
+
+    monkeypatch.setattr(step.Runner, "time", alone)
+    monkeypatch.setattr(step, "_compiled", lambda model, backend: model)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1) or reset())
+    names = [f"{net}-{backend}" for backend in step.COMPILED for net in ("dense", "narrow", "compact")]
+    options = ("--runs", "1", "--variants", "dense", *names, "compact")
+    code, rows = run(tmp_path, "--sparsity", "0.5", "0.75", *options)
+    assert code == 0 and [row["result"] for row in rows] == ["measured"] * 16 and len(resets) == 4
+    assert [row["variant"] for row in rows] == ["dense", "compact", *names] * 2
+    assert sum(runner.variant == ("dense", False, "eager") for runner in made) == 1, "it is not prepared again"
+    for row in rows:
+        beside = [r for r in rows if r["beside"] == row["beside"] and r["net"] == "dense"]
+        (same,) = (r for r in beside if r["backend"] == row["backend"])
+        assert row["ratio_dense"] == pytest.approx(same["ms"] / row["ms"])
+        assert row["ratio_best"] == pytest.approx(min(r["ms"] for r in beside) / row["ms"])
 
 
 def test_no_time_left(tmp_path):
@@ -188,7 +373,7 @@ def test_the_networks_are_left_alone():
     active = {x.name: torch.arange(x.n_out // 2) for x in task.channels.prunable}
     before = {name: tensor.clone() for name, tensor in task.dense.state_dict().items()}
     runner = step.Runner(task, step.parse("narrow-fused"), 0.5, active)
-    assert runner.attempt(lambda: runner.prepare(step.wanted_outputs(task, active, task.images, True), 1))
+    assert runner.attempt(lambda: runner.prepare(step.wanted_step(task, active), 1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.dense.state_dict().items())
     assert fusion._FUSED not in task.dense.__dict__ and fusion._FUSED in runner.model.__dict__
     assert {name: p.shape for name, p in runner.model.named_parameters()} == {
@@ -263,6 +448,16 @@ def test_hours_by_hand(tmp_path, capsys):
     assert row["computed"] is True and row["measured_on_cpu"] is True and row["paper_hours"]["0.56"] == 38.75
     printed = " ".join(capsys.readouterr().out.split())
     assert "11.4% at -56%" in printed and "a CPU" in printed
+
+
+def test_hours_with_narrow_at_0(tmp_path):
+    """Where nothing is pruned yet a training is dense; the line of narrow begins where it was measured."""
+    _, (row,) = add_up(tmp_path, [*STEPS, a_step("narrow", 0.0, 800.0)], [an_event()])
+    deltas = [0.4 * (1 + math.cos(math.pi * t / 5)) / 2 for t in (2, 4)]
+    early = [0.8 - 0.2 * (0.5 - delta) / 0.5 for delta in deltas]
+    seconds = 5 * (2 * 1.0 + 2 * early[0] + 1 * early[1] + 3 * 0.4) + 3 * 7.0
+    assert row["sparsity"] == 0.5 and row["hours"] == pytest.approx(seconds / 3600)
+    assert row["dense_hours"] == pytest.approx(8 * 5 / 3600)
 
 
 def test_the_best_dense_step_is_a_median_too(tmp_path):
