@@ -6,10 +6,12 @@ Each part is a process with a time limit of its own. One that fails or runs out 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -49,6 +51,9 @@ RESNET18 = (
 )  # fmt: skip
 
 
+FINAL = "dense dense-graph compact compact-graph compact-fused-graph dense-compile compact-compile"
+
+
 class Part(NamedTuple):
     """One process."""
 
@@ -68,12 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tiny", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter: a rehearsal"
     )
     parser.add_argument("--bits", choices=("tiny", "small", "full"), help="only print hashes of some fixed choices")
+    parser.add_argument("--compile", action="store_true", help="only compile the kernels of training")
     parser.add_argument("--twice", action="store_true", help="with --bits: in two fresh processes, and compare")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.bits:
         same_bits(args.bits) if args.twice else print_bits(args.bits)
+        return
+    if args.compile:
+        compile_all()
         return
     if not args.out:
         raise RepruneError("--out DIR is needed: the log and the rows go there.")
@@ -93,6 +102,7 @@ def parts(out: Path) -> list[Part]:
     # Some modules of tests need packages that such a machine may not have.
     options = "-m gpu -q -rf --durations 15 -p no:cacheprovider -W default --continue-on-collection-errors"
     found = [
+        Part("compile", (*BENCH, "gpu", "--compile"), 90),  # else tests and steps would spend their time on it
         Part("tests", (sys.executable, "-m", "pytest", *options.split()), 240),
         Part("same bits", (*BENCH, "gpu", "--bits", "full", "--twice"), 90),
     ]
@@ -122,7 +132,7 @@ def parts(out: Path) -> list[Part]:
         # Every repeat analyses the model anew, which is not timed.
         event("resnet50", "prunable", "--channels", "8", "--repeat", "5", limit=90, skip=without_torch_pruning()),
         event("resnet50", "resnet", "--channels", "8", limit=90),
-        step("resnet50", " final", "dense dense-graph compact compact-graph dense-compile compact-compile", "0.51", 80),
+        step("resnet50", " final", FINAL, "0.51", 80),
         hours(out, "resnet50"),
         step("mobilenet_v2", "", f"{two_by_two} compact-graph", "0 0.65", 25),
         step("resnet18", "", f"{two_by_two} compact-graph", "0 0.61", 20),
@@ -261,6 +271,29 @@ def fill_in_commit(out: Path, commit: str) -> None:
             path.unlink()
             for row in found:
                 rows.append(path, row if row["commit"] else row | {"commit": commit})
+
+
+def compile_all() -> None:
+    """Into Triton's cache, where the launches of every later process find it; by all cores together."""
+    workers = min(16, os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        print(f"{sum(pool.map(compile_each, [workers] * workers, range(workers)))} kernels compiled.")
+
+
+def compile_each(step: int, first: int) -> int:
+    """Every `step`th kernel of training from the `first` on; how many they are.
+
+    In bfloat16 for channels in multiples of 16, as networks have them, and for any number of channels as tests do.
+    """
+    from reprune_triton.kernels import compiled, masked_conv, norm_act
+
+    jobs = []
+    for dtype, channels in ((torch.bfloat16, 16), (torch.bfloat16, 17), (torch.float32, 17), (torch.float64, 17)):
+        some = [*norm_act.configurations(dtype == torch.float64), *masked_conv.configurations(dtype)]
+        jobs += [(config, dtype, channels) for config in some]
+    for job in jobs[first::step]:
+        compiled.warm(*job)
+    return len(jobs[first::step])
 
 
 def print_bits(size: str) -> None:

@@ -49,8 +49,8 @@ TWO_BY_TWO = ("dense", "dense-fused", "narrow", "narrow-fused")
 DEFAULTS = {
     "cpu": (*TWO_BY_TWO, "compact"),
     "cuda": (
-        *TWO_BY_TWO, "compact", "dense-graph", "compact-graph", "dense-compile", "compact-compile",
-        "dense-max-autotune", "compact-max-autotune",
+        *TWO_BY_TWO, "compact", "compact-fused", "dense-graph", "dense-fused-graph", "compact-graph",
+        "compact-fused-graph", "dense-compile", "compact-compile", "dense-max-autotune", "compact-max-autotune",
     ),
 }  # fmt: skip
 FORWARD = (1, 16, 32)  # images of a forward

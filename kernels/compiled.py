@@ -78,14 +78,20 @@ def build_training(config: Configuration, target: str, dtype: str = "bf16") -> A
     return build(config, target, types, aligned)
 
 
-def warm(config: Configuration, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Compile a kernel of norm_act or masked_conv for the GPU here, into Triton's cache, where launches look first."""
+def warm(config: Configuration, dtype: torch.dtype = torch.bfloat16, channels: int = 16) -> Any:
+    """Compile a kernel of norm_act or masked_conv for the GPU here, into Triton's cache, where launches look first.
+
+    dtype: of the activations.
+    channels: for numbers of channels that are multiples of 16 as this one is, or are not.
+    """
     given: list[torch.dtype | float | int] = []
     for name in config.kernel.arg_names:
-        if name.endswith("_ptr"):
-            given.append(dtype if name.removesuffix("_ptr") in _ACTIVATIONS else torch.float32)
+        if name.removesuffix("_ptr") in _ACTIVATIONS:
+            given.append(dtype)
+        elif name.endswith("_ptr"):
+            given.append(torch.promote_types(dtype, torch.float32))
         elif name not in dict(config.constants):
-            given.append(0.5 if name in _FLOATS else 16)
+            given.append(0.5 if name in _FLOATS else channels)
     return config.kernel.warmup(*given, grid=(1,), **dict(config.constants), **config.options())
 
 

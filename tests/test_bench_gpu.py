@@ -13,6 +13,7 @@ from reprune_triton import ops
 from reprune_triton.bench import gpu
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
+from reprune_triton.kernels import masked_conv
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,10 +125,18 @@ def test_other_bits_are_noticed(monkeypatch):
         gpu.same_bits("tiny")
 
 
+def test_every_kernel_of_training_is_compiled_once(monkeypatch):
+    jobs = []
+    monkeypatch.setattr("reprune_triton.kernels.compiled.warm", lambda *job: jobs.append(job))
+    assert sum(gpu.compile_each(3, first) for first in range(3)) == len(jobs) == len(set(jobs))
+    known = {(config, torch.bfloat16, 16) for config in masked_conv.configurations()}
+    assert known < set(jobs) and {dtype for _, dtype, _ in jobs} == {torch.bfloat16, torch.float32, torch.float64}
+
+
 def test_parts_of_a_real_run(tmp_path):
     """Their commands are ones that the programs take, and the files that come back are few."""
     made = gpu.parts(tmp_path)
-    assert made[0].name == "tests" and len({part.name for part in made}) == len(made)
+    assert [part.name for part in made[:2]] == ["compile", "tests"] and len({part.name for part in made}) == len(made)
     for part in made:
         words = list(part.command)
         assert part.skip == "compute-sanitizer not found" or Path(words[0]).exists()
