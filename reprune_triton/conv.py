@@ -88,6 +88,9 @@ def norm_act_conv2d(
             "the active input channels. Grouped and depthwise convolutions stay with torch.nn.functional.conv2d."
         )
     moves = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
+    if norm is not None:
+        mean, rstd, gamma, beta = (vector.contiguous() for vector in norm[:4])
+        norm = norm._replace(mean=mean, rstd=rstd, gamma=gamma, beta=beta)
     return run(x, weight, norm, moves, stats_eps, choose(x, weight, norm, moves, stats_eps, impl))[:2]
 
 
@@ -107,8 +110,8 @@ def choose(
     residual: Tensor | None = None, shared: bool = False,
 ) -> str:  # fmt: skip
     """For `run`, by one of norm.IMPLS: "auto" is whichever of "mixed" and "triton" is faster, by measurement."""
-    near, kernel = _autocast(x) if norm is None else x, _autocast(weight)
-    why_not = _why_not(near, kernel, norm, moves)
+    dtype = x.dtype if norm is not None else _type(x)
+    why_not = _why_not(x, dtype, weight, norm, moves)
     if impl == "triton" and why_not:
         raise RepruneError(f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".')
     if impl != "auto":
@@ -116,13 +119,18 @@ def choose(
     other = "torch" if refuses(x) or x.numel() == 0 or torch.compiler.is_compiling() else "mixed"
     if why_not or other == "torch":
         return other
-    grad = torch.is_grad_enabled()
+    on = torch.is_grad_enabled()
+    before = x.requires_grad or (norm is not None and norm.gamma.requires_grad)  # does a gradient go further back?
+    grads = (on and before, on and weight.requires_grad)
     prologue = 0 if norm is None else 1 + list(ACTIVATIONS).index(norm.act) + len(ACTIVATIONS) * norm.batch
     numbers = (len(x), *x.shape[2:], *weight.shape[2:], *(n for pair in moves for n in pair))
-    flags = (stats_eps is not None, residual is not None, shared, grad)
-    case = dispatch.Case("conv", str(near.dtype), (*numbers, prologue, *map(int, flags)), (x.shape[1], len(weight)))
-    made = _candidates(near, kernel, norm, moves, stats_eps, residual is not None, shared, grad)
-    found = dispatch.choose(near, case, made)
+    flags = (stats_eps is not None, residual is not None, shared, *grads)
+    case = dispatch.Case("conv", str(dtype), (*numbers, prologue, *map(int, flags)), (x.shape[1], len(weight)))
+
+    def candidates() -> dispatch.Candidates:
+        return _candidates(x, dtype, weight, norm, moves, stats_eps, residual is not None, shared, grads)
+
+    found = dispatch.choose(x, case, candidates)
     return other if found == dispatch.UNKNOWN else found
 
 
@@ -133,12 +141,16 @@ def run(
     """`norm_act_conv2d` by PyTorch ("torch"), by the kernels ("triton"), or by PyTorch's convolution between the
     kernels of `norm` ("mixed").
 
-    residual: what the normalisation adds before its activation. shared: what it makes has another reader. With either
-    of them it is written, not by "torch".
+    Args:
+        x, weight, norm, stats_eps: as there; the vectors of norm contiguous.
+        residual: like x, what the normalisation adds before its activation.
+        shared: what the normalisation makes has another reader. With this or a residual it is written, and how is not
+            "torch".
     """
+    assert how != "torch" or (residual is None and not shared)
     written: Tensor | None = None
     if how == "triton":
-        near, weight = _autocast(x) if norm is None else x, _autocast(weight)
+        near, weight = x if norm is not None else x.to(_type(x)), weight.to(_type(weight))
         near, weight = (t.contiguous(memory_format=torch.channels_last) for t in (near, weight))
         if norm is not None and (shared or residual is not None):
             residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
@@ -162,27 +174,31 @@ def run(
 
 
 def _candidates(
-    x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, has_residual: bool,
-    shared: bool, grad: bool,
+    x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None,
+    has_residual: bool, shared: bool, grads: tuple[bool, bool],
 ) -> dispatch.Candidates:  # fmt: skip
-    """What `dispatch` runs to compare the implementations, on numbers of its own."""
+    """What `dispatch` runs to compare the implementations, on numbers of its own.
+
+    grads: whether a gradient goes back through x, and to the weight.
+    """
     shapes, act, batch = (x.shape, weight.shape), norm and norm.act, norm is not None and norm.batch
-    x = x.new_empty(0)  # what is measured later must not hold on to the activations of today
+    x = x.new_empty(0, dtype=dtype)  # what is measured later must not hold on to the activations of today
 
     def make() -> dict[str, Callable[[], list[Tensor]]]:
         draw = dispatch.numbers(x)
-        value, kernel = (draw(*shape, grad=grad) for shape in shapes)
-        gamma, beta = (draw(shapes[0][1], dtype=torch.float32, grad=grad) for _ in range(2))
+        value, kernel = (draw(*shape, grad=grad) for shape, grad in zip(shapes, grads, strict=True))
+        gamma, beta = (draw(shapes[0][1], dtype=torch.float32, grad=grads[0]) for _ in range(2))
         own = None if act is None else Norm(*_statistics(value.detach(), 1e-5)[:2], gamma, beta, act, batch)
-        residual = draw(*shapes[0], grad=grad) if has_residual else None
+        residual = draw(*shapes[0], grad=grads[0]) if has_residual else None
         inputs = [value, kernel, *(() if own is None else (gamma, beta)), *(() if residual is None else (residual,))]
+        inputs = [tensor for tensor in inputs if tensor.requires_grad]
         form = F.conv2d(value.detach().to("meta"), kernel.detach().to("meta"), None, *moves)
         backs = [draw(*form.shape), *([draw(*shapes[0])] if shared else ())]
 
         def once(how: str) -> list[Tensor]:
             y, stats, written = run(value, kernel, own, moves, stats_eps, how, residual, shared)
             ys = [y] if written is None else [y, written]
-            return dispatch.with_gradients(ys, inputs, backs, grad) + list(stats or ())
+            return dispatch.with_gradients(ys, inputs, backs, any(grads)) + list(stats or ())
 
         return {dispatch.UNKNOWN: functools.partial(once, "mixed"), "triton": functools.partial(once, "triton")}
 
@@ -197,22 +213,24 @@ def _pair(name: str, size: Size) -> list[int]:
     return pair
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """As conv2d reads it: in the type of autocast, where that is on."""
+def _type(x: Tensor) -> torch.dtype:
+    """In which conv2d reads it: that of autocast, where it is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
-def _why_not(x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves) -> str | None:
-    """Why the kernels cannot do this; None if they can."""
+def _why_not(x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, moves: Moves) -> str | None:
+    """Why the kernels cannot do this, with x in this dtype; None if they can."""
     if reason := refuses(x):
         return reason
     from reprune_triton.kernels import masked_conv
 
-    if x.dtype != weight.dtype:
-        return f"x is {x.dtype}, and the weight {weight.dtype}"
+    if dtype != _type(weight):
+        return f"x is {dtype}, and the weight {_type(weight)}"
+    if x.shape[1] != weight.shape[1]:
+        return f"x has {x.shape[1]} channels, and the convolution reads {weight.shape[1]}"
     sizes = masked_conv.geometry(x.shape[2:], weight.shape[2:], *moves)
     if 0 in (x.numel(), weight.numel()) or sizes.P < 1 or sizes.Q < 1:
         return "there is nothing to compute: x, the weight or the output is empty"

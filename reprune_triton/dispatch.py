@@ -1,9 +1,9 @@
 """Ours or PyTorch's, whichever is faster: measured once for every shape, and kept on disk.
 
 A shape is measured when a GPU first sees it: both implementations, forward and backward, on made-up numbers, a few
-milliseconds in all. The file goes by device and versions, so a run that is resumed goes on with the same
-implementations, and with the same bits. An implementation of ours that gives other results than PyTorch's is never
-chosen, however fast.
+milliseconds in all. The file goes by device, versions and our kernels' source, so a run that is resumed goes on with
+the same implementations, and with the same bits. An implementation of ours that gives other results than PyTorch's is
+never chosen, however fast.
 
 Under torch.distributed no process measures by itself, since others might not see that shape: one that is not known
 goes the way of the nearest that is. `share`, which `REPrune.step` calls in all processes, measures in the first process
@@ -12,6 +12,7 @@ what it has met since the last time, and gives all of them its table.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -63,18 +64,18 @@ class Table:
         self.choices: dict[Case, str] = {} if path is None else _read(path)
         self._wanted: dict[Case, Candidates] = {}
 
-    def choose(self, case: Case, candidates: Candidates, now: bool) -> str:
+    def choose(self, case: Case, candidates: Callable[[], Candidates], now: Callable[[], bool]) -> str:
         """The implementation for this case.
 
-        candidates: makes what is run if it has to be measured.
+        candidates: asked for what is run, if it has to be measured.
         now: whether that may be done here and now; else the nearest case that is known decides.
         """
         if case not in self.choices:
-            if not now:
-                self._wanted[case] = candidates
+            if not now():
+                self._wanted[case] = candidates()
                 nearest = min(self.choices, key=case.distance, default=case)
                 return self.choices[nearest] if case.distance(nearest) < math.inf and nearest != case else UNKNOWN
-            self._learn({case: self._measure(case, candidates)})
+            self._learn({case: self._measure(case, candidates())})
         return self.choices[case]
 
     def share(self, group: dist.ProcessGroup | None) -> None:
@@ -149,15 +150,15 @@ def _write(path: Path, choices: Mapping[Case, str]) -> None:
 
 # ---------------------------------------------------------------------- of the GPUs here
 
-_TABLES: dict[str, Table] = {}
+_TABLES: dict[torch.device, Table] = {}
 
 
 def table(device: torch.device) -> Table:
     """Of this CUDA device."""
-    name = torch.cuda.get_device_name(device)
-    if name not in _TABLES:
-        _TABLES[name] = Table(_path(name), lambda run: _milliseconds(run, device))
-    return _TABLES[name]
+    if device not in _TABLES:
+        path = _path(torch.cuda.get_device_name(device))
+        _TABLES[device] = Table(path, lambda run: _milliseconds(run, device))
+    return _TABLES[device]
 
 
 def share(group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -166,13 +167,16 @@ def share(group: dist.ProcessGroup | None, device: torch.device) -> None:
         table(device).share(group)
 
 
-def choose(x: Tensor, case: Case, candidates: Candidates) -> str:
-    """The implementation for an operation on x, wherever that is."""
+def choose(x: Tensor, case: Case, candidates: Callable[[], Candidates]) -> str:
+    """The implementation for an operation on x, wherever that is; see `Table.choose`."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cuda":
         return UNKNOWN  # torch.compile fuses by itself
+    return table(x.device).choose(case, candidates, _now)
+
+
+def _now() -> bool:
     alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-    now = alone and not torch.cuda.is_current_stream_capturing()
-    return table(x.device).choose(case, candidates, now)
+    return alone and not torch.cuda.is_current_stream_capturing()
 
 
 def numbers(x: Tensor) -> Callable[..., Tensor]:
@@ -195,9 +199,11 @@ def with_gradients(ys: Sequence[Tensor], inputs: list[Tensor], backs: list[Tenso
 def _path(device: str) -> Path:
     import triton
 
-    from reprune_triton import __version__
+    from reprune_triton.kernels import masked_conv, norm_act
 
-    versions = [__version__, f"torch{torch.__version__}", f"triton{triton.__version__}", f"cuda{torch.version.cuda}"]
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (norm_act, masked_conv))
+    versions = [hashlib.sha256(sources).hexdigest()[:12], f"torch{torch.__version__}", f"triton{triton.__version__}"]
+    versions.append(f"cuda{torch.version.cuda}")
     name = "-".join([device, *versions, f"cudnn{torch.backends.cudnn.version()}"])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "reprune_triton" / (re.sub(r"[^\w.+-]", "_", name) + ".json")

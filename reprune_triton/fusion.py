@@ -17,13 +17,18 @@ Every convolution and every BatchNorm is done by the kernels only where they are
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
 import operator
 import types
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -31,6 +36,7 @@ from . import conv, narrow, norm
 from .errors import RepruneError
 from .norm import IMPLS, BatchNorm, Norm, Stats
 
+IN_PLACE = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 _FUSED = "_reprune_impl"  # on a module whose forward `fuse` has replaced
 
 
@@ -49,8 +55,15 @@ class Pending:
     """
 
     def __init__(self, x: Tensor, norm: Norm, residual: Tensor | None, shared: bool):
-        self.x, self.norm, self.residual, self.shared = x, norm, residual, shared
+        self.given: tuple[Tensor, Norm, Tensor | None] | None = (x, norm, residual)
+        self.shared = shared
         self.written: Tensor | None = None
+
+    def take(self) -> tuple[Tensor, Norm, Tensor | None]:
+        """For the first reader; it is not held on to for the second."""
+        assert self.given is not None
+        given, self.given = self.given, None
+        return given
 
 
 def fuse(model: nn.Module, impl: str = "auto") -> nn.Module:
@@ -58,15 +71,18 @@ def fuse(model: nn.Module, impl: str = "auto") -> nn.Module:
     convolutions before and behind it where that is faster.
 
     In place, and the model is returned. Only `forward` of the model, its Conv2ds and BatchNorm2ds is replaced, by one
-    that torch.fx has traced: modules, their classes, state_dict keys and hooks on the modules that do the work stay. A
-    convolution and a BatchNorm with hooks of yours hand on whole activations, as without `fuse`. Hooks on modules that
-    only call others (a block, a stage) no longer run. `unfuse` takes it back. The outputs are the same up to rounding.
-    Fuse before DistributedDataParallel or torch.compile wraps the model.
+    that torch.fx has traced: modules, their classes, state_dict keys and hooks on convolutions and BatchNorms stay.
+    Those with hooks of yours hand on whole activations, as without `fuse`. Hooks on modules that only call others (a
+    block, a stage), and on a ReLU that is taken in, no longer run. The outputs are the same up to rounding.
+
+    Fuse before DistributedDataParallel or torch.compile wraps the model (DataParallel cannot run it). `unfuse` takes it
+    back: do that before you change the modules. A pickle comes back as it was before `fuse`.
 
     Args:
         impl: as in `batch_norm_act`.
     Raises:
-        RepruneError: if the forward cannot be traced, or takes another way in training than in evaluation.
+        RepruneError: if the forward cannot be traced: it depends on values, has optional arguments, checkpoints
+            activations, or takes another way in training than in evaluation.
     """
     if impl not in IMPLS:
         raise RepruneError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
@@ -94,8 +110,28 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replace_forward(module: nn.Module, forward: Any, impl: str) -> None:
-    module.__dict__ |= {_FUSED: impl, "forward": types.MethodType(forward, module)}  # a deep copy binds it to itself
+class _Forward:
+    """In the place of a module's own. A deep copy has its own too; what is pickled comes back as it was before."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]):
+        self.module, self.function = module, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        return _Forward(copy.deepcopy(self.module, memo), self.function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _own_forward, (self.module,)
+
+
+def _own_forward(module: nn.Module) -> Any:
+    return types.MethodType(type(module).forward, module)
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any], impl: str) -> None:
+    module.__dict__ |= {_FUSED: impl, "forward": _Forward(module, forward)}
 
 
 # ---------------------------------------------------------------------- what the modules do
@@ -104,12 +140,12 @@ def _replace_forward(module: nn.Module, forward: Any, impl: str) -> None:
 def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, behind: nn.BatchNorm2d | None = None) -> Tensor | Measured:
     """Of a fused Conv2d. behind: the BatchNorm that alone reads its output."""
     impl: str = getattr(self, _FUSED)
-    pending = x if isinstance(x, Pending) and x.written is None else None
-    value = pending.x if pending else _whole(x)
+    pending = x if isinstance(x, Pending) and x.given is not None else None
+    value, before, residual = pending.take() if pending else (_whole(x), None, None)
     if pending is None and (impl == "torch" or (impl == "auto" and norm.refuses(value))):
         return nn.Conv2d.forward(self, value)
     moves = list(self.stride), [int(n) for n in self.padding], list(self.dilation)
-    before, extra = (pending.norm, (pending.residual, pending.shared)) if pending else (None, (None, False))
+    extra = residual, pending is not None and pending.shared
     eps = None
     if behind is not None and (behind.training or behind.running_mean is None) and not _watched(self, behind):
         eps = behind.eps
@@ -181,12 +217,19 @@ def trace(model: nn.Module) -> fx.Graph:
     Raises:
         RepruneError: if torch.fx cannot trace it, or if it is not the same in training and in evaluation.
     """
+    optional = [p.name for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty]
+    if optional:
+        raise RepruneError(
+            f"{type(model).__name__}.forward has the optional argument {optional[0]}, and a traced forward would take "
+            "it as given always: put the model into a module whose forward takes the images alone."
+        )
     training, graphs = model.training, []
     states = {module: module.training for module in model.modules()}
     try:
         for mode in (False, True):
             model.train(mode)
-            graphs.append(fx.Tracer().trace(model))
+            with _without_checkpoints():
+                graphs.append(_Tracer().trace(model))
     except Exception as error:
         raise RepruneError(
             f"torch.fx cannot trace {type(model).__name__} ({error}): train it as it is, or fuse the part of it whose "
@@ -204,6 +247,40 @@ def trace(model: nn.Module) -> fx.Graph:
     return graphs[1]
 
 
+class _Proxy(fx.Proxy):
+    """Keeps x += y what it is; fx would make x = x + y of it, which others that hold x do not see."""
+
+
+def _in_place_method(name: str) -> Callable[[_Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place_method(_name))
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+@contextlib.contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """A trace goes straight through torch.utils.checkpoint, and would lose it."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RepruneError("it checkpoints activations: checkpoint the whole fused model instead")
+
+    module = torch.utils.checkpoint
+    with contextlib.ExitStack() as stack:
+        for name in ("_checkpoint_impl", "_checkpoint_without_reentrant_generator"):  # by version of torch
+            if hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, refuse))
+        stack.enter_context(mock.patch.object(module.CheckpointFunction, "apply", refuse))
+        yield
+
+
 def take_in(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.Node]:
     """Let the call of every BatchNorm2d do the addition and the activation that follow it; return these calls."""
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -219,25 +296,42 @@ def _take_in(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> f
     """The call of a BatchNorm that does the addition and the activation that follow it and that nothing else reads."""
     last, residual, act = norm, None, "none"
     add = _only_user(last)
-    if add is not None and _is_add(add):
+    if add is not None and _is_add(add, last) and not any(_in_place(node, modules) for node in _between(last, add)):
         (other,) = (x for x in add.args if x is not last)
         last, residual = add, other
-    following = _only_user(last)
+    # Here it is done: nothing that the operation reads has been written over yet.
+    place, following = last, _only_user(last)
     found = _activation(following, modules) if following is not None else None
     if following is not None and found is not None:
         last, act = following, found
     if last is norm:
         return norm
-    with graph.inserting_before(last):
+    with graph.inserting_before(place):
         kwargs: dict[str, Any] = {}
         kwargs |= {} if residual is None else {"residual": residual}
         kwargs |= {} if act == "none" else {"act": act}
         fused = graph.call_module(str(norm.target), (norm.args[0],), kwargs)
     last.replace_all_uses_with(fused)
-    for node in (last, add if last is not add and residual is not None else None, norm):
-        if node is not None:
-            graph.erase_node(node)
+    for node in dict.fromkeys((last, place, norm)):
+        graph.erase_node(node)
     return fused
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """May it write into what it reads?"""
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return name.endswith("_") or name in IN_PLACE or name == "setitem"
 
 
 def _takes_a_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -245,7 +339,8 @@ def _takes_a_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     module = modules[str(node.target)] if node.op == "call_module" else None
     if type(module) is not nn.Conv2d or len(node.args) != 1 or node.kwargs:
         return False
-    return module.groups == 1 and module.bias is None and module.padding_mode == "zeros" and module.padding != "same"
+    plain = module.groups == 1 and module.bias is None and module.padding_mode == "zeros"
+    return plain and not isinstance(module.padding, str)
 
 
 def _hand_on(graph: fx.Graph, norm: fx.Node, convs: list[fx.Node], modules: dict[str, nn.Module]) -> None:
@@ -256,28 +351,34 @@ def _hand_on(graph: fx.Graph, norm: fx.Node, convs: list[fx.Node], modules: dict
             return tuple(graph.get_attr(str(reader.target)) for reader in behind)
 
     before, readers = norm.args[0], sorted(norm.users)
-    if isinstance(before, fx.Node) and before in convs and _only_user(before) is norm:
+    alone = isinstance(before, fx.Node) and _only_user(before) is norm and norm.kwargs.get("residual") is not before
+    if isinstance(before, fx.Node) and before in convs and alone:
         before.kwargs = {"behind": tell(before, [norm])[0]}
-    if 1 <= len(readers) <= 2 and readers[0] in convs and all(_only_reads(user, norm, modules) for user in readers):
+    known = 1 <= len(readers) <= 2 and readers[0] in convs
+    if known and all(_reads(user, norm, convs, modules) for user in readers) and not any(
+        _in_place(node, modules) for node in _between(norm, readers[0])
+    ):
         norm.kwargs = {**norm.kwargs, "behind": tell(norm, readers)}
 
 
-def _only_reads(user: fx.Node, norm: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Does it leave the output of the BatchNorm as it is? The other reader has the same memory."""
+def _reads(user: fx.Node, norm: fx.Node, convs: list[fx.Node], modules: dict[str, nn.Module]) -> bool:
+    """Does it take what is pending, and leave it as it is? The other reader has the same memory."""
     module = modules[str(user.target)] if user.op == "call_module" else None
-    return type(module) is nn.Conv2d or (type(module) is nn.BatchNorm2d and user.kwargs.get("residual") is norm)
+    adds = type(module) is nn.BatchNorm2d and user.kwargs.get("residual") is norm and user.args[0] is not norm
+    return user in convs or adds
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_add(node: fx.Node) -> bool:
-    """An addition of two different tensors of the graph."""
+def _is_add(node: fx.Node, norm: fx.Node) -> bool:
+    """An addition of two different tensors of the graph, of which it writes into none but the output of the norm."""
     named = node.op == "call_method" and node.target in ("add", "add_")
     called = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
     both = len(node.args) == 2 and not node.kwargs and all(isinstance(x, fx.Node) for x in node.args)
-    return (named or called) and both and node.args[0] is not node.args[1]
+    writes = node.target in ("add_", operator.iadd) and node.args[0] is not norm
+    return (named or called) and both and node.args[0] is not node.args[1] and not writes
 
 
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:

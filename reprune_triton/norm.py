@@ -94,15 +94,17 @@ def choose(
     for name, choice, known in (("act", bn.act, ACTIVATIONS), ("impl", impl, IMPLS)):
         if choice not in known:
             raise RepruneError(f"{name} must be one of {', '.join(known)}; got {choice!r}")
-    why_not = _why_not(x, residual, bn.weight, bn.bias)
+    why_not = _why_not(x, residual, bn)
     if impl == "triton" and why_not:
         raise RepruneError(f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".')
     if impl != "auto" or why_not:
         return "torch" if why_not else impl
-    grad = torch.is_grad_enabled()
+    grad = torch.is_grad_enabled() and (x.requires_grad or bn.weight.requires_grad)  # type: ignore[union-attr]
     flags = (residual is not None, list(ACTIVATIONS).index(bn.act), bn.batch, grad, stats is not None, twice)
     case = dispatch.Case("norm_act", str(x.dtype), tuple(map(int, (len(x), *x.shape[2:], *flags))), (x.shape[1],))
-    return dispatch.choose(x, case, _candidates(x, residual is not None, bn, grad, stats is not None, twice))
+    return dispatch.choose(
+        x, case, lambda: _candidates(x, residual is not None, bn, grad, stats is not None, twice)
+    )
 
 
 def by_pytorch(x: Tensor, residual: Tensor | None, bn: BatchNorm) -> Tensor:
@@ -114,6 +116,7 @@ def by_pytorch(x: Tensor, residual: Tensor | None, bn: BatchNorm) -> Tensor:
 def normaliser(x: Tensor, bn: BatchNorm, stats: Stats | None = None) -> Norm:
     """What a BatchNorm does to x, by the kernels; the running averages are updated. stats: those of x, if known."""
     assert bn.weight is not None and bn.bias is not None
+    weight, bias = bn.weight.contiguous(), bn.bias.contiguous()  # the kernels read them as they lie
     if bn.training or bn.running_mean is None or bn.running_var is None:
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
@@ -122,10 +125,10 @@ def normaliser(x: Tensor, bn: BatchNorm, stats: Stats | None = None) -> Norm:
             with torch.no_grad():
                 bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
                 bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
-        return Norm(mean, rstd, bn.weight, bn.bias, bn.act, True)
+        return Norm(mean, rstd, weight, bias, bn.act, True)
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd = bn.running_mean.to(wide), (bn.running_var.to(wide) + bn.eps).rsqrt()
-    return Norm(mean, rstd, bn.weight, bn.bias, bn.act, False)
+    mean, rstd = bn.running_mean.to(wide).contiguous(), (bn.running_var.to(wide) + bn.eps).rsqrt().contiguous()
+    return Norm(mean, rstd, weight, bias, bn.act, False)
 
 
 def normalise(x: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
@@ -188,14 +191,19 @@ def refuses(x: Tensor) -> str | None:
     return None if x.dtype in _KERNEL_DTYPES else f"x is {x.dtype}"
 
 
-def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> str | None:
+def _why_not(x: Tensor, residual: Tensor | None, bn: BatchNorm) -> str | None:
     """Why the kernels cannot do this; None if they can."""
     if reason := refuses(x):
         return reason
     if x.numel() == 0:
         return "x is empty"
-    if weight is None or bias is None:
+    if bn.weight is None or bn.bias is None:
         return "this BatchNorm has no weight and bias"
+    for vector in bn[:4]:
+        if vector is not None and vector.shape != x.shape[1:2]:
+            return f"x has {x.shape[1]} channels, and the BatchNorm {len(vector)}"
+    if residual is not None and not isinstance(residual, Tensor):
+        return f"what is added is {residual!r}"
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return f"the residual is {tuple(residual.shape)} {residual.dtype}, x {tuple(x.shape)} {x.dtype}"
     return None

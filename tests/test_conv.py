@@ -55,7 +55,7 @@ def outcome(function, *inputs):
     """What a function returns, and the gradients of its first result with some factors."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     y, *others = function(*inputs)
-    factors = torch.sin(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype)
+    factors = torch.sin(torch.arange(1, y.numel() + 1, device=y.device)).view(y.shape).to(y.dtype)
     return [y.detach(), *others, *torch.autograd.grad((y * factors).sum(), inputs, materialize_grads=True)]
 
 
@@ -165,6 +165,7 @@ def test_a_normalisation_that_is_written(device, name, with_residual, batch):
                 return run
 
             expected = outcome(some(partial(formula, act)), *inputs)
+            assert all(gradient.any() for gradient in expected[3 if used == (1,) else 1 :])
             mine = outcome(some(partial(found, act, how, shared)), *inputs)
             assert close(mine, expected), (act, how, used)
 

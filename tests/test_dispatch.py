@@ -33,33 +33,33 @@ def test_the_faster_one_is_measured_once_and_kept(tmp_path, slow, fast):
     make, clock = candidates(slow)
     path = tmp_path / "deep" / "table.json"
     table = Table(path, clock)
-    assert [table.choose(CASE, make, True) for _ in range(3)] == [fast] * 3 and len(make.made) == 1
-    assert table.choose(CASE._replace(channels=(32,)), make, True) == fast and len(make.made) == 2
+    assert [table.choose(CASE, lambda: make, lambda: True) for _ in range(3)] == [fast] * 3 and len(make.made) == 1
+    assert table.choose(CASE._replace(channels=(32,)), lambda: make, lambda: True) == fast and len(make.made) == 2
     again = Table(path, clock)
-    assert again.choose(CASE, make, True) == fast and len(make.made) == 2
+    assert again.choose(CASE, lambda: make, lambda: True) == fast and len(make.made) == 2
     assert len(json.loads(path.read_text())) == 2
 
 
 def test_a_wrong_one_is_never_taken_however_fast():
     make, clock = candidates("torch", wrong="triton")
     with pytest.warns(UserWarning, match="triton and PyTorch disagree for norm_act"):
-        assert Table(None, clock).choose(CASE, make, True) == "torch"
+        assert Table(None, clock).choose(CASE, lambda: make, lambda: True) == "torch"
 
     def fails():
         raise RuntimeError("no memory")
 
     with pytest.warns(UserWarning, match="no memory"):
-        assert Table(None, clock).choose(CASE, fails, True) == "torch"
+        assert Table(None, clock).choose(CASE, lambda: fails, lambda: True) == "torch"
 
 
 def test_where_nothing_may_be_measured_the_nearest_decides():
     make, clock = candidates("torch")
     table = Table(None, clock)
-    assert table.choose(CASE, make, False) == "torch" and not make.made
+    assert table.choose(CASE, lambda: make, lambda: False) == "torch" and not make.made
     table.choices = {CASE._replace(channels=(16,)): "triton", CASE._replace(channels=(512,)): "torch"}
-    assert table.choose(CASE, make, False) == "triton"
-    assert table.choose(CASE._replace(channels=(400,)), make, False) == "torch"
-    assert table.choose(CASE._replace(form=(4, 8, 8, 0)), make, False) == "torch"
+    assert table.choose(CASE, lambda: make, lambda: False) == "triton"
+    assert table.choose(CASE._replace(channels=(400,)), lambda: make, lambda: False) == "torch"
+    assert table.choose(CASE._replace(form=(4, 8, 8, 0)), lambda: make, lambda: False) == "torch"
     assert not make.made
 
 
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path):
     path = tmp_path / "table.json"
     path.write_text('[["norm_act", 3')
     make, clock = candidates()
-    assert Table(path, clock).choose(CASE, make, True) == "triton"
+    assert Table(path, clock).choose(CASE, lambda: make, lambda: True) == "triton"
     assert len(json.loads(path.read_text())) == 1
 
 
@@ -76,7 +76,7 @@ def share(rank, address, out):
     make, clock = candidates("torch" if rank == 0 else "triton")
     table = Table(None, clock)
     if rank == 0:  # the first process alone has met this case
-        table.choose(CASE, make, False)
+        table.choose(CASE, lambda: make, lambda: False)
     table.share(dist.group.WORLD)
     (out / str(rank)).write_text(table.choices[CASE])
     dist.destroy_process_group()
@@ -91,6 +91,7 @@ def test_all_processes_take_the_first_ones_table(tmp_path):
 def test_what_is_measured_agrees(device, grad):
     """The candidates of both operations, of every kind, through the kernels: no warning, and the generator is left."""
     x, weight = torch.empty(2, 5, 4, 3, device=device), torch.empty(7, 5, 1, 1, device=device)
+    kind, one = torch.float32, [1, 1]
     norm_of = norm.Norm(*torch.rand(4, 5, device=device).unbind(), "relu", True)
     batch, given = (norm.BatchNorm(*[None] * 4, training, 0.1, 1e-5, "relu6") for training in (True, False))
     given = given._replace(running_mean=weight, running_var=weight)
@@ -99,9 +100,9 @@ def test_what_is_measured_agrees(device, grad):
         norm._candidates(x, True, batch, grad, False, True),
         norm._candidates(x, True, batch._replace(act="none"), grad, True, False),
         norm._candidates(x, False, given, grad, False, False),
-        conv._candidates(x, weight, None, ([1, 1], [0, 0], [1, 1]), None, False, False, grad),
-        conv._candidates(x, weight, norm_of, ([2, 2], [0, 0], [1, 1]), 1e-5, False, False, grad),
-        conv._candidates(x, weight, norm_of, ([1, 1], [0, 0], [1, 1]), None, True, True, grad),
+        conv._candidates(x, kind, weight, None, (one, [0, 0], one), None, False, False, (False, grad)),
+        conv._candidates(x, kind, weight, norm_of, ([2, 2], [0, 0], one), 1e-5, False, False, (grad, grad)),
+        conv._candidates(x, kind, weight, norm_of, (one, [0, 0], one), None, True, True, (grad, False)),
     ):
         runs = make()
         results = [runs[name]() for name in ("torch", "triton")]

@@ -1,6 +1,7 @@
 """A fused network is the network, whoever does what to whose activations."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torchvision
 from test_narrow import Oracle, calm, largest_difference, sgd, some, train_step
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from reprune_triton import REPrune, fuse, models, norm, unfuse
+from reprune_triton import REPrune, fuse, fusion, models, norm, unfuse
 from reprune_triton.bench import graph
 from reprune_triton.errors import RepruneError
 from reprune_triton.narrow import Narrowing, compact
@@ -235,6 +237,229 @@ def test_hooks_of_the_user_see_whole_activations(device):
             model = fuse(copy.deepcopy(plain), impl="triton")
             getattr(getattr(model.blocks[1], batch_norm), kind)(lambda *_: None)
             assert_alike(outcome(model, x, passes=1), seen[False, "outcome"])
+
+
+class Odd(nn.Module):
+    """Some layers, and a forward made of them."""
+
+    def __init__(self, forward, **changed):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 1, bias=False) for _ in range(3))
+        self.one, self.two, self.three = (nn.BatchNorm2d(4) for _ in range(3))
+        self.relu, self.clamp = nn.ReLU(inplace=True), nn.ReLU6()
+        self.made = forward
+        for name, module in changed.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.made(self, x)
+
+
+def two_readers(m, x):
+    y = F.relu(m.one(m.a(x)))
+    return m.b(y) + m.c(y)
+
+
+def twice_by_the_second(m, x):
+    y = F.relu(m.one(m.a(x)))
+    return m.b(y) + F.relu(m.two(y) + y)
+
+
+def residual_is_the_input(m, x):
+    y = m.a(x)
+    return F.relu(m.one(y) + y)
+
+
+def residual_before_conv(m, x):
+    y = m.one(m.a(x))
+    z = m.two(x) + y
+    return m.b(y) * z
+
+
+def three_readers(m, x):
+    y = F.relu(m.one(m.a(x)))
+    return F.relu(m.two(m.b(y)) + y) + m.c(y)
+
+
+def added_into_another(m, x):
+    y = m.a(x)
+    z = y
+    y += m.one(m.b(x))
+    return m.c(y.sin()) + z
+
+
+def residual_written_over(m, x):
+    y = m.a(x)
+    z = m.one(m.b(x)) + y
+    y.mul_(2)
+    return F.relu(z) + y
+
+
+def input_written_over(m, x):
+    y = m.a(x)
+    z = m.one(y)
+    y.mul_(2)
+    return m.b(F.relu(z)) + y
+
+
+def normalised_late(m, x):
+    y, z = m.a(x), m.b(x)
+    n = m.one(y)
+    y.mul_(2)
+    return F.relu(n + m.two(z)) + y
+
+
+def two_norms(m, x):
+    return F.relu(m.one(m.a(x)) + m.two(m.b(x)))
+
+
+def norm_after_norm(m, x):
+    return m.c(m.clamp(m.two(m.one(m.a(x)))))
+
+
+def number_added(m, x):
+    return F.relu(m.one(m.a(x)) + x.size(0))
+
+
+def broadcast(m, x):
+    return F.relu(m.one(m.a(x)) + x.mean((2, 3), keepdim=True))
+
+
+def shared_layers(m, x):
+    y = m.relu(m.one(m.a(x)))
+    y = m.relu(m.two(m.a(y)))
+    return m.c(m.relu(m.two(y)))
+
+
+def returned_too(m, x):
+    y = F.relu(m.one(m.a(x)))
+    return m.b(y) + y.exp(), y
+
+
+def concatenated(m, x):
+    y = F.relu(m.one(m.a(x)))
+    return m.b(torch.cat((y, m.two(m.c(y))), 1)[:, 2:6])
+
+
+def plain_chain(m, x):
+    return m.c(F.relu(m.two(m.b(F.relu(m.one(m.a(x)))))))
+
+
+OVERWRITTEN = (input_written_over, normalised_late)
+CONVS = {
+    "bias": lambda: nn.Conv2d(4, 4, 1),
+    "grouped": lambda: nn.Conv2d(4, 4, 1, groups=2, bias=False),
+    "same": lambda: nn.Conv2d(4, 4, 3, padding="same", bias=False),
+    "valid": lambda: nn.Conv2d(4, 4, 1, padding="valid", bias=False),
+    "reflect": lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False),
+}
+ODD = [*(partial(Odd, forward) for forward in (
+    two_readers, twice_by_the_second, residual_is_the_input, residual_before_conv, three_readers, added_into_another,
+    residual_written_over, input_written_over, normalised_late, two_norms, norm_after_norm, number_added, broadcast,
+    shared_layers, returned_too, concatenated,
+))]  # fmt: skip
+ODD += [lambda kind=kind, f=f, at=at: Odd(f, **{at: CONVS[kind]()}) for kind in CONVS
+        for f, at in ((two_readers, "b"), (two_readers, "c"), (plain_chain, "b"))]  # fmt: skip
+ODD += [lambda bn=bn: Odd(plain_chain, two=bn()) for bn in (
+    lambda: nn.BatchNorm2d(4, momentum=None), lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    lambda: nn.BatchNorm2d(4, affine=False),
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_odd_networks(device, number, monkeypatch):
+    """By the kernels wherever they can run, and in PyTorch."""
+    torch.manual_seed(0)
+    start, x = ODD[number]().double().to(device), torch.randn(2, 4, 5, 4, dtype=torch.float64, device=device)
+
+    def flat(model, training):
+        model.train(training)
+        with torch.no_grad():
+            blind = model(x)
+        found = model(x)
+        found, blind = (y if isinstance(y, tuple) else (y,) for y in (found, blind))
+        results = [*(y.detach() for y in found), *blind, *(b.clone() for b in model.buffers())]
+        try:
+            loss = sum(y.square().sum() for y in found)
+            some = list(model.parameters())
+            return results + [*torch.autograd.grad(loss, some, allow_unused=True, materialize_grads=True)]
+        except RuntimeError as error:  # what BatchNorm needs is written over
+            assert "modified by an inplace operation" in str(error) and ODD[number].args[0] in OVERWRITTEN
+            return results
+
+    for choice in ("triton", "torch"):
+        monkeypatch.setattr("reprune_triton.dispatch.choose", lambda *_, choice=choice: choice)
+        plain, fused = copy.deepcopy(start), fuse(copy.deepcopy(start))
+        for training in (True, False):
+            assert_alike(flat(fused, training), flat(plain, training))
+
+
+def test_frozen_parameters_and_partial_gradients(device):
+    plain, x = tiny("bottleneck", device)
+    for frozen in ("conv", "bn", "stem"):
+        for model in (twins := (plain, fuse(copy.deepcopy(plain), "triton"))):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(frozen not in name)
+        results = []
+        for model in twins:
+            some = [p for p in model.parameters() if p.requires_grad]
+            results.append(torch.autograd.grad(model(x).square().sum(), some))
+        assert_alike(*results)
+
+
+def test_wrong_shapes_are_refused_as_in_pytorch(device):
+    conv, bn = nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(4)
+    for module, channels in ((conv, 3), (bn, 7), (bn, 1)):
+        model, x = fuse(nn.Sequential(module).to(device), "triton"), torch.randn(2, channels, 4, 4, device=device)
+        with pytest.raises(RepruneError, match=f"x has {channels} channels"):
+            model(x)
+        with pytest.raises(RuntimeError):
+            fuse(model)(x)
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x, scale=None):
+        return self.bn(x) if scale is None else self.bn(x) * scale
+
+
+class Checkpoints(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.bn, self.reentrant = nn.BatchNorm2d(3), reentrant
+
+    def forward(self, x):
+        return checkpoint(self.bn, x, use_reentrant=self.reentrant)
+
+
+def test_forwards_that_a_trace_would_change_are_refused():
+    with pytest.raises(RepruneError, match="optional argument scale"):
+        fuse(Optional())
+    for reentrant in (True, False):
+        with pytest.raises(RepruneError, match="checkpoints activations"):
+            fuse(Checkpoints(reentrant))
+
+
+def test_a_pickle_is_the_network_before(tmp_path, device):
+    plain, x = tiny("bottleneck", device)
+    torch.save(fuse(copy.deepcopy(plain), "triton"), tmp_path / "model")
+    again = torch.load(tmp_path / "model", weights_only=False)
+    assert torch.equal(again(x), plain(x)) and repr(again) == repr(plain)
+    assert_alike(outcome(fuse(again, "triton"), x), outcome(plain, x))
+
+
+def test_activations_are_not_held_for_the_second_reader(device, monkeypatch):
+    model, x = tiny("bottleneck", device)
+    fuse(model, "triton").eval()
+    kept = []
+    original = fusion.Pending.take
+    monkeypatch.setattr(fusion.Pending, "take", lambda self: kept.append(self) or original(self))
+    with torch.no_grad():
+        model(x)
+    assert len(kept) == 9 and all(pending.given is None for pending in kept)
 
 
 def test_what_is_written_over_is_not_shared(device):
