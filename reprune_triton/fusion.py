@@ -215,7 +215,7 @@ def trace(model: nn.Module) -> fx.Graph:
     """The calls of the forward of `model`.
 
     Raises:
-        RepruneError: if torch.fx cannot trace it, or if it is not the same in training and in evaluation.
+        RepruneError: if torch.fx cannot trace it, or would lose something of it; see `fuse`.
     """
     optional = [p.name for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty]
     if optional:
