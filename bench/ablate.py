@@ -70,9 +70,16 @@ def _widths(_: Options) -> dict[str, Changes]:
     return {str(width): {"round_to": width} for width in (1, 8, 16, 32)}
 
 
+def _choices(_: Options) -> dict[str, Changes]:
+    return {"random": {}, "random, another draw": {"prune_seed": 2**31}} | {
+        rule: {"tie": rule} for rule in ("index", "norm", "gamma")
+    }
+
+
 QUESTIONS = {
     "linkage": Question("Is Ward the right linkage?", "Table 5", _linkages),
     "until": Question("For how much of the training should channels be pruned?", "Table 9", _untils),
+    "random": Question("Does it matter which of equally good filters is taken?", "Table 11", _choices),
     "width": Question("What does it cost to keep channels in multiples?", "ours", _widths),
 }
 
@@ -205,6 +212,7 @@ def perform(one: Run, args: argparse.Namespace, deadline: float) -> dict[str, An
         "coverage": [event.coverage for event in pruner.history] if pruner else [],
         "events": [event.epoch for event in pruner.history] if pruner else [],
         "layers": {layer.name: layer.sparsity for layer in last.layers} if last else {},
+        "active": {name: index.tolist() for name, index in pruner.active.items()} if pruner else {},
         "seconds": result.seconds, "event_seconds": result.event_seconds, "command": command(one.options),
     }  # fmt: skip
     shutil.rmtree(folder)
@@ -231,9 +239,11 @@ def table(question: str, tier: str, baseline: str, found: Iterable[tuple[str, di
     base = arms.get(baseline, {})
     made = Table(
         title=f"{QUESTIONS[question].text} ({QUESTIONS[question].source}; tier {tier})",
-        caption=f"Difference: to {baseline}, seed by seed, in points, with the 95% confidence interval.",
+        caption=f"Difference: to {baseline}, seed by seed, in points, with the 95% confidence interval. "
+        "Overlap: of the filters that this arm or the baseline has left, the share that both have.",
     )
-    for column in (question, "runs", "accuracy", "difference", "FLOPs left", "channels pruned", "coverage", "seconds"):
+    columns = ("runs", "accuracy", "difference", "FLOPs left", "channels pruned", "coverage", "overlap", "seconds")
+    for column in (question, *columns):
         made.add_column(column, justify="left" if column == question else "right")
     for arm, runs in arms.items():
         pairs = [(row["accuracy"] - base[seed]["accuracy"]) * 100 for seed, row in runs.items() if seed in base]
@@ -241,13 +251,21 @@ def table(question: str, tier: str, baseline: str, found: Iterable[tuple[str, di
         def mean(key: str, form: str, runs: dict[int, dict[str, Any]] = runs) -> str:
             return format(statistics.mean(row[key] for row in runs.values()), form)
 
+        shares = [overlap(row["active"], base[seed]["active"]) for seed, row in runs.items() if seed in base]
         coverage = statistics.mean(row["coverage"][-1] for row in runs.values() if row["coverage"])
         made.add_row(
             arm, str(len(runs)), spread([100 * row["accuracy"] for row in runs.values()], "%"),
             "" if arm == baseline else interval(pairs), mean("flops", ".1%"), mean("sparsity", ".1%"),
-            f"{coverage:.1%}", mean("seconds", ".0f"),
+            f"{coverage:.1%}", f"{statistics.mean(shares):.1%}" if shares and arm != baseline else "",
+            mean("seconds", ".0f"),
         )  # fmt: skip
     return made
+
+
+def overlap(some: dict[str, list[int]], others: dict[str, list[int]]) -> float:
+    """Of the filters in either of two networks, the share that is in both."""
+    pairs = [(set(some[name]), set(others[name])) for name in some]
+    return sum(len(a & b) for a, b in pairs) / sum(len(a | b) for a, b in pairs)
 
 
 def spread(values: list[float], unit: str = "") -> str:

@@ -66,6 +66,7 @@ class Options:
     regrow: float = 0.3
     linkage: str = "ward"
     tie: str = "random"
+    prune_seed: int | None = None  # of the pruner's random choices alone; default: seed
     round_to: int | None = None
     ignore: tuple[str, ...] = ()
     device: str | None = None  # default: cuda where there is one
@@ -82,8 +83,8 @@ class Options:
             raise RepruneError(f"amp must be one of {', '.join(AMP)}; got {self.amp!r}")
         if self.epochs < 1 or not 0 <= self.warmup <= self.epochs:
             raise RepruneError(f"epochs must be at least 1 and warmup within it; got {self.epochs} and {self.warmup}")
-        for name, end in (("seed", 2**32), ("smoothing", 1), ("mixup", 100)):
-            if not 0 <= getattr(self, name) < end:
+        for name, end in (("seed", 2**32), ("prune_seed", 2**32), ("smoothing", 1), ("mixup", 100)):
+            if not 0 <= (getattr(self, name) or 0) < end:
                 raise RepruneError(f"{name} must be in [0, {end}); got {getattr(self, name)}")
         if self.sparsity is not None and self.flops is not None:
             raise RepruneError("give sparsity or flops, not both; with neither the model stays dense")
@@ -272,10 +273,11 @@ def _pruner(
 ) -> REPrune | None:  # fmt: skip
     if options.sparsity is None and options.flops is None:
         return None
+    seed = options.seed if options.prune_seed is None else options.prune_seed
     return REPrune(
         model, optimizer, example_inputs=example, sparsity=options.sparsity, flops=options.flops, every=options.every,
         until=options.until or max(1, round(0.72 * options.epochs)), regrow=options.regrow, linkage=options.linkage,
-        tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=options.seed, compact="auto",
+        tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=seed, compact="auto",
     )  # fmt: skip
 
 
@@ -429,6 +431,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--regrow", type=float, help="how much denser the network is at the start (default 0.3)")
     add("--linkage", help="ward, single, complete or average (default ward)")
     add("--tie", help="random, index, norm or gamma (default random)")
+    add("--prune-seed", type=int, help="of the pruner's random choices alone (default: --seed)")
     add("--round-to", type=int, help="kept channels are a multiple of this (default 16 on CUDA, else 1)")
     add("--ignore", nargs="+", help="convs to leave alone, by name or pattern")
     add("--device", help="default: cuda where there is one")

@@ -40,6 +40,7 @@ def test_every_run_is_a_row_and_is_made_once(tmp_path, capsys, small, monkeypatc
         assert 0.1 < row["accuracy"] <= 1 and 0 < row["flops"] < 1 and row["sparsity"] == pytest.approx(0.5, abs=0.03)
         assert len(row["coverage"]) == len(row["events"]) == 1 and 0 < row["coverage"][0] <= 1
         assert set(row["layers"]) == {f"stage{n}.0.conv1" for n in (1, 2, 3)} and row["parameters"] < 78042
+        assert {name: 16 - len(left) for name, left in row["active"].items()}["stage1.0.conv1"] > 0
         assert row["tier"] == "digits" and row["device"] == "cpu" and row["torch"] and row["seconds"] > 0
     assert not list((tmp_path / "runs").iterdir()), "finished runs leave nothing behind"
     assert "4 runs, 0 known already" in capsys.readouterr().out
@@ -53,6 +54,13 @@ def test_questions_share_the_baseline(tmp_path, small):
     assert call(tmp_path, "--arms", "72%", question="until", seeds=[0]) == made
     assert call(tmp_path, "--arms", "1", question="width", seeds=[0]) == made
     assert len(call(tmp_path, "--arms", "16", question="width", seeds=[0])) == 2
+
+
+def test_the_draw_alone_can_be_another(tmp_path, small):
+    arms = ["random", "random, another draw", "index"]
+    one, other, index = call(tmp_path, "--arms", *arms, question="random", seeds=[0])
+    assert one["active"] != other["active"] != index["active"] and abs(one["flops"] - other["flops"]) < 0.1
+    assert 0 < ablate.overlap(one["active"], other["active"]) < 1 == ablate.overlap(one["active"], one["active"])
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path, small, capsys):
@@ -82,7 +90,8 @@ def test_arms_change_one_option_of_the_baseline(question, tier):
     found = {run.arm: ablate.saved(run.options) for run in runs}
     base = found[baseline]
     assert base == ablate.saved(train.recipe(ablate.TIERS[tier].data, **ablate.TIERS[tier].changes))
-    assert baseline == {"linkage": "ward", "until": "72%" if tier == "digits" else "60%", "width": "1"}[question]
+    until = "72%" if tier == "digits" else "60%"
+    assert baseline == {"linkage": "ward", "until": until, "width": "1", "random": "random"}[question]
     assert len({json.dumps(options) for options in found.values()}) == len(found)
     for options in found.values():
         assert sum(options[key] != base[key] for key in base) <= 1
@@ -91,6 +100,7 @@ def test_arms_change_one_option_of_the_baseline(question, tier):
 def test_differences_are_paired():
     def row(arm, seed, accuracy):
         numbers = {"accuracy": accuracy, "flops": 0.5, "sparsity": 0.5, "seconds": 1, "coverage": [0.5, 0.75]}
+        numbers["active"] = {"a": [0, 1], "b": [0, seed + 1 if arm == "ward" else 9]}
         return arm, numbers | {"seed": seed}
 
     found = [row("ward", s, 0.9 + s / 100) for s in range(3)] + [row("single", s, 0.89 + s / 50) for s in range(4)]
@@ -100,6 +110,7 @@ def test_differences_are_paired():
     half = stats.t.ppf(0.975, 2) * statistics.stdev(differences) / 3**0.5
     assert cells[0] == ["ward", "single"] and cells[1] == ["3", "4"]
     assert cells[3] == ["", f"+0.00 ± {half:.2f}"] and cells[2][0] == "91.00% ± 1.00" and cells[6] == ["75.0%"] * 2
+    assert cells[7] == ["", "60.0%"], "of five filters in either, three are in both"
     assert ablate.interval([1.5]) == "+1.50" and ablate.interval([]) == ""
 
 
