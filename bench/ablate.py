@@ -76,9 +76,14 @@ def _choices(_: Options) -> dict[str, Changes]:
     }
 
 
+def _selections(_: Options) -> dict[str, Changes]:
+    return {name: {"select": name} for name in ("coverage", "l1", "gamma", "random")}
+
+
 QUESTIONS = {
     "linkage": Question("Is Ward the right linkage?", "Table 5", _linkages),
     "until": Question("For how much of the training should channels be pruned?", "Table 9", _untils),
+    "select": Question("Is coverage worth it? Other filters, the rest alike.", "Fig. 3", _selections),
     "random": Question("Does it matter which of equally good filters is taken?", "Table 11", _choices),
     "width": Question("What does it cost to keep channels in multiples?", "ours", _widths),
 }
@@ -168,6 +173,8 @@ def saved(options: Options) -> Changes:
 
 
 def key_of(options: Changes) -> str:
+    """An option that a row does not know yet had its default."""
+    options = saved(Options()) | options
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
 
 

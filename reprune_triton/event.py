@@ -38,7 +38,8 @@ class Request:
         widths: how many filters each layer is to have; called on every launch.
         linkage, impl, tie: see `ops.cluster_network` and `ops.cover`.
         seeds: per layer, of the ties and of the draw.
-        scores: for tie="norm" and "gamma": (T,) floating point, called on every launch.
+        select: "coverage", or else the filters with the largest scores are kept.
+        scores: for tie="norm" and "gamma", and for any other selection: (T,), called on every launch.
         regrow: may `widths` ask for more filters than it keeps?
         watched: tensors that must be finite.
         check: raises the error that names what is wrong with them, or with the scales that `widths` counts. It may wait
@@ -52,6 +53,7 @@ class Request:
     linkage: str = "ward"
     impl: str = "auto"
     tie: str = "random"
+    select: str = "coverage"
     scores: Callable[[], Tensor] | None = None
     regrow: bool = True
     watched: Sequence[Tensor] = ()
@@ -212,7 +214,8 @@ class Event:
         """Into kept (T,) and totals (L, 2): the filters of the layers that are chosen here."""
         order = None
         if self.request.scores is not None:
-            order = self.request.pool.levels(self.request.scores())
+            scores = self.request.scores()
+            order = self.request.pool.levels(scores) if self.request.select == "coverage" else scores
         for group in self._groups:
             found, counts = group.cover(self._keep, order)
             group.filters.put(kept, found)
@@ -313,6 +316,9 @@ class _Group:
 
     def cover(self, keep: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
         order = None if order is None else self.filters.of(order)
+        if self._request.select != "coverage":
+            assert order is not None
+            return steps.by_score(self.work, self.labels, self.index.of(keep), order)
         return self.steps.cover(self.index.of(keep), self._request.tie, order)
 
 

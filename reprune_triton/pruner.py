@@ -4,6 +4,7 @@ widths (sparsity.py) -> merges -> cut -> cover -> regrow, all on the device (eve
 """
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,9 +23,10 @@ from .channels import Channels, Prunable
 from .errors import RepruneError
 from .pool import Pool, to_device
 from .ranks import Ranks
-from .rng import derive_seeds
+from .rng import derive_seeds, random_bits
 
 FORMAT = 4  # of state_dict
+SELECTIONS = ("coverage", "l1", "gamma", "random")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Config:
         until: the epoch of the last event (T_prune); about 72% of the training is good (paper, Table 9).
         regrow: delta_0, how much denser than its target the network is at the start; 0 switches regrowth off.
         linkage: "ward" (paper), "single", "complete" or "average".
+        select: which filters a layer keeps: those that cover the most clusters ("coverage", the paper), or, to compare
+            it with, those of the largest absolute sum ("l1"), of the largest BatchNorm scale ("gamma"), or any
+            ("random").
         tie: which of equally good filters is taken: "random" (paper), "index", "norm" or "gamma".
         round_to: kept channels are a multiple of this; None is 16 on CUDA and 1 elsewhere.
         min_keep: no layer keeps fewer channels.
@@ -56,6 +61,7 @@ class Config:
     until: int | None = None
     regrow: float = 0.3
     linkage: str = "ward"
+    select: str = "coverage"
     tie: str = "random"
     round_to: int | None = None
     min_keep: int = 1
@@ -86,8 +92,8 @@ class Config:
         if not _is_number(self.regrow) or not 0 <= self.regrow < 1:
             raise RepruneError(f"regrow must be in [0, 1); got {self.regrow!r}")
         for name, choice, known in (
-            ("linkage", self.linkage, ops.LINKAGES), ("tie", self.tie, ops.TIES), ("impl", self.impl, ops.IMPLS),
-            ("compact", self.compact, ("off", "auto")),
+            ("linkage", self.linkage, ops.LINKAGES), ("select", self.select, SELECTIONS), ("tie", self.tie, ops.TIES),
+            ("impl", self.impl, ops.IMPLS), ("compact", self.compact, ("off", "auto")),
         ):  # fmt: skip
             if choice not in known:
                 raise RepruneError(f"{name} must be one of {', '.join(known)}; got {choice!r}")
@@ -229,10 +235,16 @@ class REPrune:
         inputs = self.channels.inputs(self.active)
         layers = [ops.Layer(self._weight(x), self.active[x.name], inputs[x.name], x.name) for x in prunable]
         seeds = derive_seeds(config.seed, self.epoch, len(layers), 2).tolist()
-        scores = {"norm": lambda: torch.cat([x.rows().double().norm(dim=1) for x in layers]), "gamma": self._gammas}
+        rows = functools.partial(_of_filters, layers)
+        scores: dict[str, Callable[[], Tensor]] = {"gamma": self._gammas}
+        if config.select == "coverage":
+            scores["norm"] = lambda: rows(lambda x: x.norm(dim=1))
+        else:
+            scores["l1"] = lambda: rows(lambda x: x.abs().sum(1))
+            scores["random"] = lambda: self._bits([seed for seed, _ in seeds])
         return event.Request(
-            layers, self._pool, self._widths(extra), seeds, config.linkage, config.impl, config.tie,
-            scores=scores.get(config.tie), regrow=extra > 0,
+            layers, self._pool, self._widths(extra), seeds, config.linkage, config.impl, config.tie, config.select,
+            scores=scores.get(config.tie if config.select == "coverage" else config.select), regrow=extra > 0,
             watched=[p for _, p in self._watched()], check=self._check_watched,
         )  # fmt: skip
 
@@ -342,6 +354,11 @@ class REPrune:
         """|gamma| of every prunable layer: (T,)."""
         gammas = (self.model.get_submodule(x.norm)._parameters["weight"] for x in self.channels.prunable if x.norm)
         return torch.cat(list(gammas)).detach().abs()  # type: ignore[arg-type]
+
+    def _bits(self, seeds: Sequence[int]) -> Tensor:
+        """Random bits of every filter (T,), by a seed for each layer."""
+        sizes = zip(seeds, self._pool.sizes, strict=True)
+        return torch.cat([random_bits(seed, 0, count, self._pool.device) for seed, count in sizes])
 
     def _own_width(self, layer: Prunable, extra: float) -> int:
         """Filters of a layer with sparsities given layer by layer."""
@@ -516,8 +533,12 @@ class REPrune:
                     "Without BatchNorm scales a global sparsity cannot be shared out between layers. Give each its "
                     f"own: REPrune(..., sparsity={{{without[0]!r}: 0.5, ...}}); patterns such as 'features.*' work."
                 )
-        if self.config.tie == "gamma" and any(layer.norm is None for layer in found.prunable):
-            raise RepruneError('tie="gamma" needs a BatchNorm behind every prunable conv: use tie="norm" or "random"')
+        if any(layer.norm is None for layer in found.prunable):
+            for option, others in (("tie", '"norm" or "random"'), ("select", '"coverage" or "l1"')):
+                if getattr(self.config, option) == "gamma":
+                    raise RepruneError(
+                        f'{option}="gamma" needs a BatchNorm behind every prunable conv: use {option}={others}'
+                    )
         if not found.prunable:
             listing = "\n".join(f"  {name}: {reason}" for name, reason in found.reasons.items())
             raise RepruneError(f"nothing to prune in {type(self.model).__name__}. {hint}\n{listing}")
@@ -624,3 +645,8 @@ def _matching(name: str, own: Mapping[str, float]) -> list[str]:
 
 def _own_sparsity(name: str, own: Mapping[str, float]) -> float:
     return own[_matching(name, own)[0]]  # the first pattern that fits wins
+
+
+def _of_filters(layers: Sequence[ops.Layer], score: Callable[[Tensor], Tensor]) -> Tensor:
+    """A number for every filter (T,), from its weights as a row in float64."""
+    return torch.cat([score(layer.rows().double()) for layer in layers])

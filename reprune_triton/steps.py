@@ -62,6 +62,30 @@ def blank_labels(work: Work) -> Tensor:
     return torch.zeros(work.points, dtype=torch.int32, device=work.device)
 
 
+def by_score(work: Work, labels: Tensor, keep: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """What `Steps.cover` returns, of the filters with the largest scores (filters,) instead; the lowest on ties.
+
+    labels: (points,) int32, clusters at the cut. Nothing here waits for the device.
+    """
+    kept = torch.zeros(work.filters, dtype=torch.int32, device=work.device)
+    totals = torch.zeros(len(work.layers), 2, dtype=torch.int32, device=work.device)
+    start = first = 0
+    for number, layer in enumerate(work.layers):
+        points, n_out = layer.n * layer.columns, len(layer.weight)
+        if work.chosen is None or number in work.chosen:
+            own = labels[start : start + points].view(layer.columns, layer.n).long()
+            active = torch.arange(n_out, device=kept.device) if layer.filters is None else layer.filters.long()
+            order = score[first : first + n_out][active].argsort(descending=True, stable=True)
+            taken = torch.empty_like(order, dtype=torch.int32)  # of the active filters, as the labels are
+            taken[order] = (torch.arange(len(order), device=kept.device) < keep[number]).int()
+            kept[first + active] = taken
+            for column, those in enumerate((taken, torch.ones_like(taken))):  # clusters that any of them is in
+                found = torch.zeros_like(own, dtype=torch.int32).scatter_reduce(1, own, those.expand_as(own), "amax")
+                totals[number, column] = found.sum()
+        start, first = start + points, first + n_out
+    return kept, totals
+
+
 class Steps(Protocol):
     """What both have in common. `cluster` comes first, then one after another; L layers."""
 

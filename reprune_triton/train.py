@@ -65,6 +65,7 @@ class Options:
     until: int | None = None
     regrow: float = 0.3
     linkage: str = "ward"
+    select: str = "coverage"
     tie: str = "random"
     prune_seed: int | None = None  # of the pruner's random choices alone; default: seed
     round_to: int | None = None
@@ -277,7 +278,8 @@ def _pruner(
     return REPrune(
         model, optimizer, example_inputs=example, sparsity=options.sparsity, flops=options.flops, every=options.every,
         until=options.until or max(1, round(0.72 * options.epochs)), regrow=options.regrow, linkage=options.linkage,
-        tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=seed, compact="auto",
+        select=options.select, tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=seed,
+        compact="auto",
     )  # fmt: skip
 
 
@@ -430,6 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--until", type=int, help="epoch of the last event (default 72%% of the epochs; cifar: 60%%)")
     add("--regrow", type=float, help="how much denser the network is at the start (default 0.3)")
     add("--linkage", help="ward, single, complete or average (default ward)")
+    add("--select", help="which filters are kept: coverage, l1, gamma or random (default coverage)")
     add("--tie", help="random, index, norm or gamma (default random)")
     add("--prune-seed", type=int, help="of the pruner's random choices alone (default: --seed)")
     add("--round-to", type=int, help="kept channels are a multiple of this (default 16 on CUDA, else 1)")

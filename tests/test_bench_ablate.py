@@ -63,6 +63,14 @@ def test_the_draw_alone_can_be_another(tmp_path, small):
     assert 0 < ablate.overlap(one["active"], other["active"]) < 1 == ablate.overlap(one["active"], one["active"])
 
 
+def test_a_row_of_before_an_option_was_there_still_counts(tmp_path):
+    options = ablate.saved(train.recipe("digits"))
+    for gone in ("prune_seed", "tie"):
+        row = {"benchmark": "ablate", "options": {name: value for name, value in options.items() if name != gone}}
+        (tmp_path / "rows").write_text(json.dumps(row))
+        assert list(ablate.load(tmp_path / "rows")) == [ablate.key_of(options)]
+
+
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path, small, capsys):
     for number in range(3):
         made = call(tmp_path / "stopped", "--arms", "ward", "--budget", "0.01s", epochs=3, seeds=[0])
@@ -91,7 +99,8 @@ def test_arms_change_one_option_of_the_baseline(question, tier):
     base = found[baseline]
     assert base == ablate.saved(train.recipe(ablate.TIERS[tier].data, **ablate.TIERS[tier].changes))
     until = "72%" if tier == "digits" else "60%"
-    assert baseline == {"linkage": "ward", "until": until, "width": "1", "random": "random"}[question]
+    usual = {"linkage": "ward", "until": until, "width": "1", "random": "random", "select": "coverage"}
+    assert baseline == usual[question]
     assert len({json.dumps(options) for options in found.values()}) == len(found)
     for options in found.values():
         assert sum(options[key] != base[key] for key in base) <= 1

@@ -1,6 +1,7 @@
 """One event over a whole network: the same filters from every implementation, and a fixed sequence of launches."""
 
 import contextlib
+import dataclasses
 import math
 
 import pytest
@@ -74,6 +75,28 @@ def same(one: event.Outcome, other: event.Outcome) -> bool:
         and one.rank == other.rank
         and all(a == pytest.approx(b, rel=1e-5) for a, b in heights)
     )
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_another_selection_keeps_the_largest_scores_and_counts_what_they_cover(impl, device):
+    layers = network(device if impl == "triton" else "cpu")
+    pool = Pool([layer.n_out for layer in layers], layers[0].weight.device)
+    scores = torch.randint(5, (pool.total,), generator=torch.Generator().manual_seed(1)).to(pool.device)  # with ties
+    wanted = request(layers, extra=0.0, impl=impl)
+    found = event.Event(dataclasses.replace(wanted, select="l1", scores=lambda: scores))
+    found.launch()
+    outcome, usual = found.read(), run(layers, extra=0.0, impl=impl)
+    assert [layer.kept for layer in outcome.layers] == [layer.kept for layer in usual.layers]
+    for layer, score, kept, got in zip(layers, *map(pool.split, (scores, outcome.kept)), outcome.layers, strict=True):
+        active = range(layer.n_out) if layer.filters is None else layer.filters.tolist()
+        best = sorted(active, key=lambda i, score=score: (-int(score[i]), i))[: got.kept]
+        assert sorted(best) == kept.nonzero().flatten().tolist()
+        ((_, clusters),) = ops.cluster_network([layer], [got.kept], impl=impl)
+        at = [list(active).index(i) for i in best]
+        assert got.covered == sum(len({int(row[i]) for i in at}) for row in clusters.labels)
+        assert got.clusters == sum(len(set(row.tolist())) for row in clusters.labels)
+    covered = [sum(layer.covered for layer in some.layers) for some in (outcome, usual)]
+    assert covered[0] < covered[1], "greedy covers more"
 
 
 @pytest.mark.parametrize(("tie", "budget"), [*((tie, False) for tie in ops.TIES), ("random", True)])

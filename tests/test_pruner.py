@@ -188,6 +188,35 @@ def test_sparsity_per_layer_serves_models_without_batchnorm():
     assert torch.equal(slim(X), model(X))
 
 
+def test_other_selections_keep_as_many_filters():
+    """By their scores; the schedule, widths and regrowth are those of coverage."""
+    found = {}
+    for select in ("coverage", "l1", "gamma", "random"):
+        actives = []
+        for _ in range(2):
+            model, optimizer = network("resnet20")
+            train(model, optimizer)
+            before = copy.deepcopy(model.state_dict())
+            pruner = prune(model, optimizer, epochs=0, until=1, select=select, seed=3)
+            found[select] = pruner.step()
+            actives.append(pruner.active)
+        for layer in pruner.channels.prunable:
+            kept = actives[0][layer.name]
+            assert torch.equal(kept, actives[1][layer.name]), "the same seed, the same filters"
+            weight, gamma = before[f"{layer.name}.weight"], before[f"{layer.norm}.weight"]
+            score = {"l1": weight.double().abs().sum((1, 2, 3)), "gamma": gamma.abs()}.get(select)
+            if score is not None:
+                assert torch.equal(score.argsort(descending=True, stable=True)[: len(kept)].sort().values, kept)
+    widths = {select: [layer.kept for layer in event.layers] for select, event in found.items()}
+    assert all(row == widths["coverage"] for row in widths.values())
+    assert all(event.coverage < found["coverage"].coverage for name, event in found.items() if name != "coverage")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(RepruneError, match='select="gamma" needs a BatchNorm'):
+        REPrune(net, None, example_inputs=X, sparsity={"0": 0.5}, until=4, select="gamma")
+    with pytest.raises(RepruneError, match="select must be one of coverage, l1"):
+        REPrune(net, None, example_inputs=X, sparsity={"0": 0.5}, until=4, select="l2")
+
+
 def test_the_regrown_come_back_as_they_left_and_without_momentum():
     model, optimizer = network("resnet20")
     pruner = prune(model, optimizer, epochs=2, regrow=0.4)
