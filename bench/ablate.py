@@ -238,35 +238,43 @@ def command(options: Options) -> str:
     return shlex.join(words)
 
 
+COLUMNS = ("runs", "accuracy", "difference", "FLOPs left", "channels pruned", "coverage", "overlap", "seconds")
+
+
 def table(question: str, tier: str, baseline: str, found: Iterable[tuple[str, dict[str, Any]]]) -> Table:
-    """Mean and standard deviation of every arm, and how far it is from the baseline with the same seeds."""
-    arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for arm, row in found:
-        arms.setdefault(arm, {})[row["seed"]] = row
-    base = arms.get(baseline, {})
+    """What is known of every arm."""
     made = Table(
         title=f"{QUESTIONS[question].text} ({QUESTIONS[question].source}; tier {tier})",
         caption=f"Difference: to {baseline}, seed by seed, in points, with the 95% confidence interval. "
         "Overlap: of the filters that this arm or the baseline has left, the share that both have.",
     )
-    columns = ("runs", "accuracy", "difference", "FLOPs left", "channels pruned", "coverage", "overlap", "seconds")
-    for column in (question, *columns):
+    for column in (question, *COLUMNS):
         made.add_column(column, justify="left" if column == question else "right")
-    for arm, runs in arms.items():
-        pairs = [(row["accuracy"] - base[seed]["accuracy"]) * 100 for seed, row in runs.items() if seed in base]
-
-        def mean(key: str, form: str, runs: dict[int, dict[str, Any]] = runs) -> str:
-            return format(statistics.mean(row[key] for row in runs.values()), form)
-
-        shares = [overlap(row["active"], base[seed]["active"]) for seed, row in runs.items() if seed in base]
-        coverage = statistics.mean(row["coverage"][-1] for row in runs.values() if row["coverage"])
-        made.add_row(
-            arm, str(len(runs)), spread([100 * row["accuracy"] for row in runs.values()], "%"),
-            "" if arm == baseline else interval(pairs), mean("flops", ".1%"), mean("sparsity", ".1%"),
-            f"{coverage:.1%}", f"{statistics.mean(shares):.1%}" if shares and arm != baseline else "",
-            mean("seconds", ".0f"),
-        )  # fmt: skip
+    for line in summary(baseline, found):
+        made.add_row(*line)
     return made
+
+
+def summary(baseline: str, found: Iterable[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """Of every arm its name and COLUMNS: means, standard deviations, and differences to the baseline's same seeds."""
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
+    for arm, row in found:
+        arms.setdefault(arm, {})[row["seed"]] = row
+    base, lines = arms.get(baseline, {}), []
+    for arm, runs in arms.items():
+        pairs = [(row, base[seed]) for seed, row in runs.items() if seed in base and arm != baseline]
+        differences = [100 * (row["accuracy"] - usual["accuracy"]) for row, usual in pairs]
+        shares = [overlap(row["active"], usual["active"]) for row, usual in pairs]
+        flops, sparsity, seconds = (
+            statistics.mean(row[key] for row in runs.values()) for key in ("flops", "sparsity", "seconds")
+        )
+        coverage = statistics.mean(row["coverage"][-1] for row in runs.values() if row["coverage"])
+        lines.append([
+            arm, str(len(runs)), spread([100 * row["accuracy"] for row in runs.values()], "%"), interval(differences),
+            f"{flops:.1%}", f"{sparsity:.1%}", f"{coverage:.1%}", f"{statistics.mean(shares):.1%}" if shares else "",
+            f"{seconds:.0f}",
+        ])  # fmt: skip
+    return lines
 
 
 def overlap(some: dict[str, list[int]], others: dict[str, list[int]]) -> float:
