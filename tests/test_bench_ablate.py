@@ -118,7 +118,7 @@ def test_differences_are_paired():
     differences = [-1, 0, 1]  # in points; seed 3 has no partner
     half = stats.t.ppf(0.975, 2) * statistics.stdev(differences) / 3**0.5
     assert cells[0] == ["ward", "single"] and cells[1] == ["3", "4"]
-    assert cells[3] == ["", f"+0.00 ± {half:.2f}"] and cells[2][0] == "91.00% ± 1.00" and cells[6] == ["75.0%"] * 2
+    assert cells[3] == ["", f"+0.00 ± {half:.2f}"] and cells[2][0] == "91.00% ± 1.00" and cells[6] == ["62.5%"] * 2
     assert cells[7] == ["", "60.0%"], "of five filters in either, three are in both"
     assert ablate.interval([1.5]) == "+1.50" and ablate.interval([]) == ""
 
