@@ -21,7 +21,7 @@ def threads():
 
 def scaling(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
     path = tmp_path / "rows"
-    code = main(["scaling", "--seconds", "0.05", "--json", str(path), *arguments])
+    code = main(["scaling", "--seconds", "0.5", "--json", str(path), *arguments])
     return code, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
