@@ -1,8 +1,11 @@
 """The README's figures are those of the rows in bench/results/."""
 
+import argparse
 import json
 import statistics
 from pathlib import Path
+
+from reprune_triton.bench import ablate
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -79,3 +82,24 @@ def test_roofline_table():
         assert all(row["estimated"] and not row["dirty"] and row["model"] == "resnet50" for row in found)
         cut = f"{1 - found[0]['flops_left']:.1%}"
         assert line(f"{sparsity:.0%}", cut, *(f"{row['roofline_ms']:.1f} ms" for row in found)) in README
+
+
+def test_ablation_table():
+    known = ablate.load(ROOT / "bench" / "results" / "ablate.jsonl")
+    assert not any(row["dirty"] for row in known.values())
+    lines = [text for text in README.splitlines() if text.startswith(("| linkage: ", "| select: ", "| random: "))]
+    for question in ("linkage", "select", "random"):
+        given = {"question": question, "tier": "digits", "seeds": range(5), "arms": None, "data_dir": None}
+        runs, baseline = ablate.plan(argparse.Namespace(**given, device="cpu", threads=1, epochs=None))
+        found = ablate.summary(baseline, [(run.arm, known[run.key]) for run in runs])
+        for arm, count, accuracy, difference, flops, _, coverage, overlap, _ in found:
+            cells = (accuracy, difference, flops, coverage, overlap)
+            assert count == "5"
+            if arm == baseline:
+                own = line("the paper's: Ward, coverage, random ties", *cells).replace("|  |", "| |")
+                assert own in README
+            else:
+                lines.remove(line(f"{question}: {arm}", *cells))
+                mean, half = (float(number) for number in difference.split(" ± "))
+                assert abs(mean) < half, "every interval holds zero"
+    assert not lines
