@@ -88,6 +88,7 @@ QUESTIONS = {
     "width": Question("What does it cost to keep channels in multiples?", "ours", _widths),
 }
 
+
 class Run(NamedTuple):
     """One training."""
 

@@ -8,9 +8,8 @@ sum runs over R * S taps of CI channels in one loop, tile by tile, without a cop
 A 1x1 convolution of stride 1 is the matrix product of x and w. What padding adds is zero after the activation.
 
 The gradient of the input is the same sum over dy, that of the weight one over pixels. The former can go on through the
-activation of the BatchNorm before, and count what that needs. The latter is shared by programs
-whose float32 parts are added in a fixed order: the same bits every time. All products are accumulated in float32, in
-float64 for float64.
+activation of the BatchNorm before, and count what that needs. The latter is shared by programs whose float32 parts are
+added in a fixed order: the same bits every time. All products are accumulated in float32, in float64 for float64.
 """
 
 from __future__ import annotations

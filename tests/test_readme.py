@@ -92,6 +92,8 @@ def test_ablation_table():
         given = {"question": question, "tier": "digits", "seeds": range(5), "arms": None, "data_dir": None}
         runs, baseline = ablate.plan(argparse.Namespace(**given, device="cpu", threads=1, epochs=None))
         found = ablate.summary(baseline, [(run.arm, known[run.key]) for run in runs])
+        if question == "select":
+            assert max(found, key=lambda cells: float(cells[6].rstrip("%")))[0] == "coverage", "greedy covers most"
         for arm, count, accuracy, difference, flops, _, coverage, overlap, _ in found:
             cells = (accuracy, difference, flops, coverage, overlap)
             assert count == "5"
