@@ -39,6 +39,9 @@ def test_every_run_is_a_row_and_is_made_once(tmp_path, capsys, small, monkeypatc
     for row in made:
         assert 0.1 < row["accuracy"] <= 1 and 0 < row["flops"] < 1 and row["sparsity"] == pytest.approx(0.5, abs=0.03)
         assert len(row["coverage"]) == len(row["events"]) == 1 and 0 < row["coverage"][0] <= 1
+        assert set(row["layer_coverage"]) == set(row["layers"]) and all(
+            0 < rate <= 1 for (rate,) in row["layer_coverage"].values()
+        )
         assert set(row["layers"]) == {f"stage{n}.0.conv1" for n in (1, 2, 3)} and row["parameters"] < 78042
         assert {name: 16 - len(left) for name, left in row["active"].items()}["stage1.0.conv1"] > 0
         assert row["tier"] == "digits" and row["device"] == "cpu" and row["torch"] and row["seconds"] > 0
