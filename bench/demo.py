@@ -84,7 +84,7 @@ def _pair(args: argparse.Namespace, seed: int) -> tuple[Row, Row]:
                 "epochs": options.epochs, "accuracy": result.accuracy,
                 "parameters": sum(p.numel() for p in result.model.parameters()),
                 "macs": sum(cost.macs for cost in channels.analyse(result.model, x[:1]).costs),
-                "flops": last.flops if last else 1.0, "coverage": last.coverage if last else None,
+                "flops": result.flops, "coverage": last.coverage if last else None,
                 "train_seconds": result.seconds, "event_seconds": result.event_seconds,
                 "events": len(pruner.history) if pruner else 0,
                 "exported": str(path) if pruner else None,

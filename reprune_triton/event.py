@@ -41,6 +41,7 @@ class Request:
         select: "coverage", or else the filters with the largest scores are kept.
         scores: for tie="norm" and "gamma", and for any other selection: (T,), called on every launch.
         regrow: may `widths` ask for more filters than it keeps?
+        regrow_by: which come back, one of `regrow.RULES`.
         watched: tensors that must be finite.
         check: raises the error that names what is wrong with them, or with the scales that `widths` counts. It may wait
             for the device, and is called only when something was found.
@@ -56,6 +57,7 @@ class Request:
     select: str = "coverage"
     scores: Callable[[], Tensor] | None = None
     regrow: bool = True
+    regrow_by: str = "residual"
     watched: Sequence[Tensor] = ()
     check: Callable[[], None] = lambda: None
 
@@ -227,12 +229,17 @@ class Event:
         if not request.regrow:
             return kept
         bits = torch.zeros_like(request.pool.layer)
-        filters: list[Tensor | None] = [None] * len(request.layers)
+        chosen: list[ops.Layer | None] = [None] * len(request.layers)
         for group in self._groups:
             group.filters.put(bits, group.steps.bits())
             for number in group.chosen:
-                filters[number] = request.layers[number].rows()
-        residual = regrow.residuals(filters, kept, request.pool)
+                chosen[number] = request.layers[number]
+        residual = torch.zeros_like(kept, dtype=torch.float64)
+        if request.regrow_by == "residual":
+            residual = regrow.residuals([layer and layer.rows() for layer in chosen], kept, request.pool)
+        elif request.regrow_by == "coverage":
+            kernels = [layer and layer._replace(filters=None).points() for layer in chosen]
+            residual = regrow.distances(kernels, kept, request.pool)
         width = torch.minimum(self._widths.width, self._mine)  # of other processes' layers nothing
         return regrow.draw(residual, kept, width, bits, request.pool)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import channels as channel_analysis
-from . import dispatch, event, narrow, ops, sparsity
+from . import dispatch, event, narrow, ops, regrow, sparsity
 from .channels import Channels, Prunable
 from .errors import RepruneError
 from .pool import Pool, to_device
@@ -39,6 +39,8 @@ class Config:
         every: epochs from one pruning event to the next (dT).
         until: the epoch of the last event (T_prune); about 72% of the training is good (paper, Table 9).
         regrow: delta_0, how much denser than its target the network is at the start; 0 switches regrowth off.
+        regrow_by: which pruned filters are likely to come back: those of which the kept ones can express the least
+            ("residual", CHEX), those whose kernels are far from every kept one's ("coverage"), or any ("random").
         linkage: "ward" (paper), "single", "complete" or "average".
         select: which filters a layer keeps: those that cover the most clusters ("coverage", the paper), or, to compare
             it with, those of the largest absolute sum ("l1"), of the largest BatchNorm scale ("gamma"), or any
@@ -60,6 +62,7 @@ class Config:
     every: int = 2
     until: int | None = None
     regrow: float = 0.3
+    regrow_by: str = "residual"
     linkage: str = "ward"
     select: str = "coverage"
     tie: str = "random"
@@ -92,7 +95,8 @@ class Config:
         if not _is_number(self.regrow) or not 0 <= self.regrow < 1:
             raise RepruneError(f"regrow must be in [0, 1); got {self.regrow!r}")
         for name, choice, known in (
-            ("linkage", self.linkage, ops.LINKAGES), ("select", self.select, SELECTIONS), ("tie", self.tie, ops.TIES),
+            ("regrow_by", self.regrow_by, regrow.RULES), ("linkage", self.linkage, ops.LINKAGES),
+            ("select", self.select, SELECTIONS), ("tie", self.tie, ops.TIES),
             ("impl", self.impl, ops.IMPLS), ("compact", self.compact, ("off", "auto")),
         ):  # fmt: skip
             if choice not in known:
@@ -245,7 +249,7 @@ class REPrune:
         return event.Request(
             layers, self._pool, self._widths(extra), seeds, config.linkage, config.impl, config.tie, config.select,
             scores=scores.get(config.tie if config.select == "coverage" else config.select), regrow=extra > 0,
-            watched=[p for _, p in self._watched()], check=self._check_watched,
+            regrow_by=config.regrow_by, watched=[p for _, p in self._watched()], check=self._check_watched,
         )  # fmt: skip
 
     def _apply(self, outcome: event.Outcome) -> None:

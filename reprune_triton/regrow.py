@@ -2,6 +2,8 @@
 
     filters -> Gram matrix -> residual norms --Gumbel noise--> the largest come back
 
+Two other rules are there to compare that one with: `distances` in place of residual norms, or nothing but the noise.
+
 Nothing here waits for the device.
 """
 
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor
 
 from .pool import Pool
+
+RULES = ("residual", "coverage", "random")
+_PAIRS = 2**24  # of kernels compared at once: 128 MB
 
 # Of the largest squared norm. It stands in for an exact rank: a Gram matrix of dependent filters has no Cholesky
 # factor. A filter in the span of others comes out with about 1e-5 of its norm instead of 0.
@@ -63,6 +68,27 @@ def residuals(filters: Sequence[Tensor | None], kept: Tensor, pool: Pool) -> Ten
     return torch.cat(found)
 
 
+def distances(kernels: Sequence[Tensor | None], kept: Tensor, pool: Pool) -> Tensor:
+    """How badly kept filters represent each filter, kernel by kernel: the root of the sum, over the input channels, of
+    the squared distance from its kernel to the nearest kernel of a kept filter. What coverage would ask for next.
+
+    Args:
+        kernels: per layer (P, n_out, d) floating point, the kernels of P input channels, or None.
+        kept: (T,) bool; at least one filter in every layer that is not None.
+    Returns:
+        (T,) float64; 0 in layers that are None, and for kept filters.
+    """
+    found: list[Tensor] = []
+    for points, own in zip(kernels, pool.split(kept), strict=True):
+        square = torch.zeros_like(own, dtype=torch.float64)
+        if points is not None:
+            for some in points.double().split(max(1, _PAIRS // len(own) ** 2)):
+                apart = torch.cdist(some, some, compute_mode="donot_use_mm_for_euclid_dist")
+                square += apart.masked_fill(~own, torch.inf).amin(2).square().sum(0)
+        found.append(square.sqrt())
+    return torch.cat(found)
+
+
 def draw(residual: Tensor, kept: Tensor, width: Tensor, bits: Tensor, pool: Pool) -> Tensor:
     """The kept filters and those that come back: (T,) bool.
 
@@ -70,7 +96,7 @@ def draw(residual: Tensor, kept: Tensor, width: Tensor, bits: Tensor, pool: Pool
     probability softmax(residual): the largest of log-probability + Gumbel noise.
 
     Args:
-        residual: (T,) float64.
+        residual: (T,) float64: residual norms, or what another rule has in their place.
         kept: (T,) bool.
         width: (L,) int64, how many filters every layer is to have.
         bits: (T,) int64 random bits in [0, 2^32), counter-based: the same on every device and in every process.

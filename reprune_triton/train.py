@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -28,13 +29,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import checkpoint, models
+from reprune_triton import checkpoint, models, narrow, ops, sparsity
+from reprune_triton.channels import analyse
 from reprune_triton.data import Data
 from reprune_triton.data import load as load_data
 from reprune_triton.errors import RepruneError
 from reprune_triton.fusion import fuse
 from reprune_triton.pruner import REPrune
 
+PARADIGMS = ("concurrent", "three-stage", "scratch")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Two runs that differ in these alone are the same run.
 FREE = ("data_dir", "workers", "threads", "device", "out", "resume")
@@ -43,7 +46,14 @@ Record = dict[str, Any]  # one line of the log
 
 @dataclass(frozen=True)
 class Options:
-    """One run; `recipe` fills in what fits a data set. Epochs count from 1, as in the log and the pruner's events."""
+    """One run; `recipe` fills in what fits a data set. Epochs count from 1, as in the log and the pruner's events.
+
+    With a sparsity or a share of FLOPs, `paradigm` says when channels go: "concurrent" prunes while it trains (the
+    paper). The other two are what it is compared with, and know no every, until and regrow. "three-stage" trains dense
+    for `epochs`, prunes once, and goes on for as many with the learning rate from the start of its schedule (rewinding;
+    Renda et al., ICLR 2020): 2 `epochs` in all. "scratch" trains a network whose prunable convs are equally narrow
+    from the start.
+    """
 
     model: str = "resnet20"
     data: str = "digits"
@@ -61,9 +71,11 @@ class Options:
     seed: int = 0
     sparsity: float | None = None
     flops: float | None = None
+    paradigm: str = "concurrent"
     every: int = 2
     until: int | None = None
     regrow: float = 0.3
+    regrow_by: str = "residual"
     linkage: str = "ward"
     select: str = "coverage"
     tie: str = "random"
@@ -82,6 +94,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.amp not in AMP:
             raise RepruneError(f"amp must be one of {', '.join(AMP)}; got {self.amp!r}")
+        if self.paradigm not in PARADIGMS:
+            raise RepruneError(f"paradigm must be one of {', '.join(PARADIGMS)}; got {self.paradigm!r}")
         if self.epochs < 1 or not 0 <= self.warmup <= self.epochs:
             raise RepruneError(f"epochs must be at least 1 and warmup within it; got {self.epochs} and {self.warmup}")
         for name, end in (("seed", 2**32), ("prune_seed", 2**32), ("smoothing", 1), ("mixup", 100)):
@@ -89,8 +103,15 @@ class Options:
                 raise RepruneError(f"{name} must be in [0, {end}); got {getattr(self, name)}")
         if self.sparsity is not None and self.flops is not None:
             raise RepruneError("give sparsity or flops, not both; with neither the model stays dense")
+        if self.paradigm != "concurrent" and self.sparsity is None and self.flops is None:
+            raise RepruneError(f"paradigm {self.paradigm} needs sparsity or flops: how narrow the network is to be")
         if self.resume and self.out is None:
             raise RepruneError("resume needs out, the folder of the run to go on with")
+
+    @property
+    def stages(self) -> int:
+        """How often the schedule of `epochs` is run."""
+        return 2 if self.paradigm == "three-stage" else 1
 
 
 # SPEC's recipes, for one device. `prune_share` is T_prune / epochs.
@@ -125,6 +146,7 @@ def recipe(data: str = "digits", name: str | None = None, **changes: Any) -> Opt
 class Result:
     model: nn.Module  # physically narrow if it was pruned
     accuracy: float  # of that model on the test set, in [0, 1]
+    flops: float  # share of the dense network's multiply-adds that it has
     seconds: float  # of training: neither pruning events nor evaluation
     event_seconds: float
     pruner: REPrune | None
@@ -146,29 +168,31 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None) ->
         workers=options.workers, size=options.size,
     )  # fmt: skip
     model = models.build(options.model, data.classes, data.channels).to(device)
+    example = models.example_inputs(options.model, data.channels, data.size).to(device)
+    model, flops = thin(model, example, options) if options.paradigm == "scratch" else (model, 1.0)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if options.fuse:
         model = fuse(model)
     optimizer = torch.optim.SGD(_groups(model, options), options.lr, options.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-    example = models.example_inputs(options.model, data.channels, data.size).to(device)
     pruner = _pruner(model, optimizer, example, options)
     run = _Run(options, model, optimizer, scaler, pruner, device)
     first, log = run.start()
+    epochs = options.epochs * options.stages
 
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), disable=not sys.stderr.isatty(),
     )  # fmt: skip
     with _Signals() as signals, progress:
-        bar = progress.add_task(options.model, total=options.epochs * data.steps, completed=first * data.steps)
+        bar = progress.add_task(options.model, total=epochs * data.steps, completed=first * data.steps)
 
         def after_batch() -> None:
             progress.advance(bar)
             signals.check()
 
-        for epoch in range(first, options.epochs):
+        for epoch in range(first, epochs):
             started = time.perf_counter()
             loss = _train_epoch(model, optimizer, scaler, data, options, epoch, after_batch)  # waits for the device
             trained = time.perf_counter()
@@ -197,15 +221,17 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None) ->
 
         slim = pruner.finalize() if pruner else model
         accuracy = evaluate(slim, data, options.amp, signals.check)
+        if pruner and pruner.history:
+            flops = pruner.history[-1].flops
     if options.out:
         about = {
             "model": options.model, "data": options.data, "num_classes": data.classes, "in_channels": data.channels,
             "size": data.size, "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist(),
-            "accuracy": accuracy, "flops": pruner.history[-1].flops if pruner and pruner.history else 1.0,
+            "accuracy": accuracy, "flops": flops,
         }  # fmt: skip
         checkpoint.save(slim, Path(options.out) / "slim.safetensors", extra=about)
     seconds, event_seconds = (sum(line[key] for line in log) for key in ("seconds", "event_seconds"))
-    return Result(slim, accuracy, seconds, event_seconds, pruner, log)
+    return Result(slim, accuracy, flops, seconds, event_seconds, pruner, log)
 
 
 def _train_epoch(
@@ -255,8 +281,9 @@ def evaluate(model: nn.Module, data: Data, amp: str = "off", after_batch: Callab
 
 
 def learning_rate(step: int, steps: int, options: Options) -> float:
-    """Linear from 0 over the warm-up, then a cosine to 0; `steps` is the number of steps in an epoch."""
+    """Linear from 0 over the warm-up, then a cosine to 0, in every stage; an epoch has `steps` steps."""
     warmup, last = options.warmup * steps, options.epochs * steps
+    step %= last
     if step < warmup:
         return options.lr * (step + 1) / warmup
     return options.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (last - warmup)))
@@ -272,15 +299,45 @@ def _groups(model: nn.Module, options: Options) -> list[dict[str, Any]]:
 def _pruner(
     model: nn.Module, optimizer: torch.optim.Optimizer, example: torch.Tensor, options: Options
 ) -> REPrune | None:  # fmt: skip
-    if options.sparsity is None and options.flops is None:
+    if options.paradigm == "scratch" or (options.sparsity is None and options.flops is None):
         return None
+    every, until, regrow = options.every, options.until or max(1, round(0.72 * options.epochs)), options.regrow
+    if options.paradigm == "three-stage":
+        every, until, regrow = options.epochs, options.epochs, 0.0
     seed = options.seed if options.prune_seed is None else options.prune_seed
     return REPrune(
-        model, optimizer, example_inputs=example, sparsity=options.sparsity, flops=options.flops, every=options.every,
-        until=options.until or max(1, round(0.72 * options.epochs)), regrow=options.regrow, linkage=options.linkage,
-        select=options.select, tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=seed,
-        compact="auto",
+        model, optimizer, example_inputs=example, sparsity=options.sparsity, flops=options.flops, every=every,
+        until=until, regrow=regrow, regrow_by=options.regrow_by, linkage=options.linkage, select=options.select,
+        tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=seed, compact="auto",
     )  # fmt: skip
+
+
+def thin(model: nn.Module, example: torch.Tensor, options: Options) -> tuple[nn.Module, float]:
+    """A copy of a fresh model whose prunable convs have all lost the same share of their filters, and its share of
+    the FLOPs: as many filters as `options.sparsity` leaves, or as fit into `options.flops`.
+
+    Raises:
+        RepruneError: if nothing is prunable, or the budget is out of reach.
+    """
+    found = analyse(model, example, options.ignore)
+    if not found.prunable:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in found.reasons.items())
+        raise RepruneError(f"{options.model} has nothing to make narrow:{reasons}")
+    device, wanted = next(model.parameters()).device, options.flops
+    round_to = options.round_to or (16 if device.type == "cuda" else 1)  # as `REPrune` does
+    if options.sparsity is not None:
+        shares = [Fraction(str(options.sparsity))]
+    else:  # every share at which some layer's width changes, from the widest network on
+        shares = sorted({Fraction(gone, x.n_out) for x in found.prunable for gone in range(x.n_out)})
+    for share in shares:
+        widths = {
+            x.name: sparsity.round_up(ops.keep_count(x.n_out, share), x.n_out, round_to, 1) for x in found.prunable
+        }
+        flops = found.flops(widths)
+        if wanted is None or flops <= wanted:
+            active = {name: torch.arange(width, device=device) for name, width in widths.items()}
+            return narrow.compact(model, found.slices(active)), flops
+    raise RepruneError(f"flops={wanted} is out of reach for a {options.model} from scratch: it still has {flops:.3f}")
 
 
 def _wait(device: torch.device) -> None:
@@ -428,9 +485,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--sparsity", type=float, help="share of the prunable channels to prune; without it: dense")
     target.add_argument("--flops", type=float, help="instead: share of the FLOPs to keep")
+    add("--paradigm", choices=PARADIGMS, help="prune while training (default), after it and go on, or before it")
     add("--every", type=int, help="epochs between pruning events (default 2)")
     add("--until", type=int, help="epoch of the last event (default 72%% of the epochs; cifar: 60%%)")
     add("--regrow", type=float, help="how much denser the network is at the start (default 0.3)")
+    add("--regrow-by", help="which filters come back: by residual, coverage or at random (default residual)")
     add("--linkage", help="ward, single, complete or average (default ward)")
     add("--select", help="which filters are kept: coverage, l1, gamma or random (default coverage)")
     add("--tie", help="random, index, norm or gamma (default random)")
@@ -460,9 +519,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"stopped; {given['out']} holds every whole epoch. To go on: {command}", file=sys.stderr)
         raise
     line = f"{options.model} on {options.data}: accuracy {result.accuracy:.2%}"
+    if result.flops < 1:
+        line += f" at {result.flops:.1%} of the FLOPs"
     if result.pruner and result.pruner.history:
-        last = result.pruner.history[-1]
-        line += f" at {last.flops:.1%} of the FLOPs ({last.sparsity:.1%} of the prunable channels pruned)"
+        line += f" ({result.pruner.history[-1].sparsity:.1%} of the prunable channels pruned)"
     print(f"{line}; {result.seconds:.1f} s of training, {result.event_seconds:.1f} s of pruning; see {options.out}")
 
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reprune_triton import REPrune, event, ops, reference, sparsity
+from reprune_triton import REPrune, event, ops, reference, regrow, sparsity
 from reprune_triton.errors import RepruneError
 from reprune_triton.kernels import launch
 from reprune_triton.pool import Pool
-from reprune_triton.rng import derive_seeds
+from reprune_triton.rng import derive_seeds, random_bits
 
 SHAPES = ((12, 3, 3), (10, 4, 1), (33, 3, 1), (9, 3, 2), (1, 4, 1))  # n_out, n_in, k
 TERMS = [sparsity.Term(9, 0, None), sparsity.Term(4, 1, 0), sparsity.Term(2, 2, 1), sparsity.Term(30, None, None)]
@@ -75,6 +75,31 @@ def same(one: event.Outcome, other: event.Outcome) -> bool:
         and one.rank == other.rank
         and all(a == pytest.approx(b, rel=1e-5) for a, b in heights)
     )
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_what_comes_back_by_every_rule(impl, device):
+    layers = network(device if impl == "triton" else "cpu")
+    found = {rule: run(layers, extra=0.2, impl=impl, regrow_by=rule) for rule in regrow.RULES}
+    usual = found["residual"]
+    assert same(usual, run(layers, extra=0.2, impl=impl))
+    pool = Pool([layer.n_out for layer in layers], layers[0].weight.device)
+    seeds = request(layers).seeds
+    for rule, outcome in found.items():
+        assert torch.equal(outcome.kept, usual.kept) and [x.width for x in outcome.layers] == [
+            x.width for x in usual.layers
+        ]
+        assert (rule == "residual") == torch.equal(outcome.active, usual.active)
+        scores = torch.zeros(pool.total, dtype=torch.float64, device=pool.device)
+        if rule == "coverage":  # over all filters, active or not, and the active input channels
+            scores = regrow.distances([layer._replace(filters=None).points() for layer in layers], usual.kept, pool)
+        if rule != "residual":
+            bits = torch.cat([
+                random_bits(seed, 0, layer.n_out, pool.device)
+                for (_, seed), layer in zip(seeds, layers, strict=True)
+            ])  # fmt: skip
+            width = torch.tensor([x.width for x in usual.layers], device=pool.device)
+            assert torch.equal(regrow.draw(scores, usual.kept, width, bits, pool), outcome.active)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -248,12 +273,14 @@ def fake_network() -> list[ops.Layer]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tie", ops.TIES)
+@pytest.mark.parametrize(
+    "tie, rule", [*((tie, "residual") for tie in ops.TIES), *(("random", rule) for rule in regrow.RULES[1:])]
+)
 @pytest.mark.parametrize("budget", [False, True], ids=["sparsity", "flops"])
-def test_the_host_waits_once_and_the_sequence_is_fixed(tie, budget, monkeypatch):
+def test_the_host_waits_once_and_the_sequence_is_fixed(tie, rule, budget, monkeypatch):
     with played_gpu(monkeypatch) as kernels:
         layers = fake_network()
-        ask = request_of_nothing(layers, tie, budget)
+        ask = dataclasses.replace(request_of_nothing(layers, tie, budget), regrow_by=rule)
         found = event.Event(ask)
         assert not kernels, "nothing is launched while the host prepares"
         sequences = []

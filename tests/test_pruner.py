@@ -217,6 +217,19 @@ def test_other_selections_keep_as_many_filters():
         REPrune(net, None, example_inputs=X, sparsity={"0": 0.5}, until=4, select="l2")
 
 
+def test_other_filters_come_back_by_another_rule():
+    found = {}
+    for rule in ("residual", "coverage", "random"):
+        model, optimizer = network("resnet20")
+        pruner = prune(model, optimizer, epochs=2, regrow=0.4, regrow_by=rule)
+        found[rule] = pruner.active
+        assert pruner.history[0].sparsity < 0.45, "something came back"
+    for one, other in (("residual", "coverage"), ("residual", "random"), ("coverage", "random")):
+        assert any(not torch.equal(found[one][name], found[other][name]) for name in found[one])
+    with pytest.raises(RepruneError, match="regrow_by must be one of residual, coverage, random; got 'gram'"):
+        prune(*network("resnet20"), regrow_by="gram")
+
+
 def test_the_regrown_come_back_as_they_left_and_without_momentum():
     model, optimizer = network("resnet20")
     pruner = prune(model, optimizer, epochs=2, regrow=0.4)

@@ -45,6 +45,25 @@ def test_zero_filters_keep_their_own_norm():
         assert torch.allclose(found, rows.double().norm(dim=1), rtol=1e-9)
 
 
+@pytest.mark.parametrize("pairs", [regrow._PAIRS, 200])  # all channels at once, and a few
+def test_distances_are_those_to_the_nearest_kept_kernels(pairs, monkeypatch):
+    monkeypatch.setattr(regrow, "_PAIRS", pairs)
+    generator = np.random.default_rng(0)
+    pool, kernels, masks, expected = Pool([7, 3, 12]), [], [], []
+    for n, columns, d in ((7, 5, 9), (3, 0, 0), (12, 8, 1)):
+        kept = sorted(generator.permutation(n)[: n // 2].tolist())
+        masks.append(mask_of(n, *kept))
+        if not d:
+            kernels, expected = [*kernels, None], [*expected, np.zeros(n)]
+            continue
+        points = generator.standard_normal((columns, n, d))
+        apart = np.linalg.norm(points[:, :, None] - points[:, None, kept], axis=3)  # (columns, n, kept)
+        kernels.append(torch.tensor(points))
+        expected.append(np.sqrt((apart.min(2) ** 2).sum(0)))
+        assert expected[-1][kept].max() == 0 < np.delete(expected[-1], kept).min()
+    assert np.allclose(regrow.distances(kernels, torch.cat(masks), pool), np.concatenate(expected), rtol=1e-12)
+
+
 def drawn(residual: torch.Tensor, kept: torch.Tensor, width: int, seed: int) -> list[int]:
     pool = Pool([len(kept)])
     bits = rng.random_bits(seed, 0, len(kept))

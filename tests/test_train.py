@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from reprune_triton import checkpoint, data, models
+from reprune_triton import channels, checkpoint, data, models
 from reprune_triton import train as trainer
 from reprune_triton.errors import RepruneError
 
@@ -195,6 +195,51 @@ def test_norms_and_biases_are_decayed_or_not():
     assert decayed["weight_decay"] == 2**-15
     (group,) = trainer._groups(model, trainer.recipe("cifar10"))
     assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_three_stages_train_dense_prune_once_and_go_on(tmp_path):
+    common = FAST | {"paradigm": "three-stage", "epochs": 3, "flops": 0.5, "batch": 64, "warmup": 1, "until": 1}
+    result = trainer.train(trainer.recipe(**common))
+    assert [event.epoch for event in result.pruner.history] == [3] and len(result.log) == 6
+    assert result.flops == result.pruner.history[0].flops <= 0.5 and result.accuracy > 0.8
+    assert result.pruner.history[0].layers[0].kept == result.pruner.history[0].layers[0].width, "nothing comes back"
+    rates = [line["lr"] for line in result.log]
+    assert rates[:3] == rates[3:] and rates[2] < 0.01 < rates[0], "the learning rate starts anew"
+    dense = trainer.train(trainer.recipe(**FAST | {"epochs": 3, "batch": 64, "warmup": 1}))
+    assert [timeless(r)["loss"] for r in dense.log] == [line["loss"] for line in result.log[:3]]
+    for after in (2, 4):
+        crash_and_resume(tmp_path / str(after), common | {"batch": 256}, after)
+
+
+@pytest.mark.parametrize("target, share", [({"flops": 0.5}, None), ({"sparsity": 0.5}, 0.5)])
+def test_a_thin_network_from_scratch(tmp_path, target, share):
+    options = trainer.recipe(**FAST | target | {"paradigm": "scratch", "out": str(tmp_path)})
+    result = trainer.train(options)
+    widths = [m.out_channels for name, m in result.model.named_modules() if name.endswith(".0.conv1")]
+    assert result.pruner is None
+    if share:
+        assert widths == [8, 16, 32]
+    else:
+        assert 0.47 < result.flops <= 0.5, "as wide as the budget lets it be"
+        shares = [width / full for width, full in zip(widths, (16, 32, 64), strict=True)]
+        assert max(shares) - min(shares) <= 1 / 16
+    example = models.example_inputs("resnet8", 1, 8)
+    both = (result.model, models.build("resnet8", 10, 1))
+    macs = [sum(cost.macs for cost in channels.analyse(model, example).costs) for model in both]
+    assert macs[0] / macs[1] == result.flops == checkpoint.read_extra(tmp_path / "slim.safetensors")["flops"]
+    crash_and_resume(tmp_path, FAST | target | {"paradigm": "scratch"}, after=2)
+
+
+def test_what_a_thin_network_cannot_be():
+    for more, message in (
+        ({"flops": 0.01}, "flops=0.01 is out of reach for a resnet8 from scratch: it still has 0."),
+        ({}, "paradigm scratch needs sparsity or flops"),
+        ({"flops": 0.5, "ignore": ("*",)}, "resnet8 has nothing to make narrow"),
+    ):
+        with pytest.raises(RepruneError, match=message):
+            trainer.train(trainer.recipe(**FAST | more | {"paradigm": "scratch"}))
+    with pytest.raises(RepruneError, match="paradigm must be one of concurrent, three-stage, scratch"):
+        trainer.recipe(**FAST | {"paradigm": "two-stage"})
 
 
 def test_mixed_precision_and_channels_last_resume_bit_exactly(tmp_path):
