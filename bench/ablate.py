@@ -12,19 +12,19 @@ import hashlib
 import json
 import shlex
 import shutil
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from reprune_triton import train
-from reprune_triton.bench import rows
+from reprune_triton.bench import arms, rows
 from reprune_triton.errors import RepruneError
 from reprune_triton.train import Options
 
@@ -36,17 +36,23 @@ class Tier(NamedTuple):
 
     data: str
     changes: Changes
+    flops: float  # share to keep, where networks of equal cost are compared
     needs: str
 
 
 TIERS = {
-    "digits": Tier("digits", {"model": "resnet20", "sparsity": 0.5, "round_to": 1}, "20 s a run on one CPU thread"),
+    "digits": Tier(
+        "digits", {"model": "resnet20", "sparsity": 0.5, "round_to": 1}, 0.45, "half a minute a run on one CPU thread"
+    ),
     "fashion": Tier(
-        "fashion-mnist", {"model": "resnet8", "sparsity": 0.5, "round_to": 1, "epochs": 5, "every": 1},
+        "fashion-mnist", {"model": "resnet8", "sparsity": 0.5, "round_to": 1, "epochs": 5, "every": 1}, 0.5,
         "5 minutes a run on one CPU thread",
     ),
-    "cifar": Tier("cifar10", {"model": "resnet56", "sparsity": 0.55, "round_to": 1}, "a GPU; the paper's setting"),
-}
+    "cifar": Tier(
+        "cifar10", {"model": "resnet56", "sparsity": 0.55, "round_to": 1}, 0.4,
+        "a GPU; the setting of the paper's tables",
+    ),
+}  # fmt: skip
 
 
 class Question(NamedTuple):
@@ -55,6 +61,9 @@ class Question(NamedTuple):
     text: str
     source: str  # in the paper
     arms: Callable[[Options], dict[str, Changes]]  # of the baseline; an arm that changes nothing is the baseline
+    columns: tuple[str, ...]  # of arms.COLUMNS, beside runs, accuracy and difference
+    equal_flops: bool = False  # not at one sparsity, but at the tier's share of FLOPs
+    paper: Mapping[str, str] = {}  # what the paper has for an arm
 
 
 def _linkages(_: Options) -> dict[str, Changes]:
@@ -67,39 +76,96 @@ def _untils(base: Options) -> dict[str, Changes]:
     return {share: {"until": until} for until, share in sorted(epochs.items())}
 
 
-def _widths(_: Options) -> dict[str, Changes]:
-    return {str(width): {"round_to": width} for width in (1, 8, 16, 32)}
-
-
-def _choices(_: Options) -> dict[str, Changes]:
+def _draws(_: Options) -> dict[str, Changes]:
     return {"random": {}, "random, another draw": {"prune_seed": 2**31}} | {
         rule: {"tie": rule} for rule in ("index", "norm", "gamma")
     }
+
+
+def _paradigms(_: Options) -> dict[str, Changes]:
+    return {name: {"paradigm": name} for name in ("concurrent", "three-stage")}
 
 
 def _selections(_: Options) -> dict[str, Changes]:
     return {name: {"select": name} for name in ("coverage", "l1", "gamma", "random")}
 
 
+def _regrowths(base: Options) -> dict[str, Changes]:
+    return {f"{base.regrow}": {}, "0.1": {"regrow": 0.1}, "0": {"regrow": 0.0}} | {
+        f"{base.regrow}, by {rule}": {"regrow_by": rule} for rule in ("coverage", "random")
+    }
+
+
+def _widths(_: Options) -> dict[str, Changes]:
+    return {str(width): {"round_to": width} for width in (1, 8, 16, 32)}
+
+
+def _peers(_: Options) -> dict[str, Changes]:
+    return {
+        "REPrune": {}, "L1 norm": {"select": "l1"}, "BatchNorm gamma": {"select": "gamma"},
+        "thin from scratch": {"paradigm": "scratch"}, "dense": {"flops": None},
+    }  # fmt: skip
+
+
 QUESTIONS = {
-    "linkage": Question("Is Ward the right linkage?", "Table 5", _linkages),
-    "until": Question("For how much of the training should channels be pruned?", "Table 9", _untils),
-    "select": Question("Is coverage worth it? Other filters, the rest alike.", "Fig. 3", _selections),
-    "random": Question("Does it matter which of equally good filters is taken?", "Table 11", _choices),
-    "width": Question("What does it cost to keep channels in multiples?", "ours", _widths),
-}
+    "linkage": Question(
+        "Is Ward the right linkage?", "Table 5", _linkages, ("FLOPs left", "mean coverage", "overlap", "paper"),
+        paper={"ward": "93.40%", "single": "lower", "complete": "lower", "average": "lower"},
+    ),
+    "until": Question(
+        "For how much of the training should channels be pruned?", "Table 9", _untils,
+        ("FLOPs left", "mean coverage", "training FLOPs", "paper"), paper={"72%": "best, of seven on ImageNet"},
+    ),
+    "random": Question(
+        "Does it matter which of equally good filters is taken?", "Table 11", _draws,
+        ("FLOPs left", "mean coverage", "overlap", "paper"),
+        paper={"random": "small variation over seeds"} | dict.fromkeys(("index", "norm", "gamma"), "medium variation"),
+    ),
+    "paradigm": Question(
+        "Is pruning while training better than after it?", "Table 10", _paradigms,
+        ("FLOPs left", "epochs", "training FLOPs", "seconds", "paper"), equal_flops=True,
+        paper={"concurrent": "93.40% at 39.62%, 160 epochs", "three-stage": "93.02% at 43.04%, 320 epochs"},
+    ),
+    "coverage": Question(
+        "Does coverage rise, and is it worth having? Other filters, the rest alike.", "Fig. 3", _selections,
+        ("FLOPs left", "first coverage", "mean coverage", "last coverage", "paper"),
+        paper={"coverage": "rises, over 90% late"},
+    ),
+    "regrow": Question(
+        "What does regrowth give?", "ours", _regrowths, ("FLOPs left", "mean coverage", "overlap", "training FLOPs")
+    ),
+    "width": Question(
+        "What does it cost to keep channels in multiples?", "ours", _widths,
+        ("channels pruned", "FLOPs left", "mean coverage", "seconds"),
+    ),
+    "baseline": Question(
+        "Is REPrune worth it, at equal FLOPs?", "Table 2", _peers,
+        ("FLOPs left", "parameters", "training FLOPs", "seconds", "paper"), equal_flops=True,
+        paper={"REPrune": "93.40% at 39.62%", "dense": "93.39%"},
+    ),
+}  # fmt: skip
 
 
 class Run(NamedTuple):
     """One training."""
 
+    question: str
     tier: str
     arm: str
     options: Options
+    baseline: bool  # of its question
 
     @property
     def key(self) -> str:
         return key_of(saved(self.options))
+
+    @property
+    def paper(self) -> str:
+        return QUESTIONS[self.question].paper.get(self.arm, "")
+
+    @property
+    def epochs(self) -> int:
+        return self.options.epochs * self.options.stages
 
 
 class OutOfTime(Exception):
@@ -107,7 +173,10 @@ class OutOfTime(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("question", choices=QUESTIONS, help="; ".join(f"{k}: {q.text}" for k, q in QUESTIONS.items()))
+    parser.add_argument(
+        "questions", nargs="+", choices=[*QUESTIONS, "all"], metavar="QUESTION",
+        help="; ".join(f"{name}: {question.text}" for name, question in QUESTIONS.items()) + "; or all",
+    )  # fmt: skip
     parser.add_argument(
         "--tier", choices=TIERS, default="digits",
         help="; ".join(f"{name}: {tier.needs}" for name, tier in TIERS.items()),
@@ -126,46 +195,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    planned, baseline = plan(args)
-    known = load(args.json)
-    missing = [one for one in planned if one.key not in known]
-    console.print(f"{QUESTIONS[args.question].text} {len(planned)} runs, {len(planned) - len(missing)} known already.")
-    deadline = time.monotonic() + seconds(args.budget) if args.budget else float("inf")
-    for number, one in enumerate(missing, 1):
-        if time.monotonic() >= deadline:
-            break
-        try:
-            row = perform(one, args, deadline)
-        except OutOfTime:
-            console.print(f"{args.budget} are over; call it again to go on.")
-            break
-        rows.append(args.json, row)
-        known[one.key] = row
-        console.print(
-            f"{number}/{len(missing)}  {one.arm}, seed {one.options.seed}: {row['accuracy']:.2%} at "
-            f"{row['flops']:.1%} of the FLOPs, {row['seconds']:.0f} s"
-        )
-    found = [(one.arm, known[one.key]) for one in planned if one.key in known]
-    console.print(table(args.question, args.tier, baseline, found))
-
-
-def plan(args: argparse.Namespace) -> tuple[list[Run], str]:
-    """All runs of the question, seed by seed: so every arm has some, whenever it is stopped; and the baseline's arm."""
-    tier = TIERS[args.tier]
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    names = list(QUESTIONS) if "all" in args.questions else list(dict.fromkeys(args.questions))
     given = {key: getattr(args, key) for key in ("data_dir", "device", "threads", "epochs")}
-    base = tier.changes | {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None}
+    plans = {name: plan(name, args.tier, args.seeds, **given) for name in names}
+    check_arms(args.arms, plans)
+    planned = [one for found in plans.values() for one in found if not args.arms or one.arm in args.arms]
+    known = load(args.json)
+    wanted = {one.key: one for one in planned}
+    # Seed by seed, so that every arm has some runs, whenever it is stopped.
+    missing = sorted((one for key, one in wanted.items() if key not in known), key=lambda one: one.options.seed)
+    console.print(f"{len(wanted)} runs, {len(wanted) - len(missing)} known already.")
+    deadline = time.monotonic() + seconds(args.budget) if args.budget else float("inf")
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
+        TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=sum(one.epochs for one in missing))
+        for number, one in enumerate(missing, 1):
+            if time.monotonic() >= deadline:
+                break
+            bar.update(task, description=f"{one.arm}, seed {one.options.seed}")
+            try:
+                row = perform(one, args, deadline, lambda record: bar.advance(task))
+            except OutOfTime:
+                console.print(f"{args.budget} are over; call it again to go on.")
+                break
+            rows.append(args.json, row)
+            known[one.key] = row
+            console.print(
+                f"{number}/{len(missing)}  {one.question}: {one.arm}, seed {one.options.seed}: {row['accuracy']:.2%} "
+                f"at {row['flops']:.1%} of the FLOPs, {row['seconds']:.0f} s"
+            )
+    for name in names:
+        console.print(table(name, args.tier, arms.of([one for one in plans[name] if one in planned], known)))
+
+
+def check_arms(names: Iterable[str] | None, plans: Mapping[str, list[Run]]) -> None:
+    there = list(dict.fromkeys(one.arm for found in plans.values() for one in found))
+    for name in names or ():
+        if name not in there:
+            raise RepruneError(f"no arm {name!r}: there are {', '.join(there)}")
+
+
+def plan(question: str, name: str, seeds: Iterable[int], **given: Any) -> list[Run]:
+    """All runs of a question in tier `name`; `given` are further options of every run."""
+    tier, asked = TIERS[name], QUESTIONS[question]
+    base = tier.changes | given
+    if asked.equal_flops:
+        base |= {"sparsity": None, "flops": tier.flops}
     usual = train.recipe(tier.data, **base)
-    arms = QUESTIONS[args.question].arms(usual)
-    baseline = next(arm for arm, changes in arms.items() if vars(usual) | changes == vars(usual))
-    for name in args.arms or ():
-        if name not in arms:
-            raise RepruneError(f"no arm {name!r}: there are {', '.join(arms)}")
-    found = [
-        Run(args.tier, arm, train.recipe(tier.data, **base | changes | {"seed": seed}))
-        for seed in args.seeds for arm, changes in arms.items() if not args.arms or arm in args.arms
-    ]  # fmt: skip
-    return found, baseline
+    found = []
+    for seed in seeds:
+        for arm, changes in asked.arms(usual).items():
+            options = train.recipe(tier.data, **base | changes | {"seed": seed})
+            found.append(Run(question, name, arm, options, baseline=vars(usual) | changes == vars(usual)))
+    return found
 
 
 def saved(options: Options) -> Changes:
@@ -200,33 +287,48 @@ def seconds(text: str) -> float:
     return found
 
 
-def perform(one: Run, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
+def perform(
+    one: Run, args: argparse.Namespace, deadline: float, after_epoch: Callable[[train.Record], None]
+) -> dict[str, Any]:
     """Train, or go on training, and return the row."""
     folder = Path(args.runs) / one.key
     began = (folder / "last.safetensors").exists()
     options = Options(**vars(one.options) | {"out": str(folder), "resume": began})
 
     def on_epoch(record: train.Record) -> None:
-        if time.monotonic() >= deadline and record["epoch"] < options.epochs:
+        after_epoch(record)
+        if time.monotonic() >= deadline and record["epoch"] < one.epochs:
             raise OutOfTime
 
-    result = train.train(options, on_epoch)
-    pruner = result.pruner
-    history = pruner.history if pruner else []
+    result = train.train(options, on_epoch, quiet=True)
+    history = result.pruner.history if result.pruner else []
     layers = history[-1].layers if history else ()
+    active = result.pruner.active if result.pruner else {}
     row = rows.environment(options.device or ("cuda" if torch.cuda.is_available() else "cpu")) | {
         "benchmark": "ablate", "tier": one.tier, "seed": options.seed, "options": saved(one.options),
-        "accuracy": result.accuracy,
+        "accuracy": result.accuracy, "accuracies": [line["accuracy"] for line in result.log],
         "parameters": sum(p.numel() for p in result.model.parameters()),
-        "flops": history[-1].flops if history else 1.0, "sparsity": history[-1].sparsity if history else 0.0,
+        "flops": result.flops, "sparsity": history[-1].sparsity if history else 0.0,
         "coverage": [event.coverage for event in history], "events": [event.epoch for event in history],
         "layers": {layer.name: layer.sparsity for layer in layers},
         "layer_coverage": {x.name: [event.layers[i].coverage for event in history] for i, x in enumerate(layers)},
-        "active": {name: index.tolist() for name, index in pruner.active.items()} if pruner else {},
+        "active": {name: index.tolist() for name, index in active.items()},
+        "epochs": one.epochs, "training_flops": training_flops(one, result),
         "seconds": result.seconds, "event_seconds": result.event_seconds, "command": command(one.options),
     }  # fmt: skip
     shutil.rmtree(folder)
     return row
+
+
+def training_flops(one: Run, result: train.Result) -> float:
+    """Multiply-adds of the whole training, as a share of those of the dense network in one run of the schedule."""
+    history = result.pruner.history if result.pruner else []
+    left, total = (1.0 if history else result.flops), 0.0
+    now = {event.epoch: event.flops for event in history}
+    for epoch in range(1, one.epochs + 1):
+        total += left
+        left = now.get(epoch, left)  # an event comes after its epoch
+    return total / one.options.epochs
 
 
 def command(options: Options) -> str:
@@ -241,66 +343,19 @@ def command(options: Options) -> str:
     return shlex.join(words)
 
 
-COLUMNS = ("runs", "accuracy", "difference", "FLOPs left", "channels pruned", "coverage", "overlap", "seconds")
+def headings(question: str) -> list[str]:
+    """The columns of a question's table."""
+    return ["runs", "accuracy", "difference", *QUESTIONS[question].columns]
 
 
-def table(question: str, tier: str, baseline: str, found: Iterable[tuple[str, dict[str, Any]]]) -> Table:
+def table(question: str, tier: str, found: Iterable[arms.Arm]) -> Table:
     """What is known of every arm."""
-    made = Table(
-        title=f"{QUESTIONS[question].text} ({QUESTIONS[question].source}; tier {tier})",
-        caption=f"Difference: to {baseline}, seed by seed, in points, with the 95% confidence interval. "
-        "Overlap: of the filters that this arm or the baseline has left, the share that both have.",
-    )
-    for column in (question, *COLUMNS):
-        made.add_column(column, justify="left" if column == question else "right")
-    for line in summary(baseline, found):
-        made.add_row(*line)
+    columns = headings(question)
+    notes = [f"{name[0].upper()}{name[1:]}: {text}." for name, text in arms.MEANING.items() if name in columns]
+    title = f"{QUESTIONS[question].text} ({QUESTIONS[question].source}; tier {tier})"
+    made = Table(title=title, caption=" ".join(notes))
+    for column in (question, *columns):
+        made.add_column(column, justify="left" if column in (question, "paper") else "right")
+    for arm in found:
+        made.add_row(arm.name, *(arms.COLUMNS[column](arm) for column in columns))
     return made
-
-
-def summary(baseline: str, found: Iterable[tuple[str, dict[str, Any]]]) -> list[list[str]]:
-    """Of every arm its name and COLUMNS: means (of coverage over all events), standard deviations, and differences to
-    the same seeds of the baseline."""
-    arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for arm, row in found:
-        arms.setdefault(arm, {})[row["seed"]] = row
-    base, lines = arms.get(baseline, {}), []
-    for arm, runs in arms.items():
-        pairs = [(row, base[seed]) for seed, row in runs.items() if seed in base and arm != baseline]
-        differences = [100 * (row["accuracy"] - usual["accuracy"]) for row, usual in pairs]
-        shares = [overlap(row["active"], usual["active"]) for row, usual in pairs]
-        flops, sparsity, seconds = (
-            statistics.mean(row[key] for row in runs.values()) for key in ("flops", "sparsity", "seconds")
-        )
-        # The last event hardly has a choice: all but a few filters that are active then are kept.
-        coverage = statistics.mean(rate for row in runs.values() for rate in row["coverage"])
-        lines.append([
-            arm, str(len(runs)), spread([100 * row["accuracy"] for row in runs.values()], "%"), interval(differences),
-            f"{flops:.1%}", f"{sparsity:.1%}", f"{coverage:.1%}", f"{statistics.mean(shares):.1%}" if shares else "",
-            f"{seconds:.0f}",
-        ])  # fmt: skip
-    return lines
-
-
-def overlap(some: dict[str, list[int]], others: dict[str, list[int]]) -> float:
-    """Of the filters in either of two networks, the share that is in both."""
-    pairs = [(set(some[name]), set(others[name])) for name in some]
-    return sum(len(a & b) for a, b in pairs) / sum(len(a | b) for a, b in pairs)
-
-
-def spread(values: list[float], unit: str = "") -> str:
-    """Mean, and standard deviation if there is one."""
-    more = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{unit}{more}"
-
-
-def interval(values: list[float]) -> str:
-    """Mean of differences, and the 95% confidence interval of it by Student's t."""
-    if not values:
-        return ""
-    if len(values) < 2:
-        return f"{values[0]:+.2f}"
-    from scipy import stats
-
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):+.2f} ± {half:.2f}"

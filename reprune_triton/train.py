@@ -157,8 +157,9 @@ class Stopped(SystemExit):
     """SIGTERM or SIGINT came; `code` is 128 + its number. The checkpoint of the last whole epoch is on the disk."""
 
 
-def train(options: Options, on_epoch: Callable[[Record], None] | None = None) -> Result:
-    """Train as `options` say; `on_epoch` gets each line of the log once its checkpoint is written."""
+def train(options: Options, on_epoch: Callable[[Record], None] | None = None, quiet: bool = False) -> Result:
+    """Train as `options` say; `on_epoch` gets each line of the log once its checkpoint is written. quiet: without a
+    progress bar."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -183,7 +184,7 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None) ->
 
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), disable=not sys.stderr.isatty(),
+        console=Console(stderr=True), disable=quiet or not sys.stderr.isatty(),
     )  # fmt: skip
     with _Signals() as signals, progress:
         bar = progress.add_task(options.model, total=epochs * data.steps, completed=first * data.steps)

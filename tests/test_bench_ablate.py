@@ -1,6 +1,5 @@
 """Ablations: every run once, an interrupted one goes on, each row has the command that repeats it."""
 
-import argparse
 import json
 import shlex
 import statistics
@@ -9,7 +8,7 @@ import pytest
 from scipy import stats
 
 from reprune_triton import train
-from reprune_triton.bench import ablate
+from reprune_triton.bench import ablate, arms
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
 
@@ -60,10 +59,10 @@ def test_questions_share_the_baseline(tmp_path, small):
 
 
 def test_the_draw_alone_can_be_another(tmp_path, small):
-    arms = ["random", "random, another draw", "index"]
-    one, other, index = call(tmp_path, "--arms", *arms, question="random", seeds=[0])
+    names = ["random", "random, another draw", "index"]
+    one, other, index = call(tmp_path, "--arms", *names, question="random", seeds=[0])
     assert one["active"] != other["active"] != index["active"] and abs(one["flops"] - other["flops"]) < 0.1
-    assert 0 < ablate.overlap(one["active"], other["active"]) < 1 == ablate.overlap(one["active"], one["active"])
+    assert 0 < arms.overlap(one["active"], other["active"]) < 1 == arms.overlap(one["active"], one["active"])
 
 
 def test_a_row_of_before_an_option_was_there_still_counts(tmp_path):
@@ -95,35 +94,90 @@ def test_a_row_is_repeated_by_its_command(tmp_path, small, capsys):
 @pytest.mark.parametrize("question", ablate.QUESTIONS)
 @pytest.mark.parametrize("tier", ablate.TIERS)
 def test_arms_change_one_option_of_the_baseline(question, tier):
-    args = argparse.Namespace(question=question, tier=tier, seeds=[0], arms=None, data_dir=None, device="cpu",
-                              threads=1, epochs=None)  # fmt: skip
-    runs, baseline = ablate.plan(args)
+    runs = ablate.plan(question, tier, [0], device="cpu", threads=1)
     found = {run.arm: ablate.saved(run.options) for run in runs}
-    base = found[baseline]
-    assert base == ablate.saved(train.recipe(ablate.TIERS[tier].data, **ablate.TIERS[tier].changes))
+    (baseline,) = (run.arm for run in runs if run.baseline)
+    size = ablate.TIERS[tier]
+    at = {"sparsity": None, "flops": size.flops} if ablate.QUESTIONS[question].equal_flops else {}
+    assert found[baseline] == ablate.saved(train.recipe(size.data, **size.changes | at))
     until = "72%" if tier == "digits" else "60%"
-    usual = {"linkage": "ward", "until": until, "width": "1", "random": "random", "select": "coverage"}
-    assert baseline == usual[question]
+    usual = {"linkage": "ward", "until": until, "width": "1", "random": "random", "paradigm": "concurrent"}
+    assert baseline == (usual | {"coverage": "coverage", "regrow": "0.3", "baseline": "REPrune"})[question]
     assert len({json.dumps(options) for options in found.values()}) == len(found)
     for options in found.values():
-        assert sum(options[key] != base[key] for key in base) <= 1
+        assert sum(options[key] != found[baseline][key] for key in options) <= 1
+    assert set(ablate.QUESTIONS[question].paper) <= set(found)
+
+
+def test_every_question_at_once(tmp_path, small, monkeypatch):
+    """Runs that several questions share are made once, seed by seed."""
+    made = []
+
+    def train_nothing(options, on_epoch, quiet):
+        made.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", train_nothing)
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path, question="all", seeds=[0])
+    monkeypatch.setattr(ablate, "perform", lambda one, *_: made.append(one) or row_of(one.options.seed, 0.5))
+    call(tmp_path, question="all", epochs=40, seeds=[1, 0])
+    runs = made[1:]
+    assert [run.options.seed for run in runs] == [0] * (len(runs) // 2) + [1] * (len(runs) // 2)
+    assert len({run.key for run in runs}) == len(runs) == 2 * (4 + 6 + 4 + 3 + 4 + 3 + 2 + 4)
+    assert {run.epochs for run in runs} == {40, 80}
+
+
+def row_of(seed, accuracy, **more):
+    numbers = {"seed": seed, "accuracy": accuracy, "flops": 0.5, "sparsity": 0.5, "seconds": 1, "parameters": 7}
+    return numbers | {"coverage": [0.5, 0.75], "active": {}, "epochs": 4, "training_flops": 0.5} | more
 
 
 def test_differences_are_paired():
-    def row(arm, seed, accuracy):
-        numbers = {"accuracy": accuracy, "flops": 0.5, "sparsity": 0.5, "seconds": 1, "coverage": [0.5, 0.75]}
-        numbers["active"] = {"a": [0, 1], "b": [0, seed + 1 if arm == "ward" else 9]}
-        return arm, numbers | {"seed": seed}
-
-    found = [row("ward", s, 0.9 + s / 100) for s in range(3)] + [row("single", s, 0.89 + s / 50) for s in range(4)]
-    table = ablate.table("linkage", "digits", "ward", found)
-    cells = [list(column.cells) for column in table.columns]
+    planned, known = [], {}
+    for arm, accuracies in (("ward", [0.9, 0.91, 0.92]), ("single", [0.89, 0.91, 0.93, 0.95])):
+        for seed, accuracy in enumerate(accuracies):
+            run = ablate.Run("linkage", "digits", arm, train.recipe(linkage=arm, seed=seed), arm == "ward")
+            active = {"a": [0, 1], "b": [0, seed + 1 if arm == "ward" else 9]}
+            known[run.key] = row_of(seed, accuracy, active=active)
+            planned.append(run)
+    planned.append(ablate.Run("linkage", "digits", "average", train.recipe(linkage="average"), False))  # no row yet
+    table = ablate.table("linkage", "digits", arms.of(planned, known))
+    cells = {column.header: list(column.cells) for column in table.columns}
     differences = [-1, 0, 1]  # in points; seed 3 has no partner
     half = stats.t.ppf(0.975, 2) * statistics.stdev(differences) / 3**0.5
-    assert cells[0] == ["ward", "single"] and cells[1] == ["3", "4"]
-    assert cells[3] == ["", f"+0.00 ± {half:.2f}"] and cells[2][0] == "91.00% ± 1.00" and cells[6] == ["62.5%"] * 2
-    assert cells[7] == ["", "60.0%"], "of five filters in either, three are in both"
-    assert ablate.interval([1.5]) == "+1.50" and ablate.interval([]) == ""
+    assert cells["linkage"] == ["ward", "single"] and cells["runs"] == ["3", "4"]
+    assert cells["difference"] == ["", f"+0.00 ± {half:.2f}"] and cells["accuracy"][0] == "91.00% ± 1.00"
+    assert cells["mean coverage"] == ["62.5%"] * 2 and cells["paper"] == ["93.40%", "lower"]
+    assert cells["overlap"] == ["", "60.0%"], "of five filters in either, three are in both"
+    assert arms.interval([1.5]) == "+1.50" and arms.interval([]) == ""
+
+
+def test_every_column_of_every_question():
+    for question, asked in ablate.QUESTIONS.items():
+        runs = ablate.plan(question, "digits", [0, 1])
+        known = {run.key: row_of(run.options.seed, 0.9, active={"a": [0]}) for run in runs}
+        known[runs[-1].key]["coverage"], known[runs[-1].key]["active"] = [], {}  # as of a dense network
+        table = ablate.table(question, "digits", arms.of(runs, known))
+        cells = {column.header: list(column.cells) for column in table.columns}
+        assert list(cells) == [question, "runs", "accuracy", "difference", *asked.columns]
+        assert {len(column) for column in cells.values()} == {len(runs) // 2}
+        for heading, wanted in (("first coverage", "50.0%"), ("last coverage", "75.0%"), ("training FLOPs", "50.0%")):
+            assert heading not in cells or cells[heading][0] == wanted
+
+
+def test_the_cost_of_a_training_is_that_of_its_widths(tmp_path, small):
+    made = call(tmp_path, question="baseline", epochs=4, seeds=[0])
+    made += call(tmp_path, question="paradigm", epochs=4, seeds=[0])[len(made) :]
+    found = {(row["options"]["paradigm"], row["options"]["select"], row["options"]["flops"]): row for row in made}
+    assert len(found) == len(made) == 6
+    ours, thin = found["concurrent", "coverage", 0.45], found["scratch", "coverage", 0.45]
+    stages, dense = found["three-stage", "coverage", 0.45], found["concurrent", "coverage", None]
+    assert ours["events"] == [2, 3] and ours["flops"] <= 0.45 and len(ours["accuracies"]) == ours["epochs"] == 4
+    assert 0.25 * (2 + 2 * ours["flops"]) < ours["training_flops"] < 1, "two dense epochs, one with what has grown back"
+    assert thin["training_flops"] == thin["flops"] <= 0.45 and thin["active"] == {} and thin["coverage"] == []
+    assert stages["training_flops"] == pytest.approx(1 + stages["flops"]) and stages["epochs"] == 8
+    assert dense["training_flops"] == dense["flops"] == 1 and dense["parameters"] > ours["parameters"]
 
 
 def test_refusals(tmp_path, capsys):

@@ -1,11 +1,11 @@
 """The README's figures are those of the rows in bench/results/."""
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
-from reprune_triton.bench import ablate
+from reprune_triton.bench import ablate, arms
+from reprune_triton.bench.arms import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -87,21 +87,20 @@ def test_roofline_table():
 def test_ablation_table():
     known = ablate.load(ROOT / "bench" / "results" / "ablate.jsonl")
     assert not any(row["dirty"] for row in known.values())
-    lines = [text for text in README.splitlines() if text.startswith(("| linkage: ", "| select: ", "| random: "))]
-    for question in ("linkage", "select", "random"):
-        given = {"question": question, "tier": "digits", "seeds": range(5), "arms": None, "data_dir": None}
-        runs, baseline = ablate.plan(argparse.Namespace(**given, device="cpu", threads=1, epochs=None))
-        found = ablate.summary(baseline, [(run.arm, known[run.key]) for run in runs])
-        if question == "select":
-            assert max(found, key=lambda cells: float(cells[6].rstrip("%")))[0] == "coverage", "greedy covers most"
-        for arm, count, accuracy, difference, flops, _, coverage, overlap, _ in found:
-            cells = (accuracy, difference, flops, coverage, overlap)
-            assert count == "5"
-            if arm == baseline:
+    lines = [text for text in README.splitlines() if text.startswith(("| linkage: ", "| coverage: ", "| random: "))]
+    for question in ("linkage", "coverage", "random"):
+        found = arms.of(ablate.plan(question, "digits", range(5), device="cpu"), known)
+        if question == "coverage":
+            assert max(found, key=lambda arm: float(COLUMNS["mean coverage"](arm).rstrip("%"))).name == "coverage"
+        for arm in found:
+            columns = ("accuracy", "difference", "FLOPs left", "mean coverage", "overlap")
+            cells = [COLUMNS[column](arm) for column in columns]
+            assert len(arm.rows) == 5
+            if arm.baseline:
                 own = line("the paper's: Ward, coverage, random ties", *cells).replace("|  |", "| |")
                 assert own in README
             else:
-                lines.remove(line(f"{question}: {arm}", *cells))
-                mean, half = (float(number) for number in difference.split(" ± "))
+                lines.remove(line(f"{question}: {arm.name}", *cells))
+                mean, half = (float(number) for number in COLUMNS["difference"](arm).split(" ± "))
                 assert abs(mean) < half, "every interval holds zero"
     assert not lines
