@@ -43,6 +43,7 @@ from reprune_triton import fuse, models, narrow
 from reprune_triton.bench import graph, roofline, rows
 from reprune_triton.channels import Channels
 from reprune_triton.errors import RepruneError
+from reprune_triton.event import Clock
 
 NETS, BACKENDS = ("dense", "narrow", "compact"), ("eager", "compile", "max-autotune", "graph")
 TWO_BY_TWO = ("dense", "dense-fused", "narrow", "narrow-fused")
@@ -139,15 +140,19 @@ class Task(NamedTuple):
 
 
 def train_step(
-    task: Task, forward: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, amp: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The outputs (B, classes) and the loss, from before the update."""
+    task: Task, forward: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, amp: bool = True,
+    mark: Callable[[str], None] = lambda part: None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The outputs (B, classes) and the loss, from before the update. mark is called after each part."""
     optimizer.zero_grad(set_to_none=True)
     with task.autocast(amp):
         outputs = forward(task.images)
         loss = F.cross_entropy(outputs, task.labels)
+    mark("forward")
     loss.backward()
+    mark("backward")
     optimizer.step()
+    mark("optimizer")
     return outputs.detach(), loss.detach()
 
 
@@ -164,6 +169,7 @@ class Runner:
         self.ready = False
         self.figures: dict[str, float] = {}
         self.runs: list[float] = []  # ms, the median step of each
+        self.parts: dict[str, float] = {}  # ms of forward, backward and optimizer, in steps of their own
         self.active = active
         self.slices = task.slices(self.active)
         self._graph: Any = None
@@ -267,6 +273,17 @@ class Runner:
         if not math.isfinite(float(loss)):
             raise Wrong(f"the loss is {float(loss)}")
         return spent
+
+    def take_apart(self, steps: int) -> None:
+        """Measure the parts of a step, which only eager code shows."""
+        clocks = []
+        for _ in range(steps):
+            clocks.append(Clock(self.task.images.device))
+            train_step(self.task, self._forward, self.optimizer, mark=clocks[-1])
+        if self.task.images.is_cuda:
+            torch.cuda.synchronize(self.task.images.device)
+        found = [clock.ms() for clock in clocks]
+        self.parts = {part: statistics.median(ms[part] for ms in found) for part in found[0]}
 
     @property
     def ms(self) -> float:
@@ -616,6 +633,8 @@ class Group:
         for runner in self.runners:
             if runner.ready and not runner.runs:
                 runner.result, runner.why = "skipped", "no time left"
+            elif runner.ready and runner.variant.backend == "eager" and time.monotonic() < self.deadline:
+                runner.attempt(lambda r=runner: r.take_apart(self.args.steps))  # type: ignore[misc]
 
     def _prepare(self, runner: Runner) -> None:
         if runner.share not in self.wanted:
@@ -671,6 +690,7 @@ class Group:
                     "ratio_dense": same.ms / runner.ms if same else None,
                     "ratio_whole": whole.ms / runner.ms if whole else None,
                     "roofline": runner.level, "roofline_ms": ideal[key], "share": ideal[key] / runner.ms,
+                    "parts_ms": runner.parts,
                 }  # fmt: skip
             found.append(line)
         return found

@@ -49,6 +49,7 @@ def test_rows(tmp_path, capsys):
         assert row["result"] == "measured" and dense >= (row["net"] == "dense")
         assert row["fused"] == row["variant"].endswith("fused") and row["backend"] == "eager"
         assert row["ms"] == sorted(row["runs_ms"])[1] and row["runs"] == 3
+        assert set(row["parts_ms"]) == {"forward", "backward", "optimizer"} and min(row["parts_ms"].values()) > 0
         assert row["images_per_s"] == pytest.approx(4e3 / row["ms"])
         assert row["spread"] == pytest.approx((max(row["runs_ms"]) - min(row["runs_ms"])) / row["ms"])
         assert (row["flops_left"] < 1) == (not dense) and row["dtype"] == "float32" and row["round_to"] == 1
