@@ -11,6 +11,7 @@ from reprune_triton.errors import RepruneError
 COMMANDS = {
     "demo": "train a network dense and pruned, and compare the two",
     "ablate": "answer a question of the method by training, arm by arm and seed by seed",
+    "report": "make tables, pictures and text of all results, and renew the README's tables",
     "event": "time one pruning event against SciPy and fastcluster",
     "scaling": "time clustering against the size and the number of problems",
     "cost": "estimate an event's time on an H100 from the machine code",

@@ -187,6 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--epochs", type=int, help="instead of the tier's")
+    parser.add_argument("--note", help="kept in the rows: what a reader must know of the data or the machine")
     parser.add_argument("--budget", help="stop cleanly after this time: 90s, 9m or 2h")
     parser.add_argument("--runs", default="runs/ablate", help="folder of unfinished runs (default: runs/ablate)")
     parser.add_argument(
@@ -315,6 +316,7 @@ def perform(
         "active": {name: index.tolist() for name, index in active.items()},
         "epochs": one.epochs, "training_flops": training_flops(one, result),
         "seconds": result.seconds, "event_seconds": result.event_seconds, "command": command(one.options),
+        "note": args.note,
     }  # fmt: skip
     shutil.rmtree(folder)
     return row
