@@ -1,7 +1,7 @@
 # Everything runs in .venv; a stamp newer than pyproject.toml means "already installed".
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint bench gpu clean
 
 # The first interpreter on the path that is new enough.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
@@ -17,6 +17,10 @@ test: lint
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Ratios to other libraries, guarded: make bench ARGS='--json bench/results/suites.jsonl'
+bench: .venv/.test
+	$(BIN)/python -m pytest -q bench/suites --benchmark-columns=median,iqr,rounds $(ARGS)
 
 # On a machine with a GPU, from a bare checkout: nothing is installed.
 GPU_PYTHON ?= python3

@@ -126,6 +126,7 @@ def report(results: Results) -> list[Section]:
         ("What a training step costs", step, "step_measured", "parts_ms"),
         ("The least time of a step on an H100, computed", roofline, "step_parts", "kinds_ms"),
         ("An event on an H100, estimated", cost, "", ""),
+        ("Beside other libraries, in one run", suites, "", ""),
     ):
         parts = block(results)
         drawn = [row for row in results.get(block.__name__, []) if row.get(needs)]
@@ -352,6 +353,24 @@ def cost(results: Results) -> list[Part]:
     ]  # fmt: skip
     header = ["network", "layers", "clustering problems", "estimated, not measured"]
     return [Table(header, rows, left=("layers",))] if rows else []
+
+
+def suites(results: Results) -> list[Part]:
+    last = {(row["group"], row["side"], row["peer"]): row for row in _on_cpu(results, "suites")}
+    rows = [
+        [group, side, f"{1e3 * row['median_s']:.1f} ms", peer, f"{1e3 * row['peer_median_s']:.1f} ms",
+         f"{row['ratio']:.2f}"]
+        for (group, side, peer), row in last.items()
+    ]  # fmt: skip
+    if not rows:
+        return []
+    row = next(iter(last.values()))
+    header = ["work", "our side", "time", "peer", "its time", "times as fast"]
+    return [
+        Table(header, rows, left=("our side", "peer")),
+        f"Medians on one thread of an {row['cpu']}, torch {row['torch']}; `make bench` measures them again and fails "
+        "where a ratio is a third worse than here.",
+    ]
 
 
 BLOCKS: dict[str, Callable[[Results], list[Part]]] = {

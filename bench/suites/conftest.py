@@ -1,0 +1,57 @@
+"""Times every side of a piece of work, and in the end holds the ratios against those in bench/results/suites.jsonl."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from reprune_triton.bench import guard, rows
+
+RECORD = Path(__file__).resolve().parents[1] / "results" / "suites.jsonl"
+TIMED = pytest.StashKey[list[guard.Timed]]()
+BEFORE = pytest.StashKey[guard.Recorded]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("reprune_triton")
+    group.addoption("--recorded", default=str(RECORD), metavar="FILE", help="ratios to hold these against")
+    group.addoption("--json", metavar="FILE", help="append the ratios to this file, one JSON row per line")
+
+
+def pytest_configure(config):
+    config.stash[TIMED] = []
+    config.stash[BEFORE] = guard.recorded(config.getoption("--recorded"))
+    torch.set_num_threads(1)  # the libraries beside us have only one
+
+
+@pytest.fixture
+def side(benchmark, request):
+    """side(group, name, work, peer=..., rounds=...): time one side of some work, once its result has been checked."""
+
+    def measure(group, name, work, *, peer, rounds, setup=None):
+        benchmark.group = group
+        benchmark.pedantic(work, setup=setup, rounds=rounds, warmup_rounds=1)
+        timed = guard.Timed(group, name, peer, benchmark.stats.stats.median, rounds)
+        request.config.stash[TIMED].append(timed)
+
+    return measure
+
+
+def pytest_sessionfinish(session, exitstatus):
+    found, path = guard.ratios(session.config.stash[TIMED]), session.config.getoption("--json")
+    if path and exitstatus == 0:
+        for ratio in found:
+            rows.append(path, rows.environment() | guard.row(ratio))
+    if guard.regressions(found, session.config.stash[BEFORE]):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(config):
+    found, before = guard.ratios(config.stash[TIMED]), config.stash[BEFORE]
+    if found:
+        console = Console(width=160)
+        console.print(guard.table(found, before))
+        for sentence in guard.regressions(found, before):
+            console.print(sentence, markup=False)
