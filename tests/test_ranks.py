@@ -18,7 +18,7 @@ EVENTS = 2
 SETTINGS = {  # by name: how the pruners of this test differ
     "reference": {"impl": "reference", "sparsity": 0.5},
     "triton": {"impl": "triton", "sparsity": 0.5, "tie": "norm"},
-    "flops": {"impl": "reference", "flops": 0.6, "linkage": "average"},
+    "flops": {"impl": "reference", "flops": 0.6, "linkage": "average", "regrow_by": "coverage"},
     "triton flops": {"impl": "triton", "flops": 0.6, "tie": "gamma", "regrow": 0.0},
 }
 
