@@ -186,6 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="folder of the data set")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--graph", action="store_true", default=None, help="replay steps from a CUDA graph")
     parser.add_argument("--epochs", type=int, help="instead of the tier's")
     parser.add_argument("--note", help="kept in the rows: what a reader must know of the data or the machine")
     parser.add_argument("--budget", help="stop cleanly after this time: 90s, 9m or 2h")
@@ -198,7 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     names = list(QUESTIONS) if "all" in args.questions else list(dict.fromkeys(args.questions))
-    given = {key: getattr(args, key) for key in ("data_dir", "device", "threads", "epochs")}
+    given = {key: getattr(args, key) for key in ("data_dir", "device", "threads", "graph", "epochs")}
     given = {key: value for key, value in given.items() if value is not None}
     plans = {name: plan(name, args.tier, args.seeds, **given) for name in names}
     check_arms(args.arms, plans)
@@ -316,7 +317,7 @@ def perform(
         "active": {name: index.tolist() for name, index in active.items()},
         "epochs": one.epochs, "training_flops": training_flops(one, result),
         "seconds": result.seconds, "event_seconds": result.event_seconds, "command": command(one.options),
-        "note": args.note,
+        "graph": options.graph, "note": args.note,
     }  # fmt: skip
     shutil.rmtree(folder)
     return row
@@ -338,9 +339,11 @@ def command(options: Options) -> str:
     words = ["python", "-m", "reprune_triton.train"]
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
+        if name in train.FREE or value in (None, ()):
+            continue
         if isinstance(value, bool):
-            words += [] if name == "resume" else [flag if value else f"--no-{flag[2:]}"]
-        elif value not in (None, ()) and name not in ("out", "data_dir", "device", "threads", "workers"):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
             words += [flag, *(value if isinstance(value, tuple) else (str(value),))]
     return shlex.join(words)
 

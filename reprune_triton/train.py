@@ -40,7 +40,7 @@ from reprune_triton.pruner import REPrune
 PARADIGMS = ("concurrent", "three-stage", "scratch")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Two runs that differ in these alone are the same run.
-FREE = ("data_dir", "workers", "threads", "device", "out", "resume")
+FREE = ("data_dir", "workers", "threads", "device", "graph", "out", "resume")
 Record = dict[str, Any]  # one line of the log
 
 
@@ -86,6 +86,7 @@ class Options:
     amp: str = "off"
     channels_last: bool = False
     fuse: bool = False  # BatchNorm, addition and activation in one operation
+    graph: bool = False  # replay each step from a CUDA graph, captured anew after every event; not with fp16
     workers: int = 4
     threads: int | None = None
     out: str | None = None
@@ -105,6 +106,8 @@ class Options:
             raise RepruneError("give sparsity or flops, not both; with neither the model stays dense")
         if self.paradigm != "concurrent" and self.sparsity is None and self.flops is None:
             raise RepruneError(f"paradigm {self.paradigm} needs sparsity or flops: how narrow the network is to be")
+        if self.graph and self.amp == "fp16":
+            raise RepruneError("graph does not go with fp16, whose loss scale the host decides: use bf16")
         if self.resume and self.out is None:
             raise RepruneError("resume needs out, the folder of the run to go on with")
 
@@ -163,6 +166,8 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.graph:
+        _check_graph(device)
     torch.manual_seed(options.seed)
     data = load_data(
         options.data, options.data_dir, batch=options.batch, seed=options.seed, device=str(device),
@@ -175,11 +180,12 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
         model = model.to(memory_format=torch.channels_last)
     if options.fuse:
         model = fuse(model)
-    optimizer = torch.optim.SGD(_groups(model, options), options.lr, options.momentum)
+    optimizer = torch.optim.SGD(_groups(model, options), options.lr, options.momentum, fused=options.graph or None)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     pruner = _pruner(model, optimizer, example, options)
     run = _Run(options, model, optimizer, scaler, pruner, device)
     first, log = run.start()
+    step = _Step(model, optimizer, scaler, options, device)
     epochs = options.epochs * options.stages
 
     progress = Progress(
@@ -195,16 +201,19 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
 
         for epoch in range(first, epochs):
             started = time.perf_counter()
-            loss = _train_epoch(model, optimizer, scaler, data, options, epoch, after_batch)  # waits for the device
+            model.train()
+            loss = _train_epoch(step, data, options, epoch, after_batch)  # waits for the device
             trained = time.perf_counter()
             if not math.isfinite(loss):
                 raise RepruneError(f"the training loss is {loss} in epoch {epoch + 1}: lower --lr, or warm up longer")
             event = pruner.step() if pruner else None
+            if event:
+                step.forget()
             _wait(device)
             pruned = time.perf_counter()
             record: Record = {
                 "epoch": epoch + 1,
-                "lr": optimizer.param_groups[0]["lr"],
+                "lr": float(optimizer.param_groups[0]["lr"]),
                 "loss": loss,
                 "accuracy": evaluate(model, data, options.amp, signals.check),
                 "seconds": trained - started,
@@ -236,35 +245,108 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
 
 
 def _train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, data: Data, options: Options,
-    epoch: int, after_batch: Callable[[], None],
+    step: "_Step", data: Data, options: Options, epoch: int, after_batch: Callable[[], None]
 ) -> float:  # fmt: skip
     """One pass over the training data; the mean loss."""
-    model.train()
     total = torch.zeros((), device=data.mean.device)  # stays on the device: asking for a number would wait for it
     for i, (x, y) in enumerate(data.train_batches(epoch)):  # x (B, C, H, W), y (B,)
-        step = epoch * data.steps + i
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, data.steps, options)
-        share = 1.0
+        number, share = epoch * data.steps + i, 1.0
         if options.mixup:
-            share = float(np.random.default_rng([options.seed, step]).beta(options.mixup, options.mixup))
+            share = float(np.random.default_rng([options.seed, number]).beta(options.mixup, options.mixup))
+        total += step(x, y, share, learning_rate(number, data.steps, options))
+        after_batch()
+    return total.item() / data.steps
+
+
+class _Step:
+    """One step of the optimizer on one batch. With `graph` it is replayed, from the second one on after a change of the
+    network; what changes from step to step is then in tensors that keep their place."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, options: Options,
+        device: torch.device,
+    ):  # fmt: skip
+        self.model, self.optimizer, self.scaler, self.options = model, optimizer, scaler, options
+        self._lr, self._share = (torch.zeros((), device=device) for _ in range(2))
+        self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """The network has changed: what was captured is of the old one."""
+        self._replay: Callable[[], torch.Tensor] | None = None
+        self._warm = False
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, share: float, lr: float) -> torch.Tensor:
+        """The loss, from before the update. share: of x, where the rest is of the batch in reverse (mixup)."""
+        if not self.options.graph:
+            for group in self.optimizer.param_groups:
+                group |= {"lr": lr}
+            return self._work(x, y, share)
+        self._lr.fill_(lr)
+        self._share.fill_(share)
+        for group in self.optimizer.param_groups:  # a checkpoint may have brought others
+            group |= {"lr": self._lr, "fused": True, "foreach": False}
+        if self._batch is None:
+            self._batch = x.clone(), y.clone()
+        for own, given in zip(self._batch, (x, y), strict=True):
+            own.copy_(given)
+        batch = self._batch
+
+        def work() -> torch.Tensor:
+            return self._work(*batch, self._share)
+
+        if not self._warm:
+            self._warm = True
+            return _beside(work)
+        if self._replay is None:
+            self._replay = _captured(work)
+        return self._replay()
+
+    def _work(self, x: torch.Tensor, y: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
+        options = self.options
+        if options.mixup:
             x = share * x + (1 - share) * x.flip(0)  # the batch is in random order already
         if options.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         with torch.autocast(x.device.type, AMP[options.amp], enabled=options.amp != "off"):
-            out = model(x)  # (B, classes)
+            out = self.model(x)  # (B, classes)
             loss = F.cross_entropy(out, y, label_smoothing=options.smoothing)
             if options.mixup:
                 other = F.cross_entropy(out, y.flip(0), label_smoothing=options.smoothing)
                 loss = share * loss + (1 - share) * other
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        total += loss.detach()
-        after_batch()
-    return total.item() / data.steps
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+
+def _check_graph(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise RepruneError(f"graph needs a CUDA device; this run is on {device}")
+
+
+def _beside(work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Work on a stream of its own, as a capture asks for before it."""
+    stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        found = work()
+    here.wait_stream(stream)
+    return found
+
+
+def _captured(work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Capture, without doing it, the work; what is returned does it, on the same tensors."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return found
+
+    return replay
 
 
 @torch.no_grad()
@@ -501,6 +583,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--amp", choices=AMP, help="mixed precision")
     add("--channels-last", action=argparse.BooleanOptionalAction)
     add("--fuse", action=argparse.BooleanOptionalAction, help="BatchNorm, addition and activation in one operation")
+    add("--graph", action=argparse.BooleanOptionalAction, help="replay each step from a CUDA graph")
     add("--workers", type=int, help="processes that decode images, for imagenet (default 4)")
     add("--threads", type=int, help="CPU threads")
     add("--out", help="folder of the run (default runs/DATA-MODEL)")

@@ -259,6 +259,45 @@ def test_a_fused_run_is_the_same_run(tmp_path):
     assert trainer.evaluate(back, data.load("digits")) == runs[0].accuracy
 
 
+def test_a_replayed_run_is_the_same_run(tmp_path, monkeypatch):
+    """Without a GPU a graph is played by what it would replay: on the same tensors, captured anew after every event."""
+    captured, places, work_of = [], set(), trainer._Step._work
+
+    def capture(work):
+        captured.append(work)
+        return work
+
+    def watched(step, x, y, share):
+        places.add((x.data_ptr(), y.data_ptr(), share.data_ptr()) if step.options.graph else None)
+        return work_of(step, x, y, share)
+
+    common = FAST | PRUNED["pruned"] | {"mixup": 0.2, "epochs": 5}
+    plain = trainer.train(trainer.recipe(**common))
+    with pytest.raises(RepruneError, match="graph needs a CUDA device; this run is on cpu"):
+        trainer.train(trainer.recipe(**common, graph=True))
+    with pytest.raises(RepruneError, match="graph does not go with fp16"):
+        trainer.recipe(**common, graph=True, amp="fp16")
+    monkeypatch.setattr(trainer, "_check_graph", lambda device: None)
+    monkeypatch.setattr(trainer, "_beside", lambda work: work())
+    monkeypatch.setattr(trainer, "_captured", capture)
+    monkeypatch.setattr(trainer._Step, "_work", watched)
+    graph = trainer.train(trainer.recipe(**common, graph=True))
+    assert len(captured) == 4 and len(places) == 1, "before the first event, and after each of three"
+    for one, other in zip(plain.log, graph.log, strict=True):
+        assert one["lr"] == pytest.approx(other["lr"], rel=1e-6) and one.get("flops") == other.get("flops")
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    crash_and_resume(tmp_path, common | {"graph": True}, after=2)
+
+    def crash(record):
+        if record["epoch"] == 2:
+            raise Crash
+
+    with pytest.raises(Crash):  # begun without, gone on with
+        trainer.train(trainer.recipe(**common, out=str(tmp_path / "mixed")), crash)
+    mixed = trainer.train(trainer.recipe(**common, out=str(tmp_path / "mixed"), resume=True, graph=True))
+    assert mixed.log[-1]["loss"] == pytest.approx(plain.log[-1]["loss"], rel=1e-4)
+
+
 def test_resume_restores_the_global_generator_too(tmp_path, monkeypatch):
     build = models.build
     monkeypatch.setattr(models, "build", lambda *args: torch.nn.Sequential(build(*args), torch.nn.Dropout(0.3)))
@@ -317,8 +356,8 @@ def test_the_imagenet_recipe_on_folders(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_a_run_on_the_gpu_can_be_resumed(tmp_path, amp):
+@pytest.mark.parametrize("amp, graph", [("off", 0), ("bf16", 0), ("fp16", 0), ("off", 1), ("bf16", 1)])
+def test_a_run_on_the_gpu_can_be_resumed(tmp_path, amp, graph):
     pytest.importorskip("torch_pruning")
 
     def crash(record):
@@ -326,7 +365,20 @@ def test_a_run_on_the_gpu_can_be_resumed(tmp_path, amp):
             raise Crash
 
     common = FAST | PRUNED["pruned"] | {"device": "cuda", "amp": amp, "channels_last": True, "out": str(tmp_path)}
+    common["graph"] = bool(graph)
     with pytest.raises(Crash):
         trainer.train(trainer.recipe(**common), crash)
     result = trainer.train(trainer.recipe(**common, resume=True))
     assert [line["epoch"] for line in result.log] == [1, 2, 3, 4] and result.accuracy > 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+def test_a_replayed_run_on_the_gpu_is_the_same_run(mixup):
+    pytest.importorskip("torch_pruning")
+    common = FAST | PRUNED["pruned"] | {"device": "cuda", "mixup": mixup, "batch": 64}
+    plain, graph = (trainer.train(trainer.recipe(**common, graph=graph)) for graph in (False, True))
+    for one, other in zip(plain.log, graph.log, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.1)  # the order of sums differs, and grows
+    assert plain.log[0]["loss"] == pytest.approx(graph.log[0]["loss"], rel=1e-3)
