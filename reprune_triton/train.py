@@ -384,13 +384,13 @@ def _pruner(
 ) -> REPrune | None:  # fmt: skip
     if options.paradigm == "scratch" or (options.sparsity is None and options.flops is None):
         return None
-    every, until, regrow = options.every, options.until or max(1, round(0.72 * options.epochs)), options.regrow
+    every, until = options.every, options.until or max(1, round(0.72 * options.epochs))
     if options.paradigm == "three-stage":
-        every, until, regrow = options.epochs, options.epochs, 0.0
+        every = until = options.epochs  # one event, and at the last one nothing comes back
     seed = options.seed if options.prune_seed is None else options.prune_seed
     return REPrune(
         model, optimizer, example_inputs=example, sparsity=options.sparsity, flops=options.flops, every=every,
-        until=until, regrow=regrow, regrow_by=options.regrow_by, linkage=options.linkage, select=options.select,
+        until=until, regrow=options.regrow, regrow_by=options.regrow_by, linkage=options.linkage, select=options.select,
         tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=seed, compact="auto",
     )  # fmt: skip
 
