@@ -20,6 +20,14 @@ class Arm(NamedTuple):
     overlaps: list[float]  # of the filters left, with the same seeds of the baseline
     paper: str
 
+    @property
+    def apart(self) -> bool:
+        """Does the 95% interval of three differences or more leave out zero? Equal ones make none: accuracy comes in
+        steps of one test image, so a few seeds may well have the same difference by chance."""
+        if len(self.differences) < 3:
+            return False
+        return abs(statistics.mean(self.differences)) > half_width(self.differences) > 0
+
     def mean(self, value: Callable[[dict[str, Any]], float]) -> float:
         return statistics.mean(map(value, self.rows))
 
@@ -38,7 +46,7 @@ def of(planned: Iterable[Run], known: Mapping[str, dict[str, Any]]) -> list[Arm]
         made.append(
             Arm(
                 arm, runs[0][0].baseline, own,
-                [100 * (row["accuracy"] - usual["accuracy"]) for row, usual in pairs],
+                [round(100 * (row["accuracy"] - usual["accuracy"]), 9) for row, usual in pairs],
                 [overlap(row["active"], usual["active"]) for row, usual in pairs if row["active"] and usual["active"]],
                 runs[0][0].paper,
             )

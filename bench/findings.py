@@ -16,27 +16,32 @@ def verdict(found: Sequence[Arm]) -> str:
     if not paired:
         return "With fewer than three seeds an arm there is no telling how much of a difference is chance."
     halves = {arm.name: arms.half_width(arm.differences) for arm in paired}
-    apart = [arm for arm in paired if abs(statistics.mean(arm.differences)) > halves[arm.name]]
+    apart = [arm for arm in paired if arm.apart]
+    # Accuracy comes in steps of one test image: a few seeds may have the same difference by chance.
+    alike = [arm for arm in paired if halves[arm.name] == 0 and any(arm.differences)]
+    same = " ".join(
+        f"{arm.name} differs by {arm.differences[0]:+.2f} points in every seed: there is no spread to judge that by."
+        for arm in alike
+    )
     if not apart:
         low, high = min(halves.values()), max(halves.values())
         width = f"±{low:.2f}" if len(halves) == 1 else f"±{low:.2f} to ±{high:.2f}"
-        return (
-            f"**No arm can be told from {base}**: every 95% interval holds zero. The intervals are {width} points, so "
-            "smaller differences would not show."
-        )
+        holds = "every other 95% interval holds zero" if alike else "every 95% interval holds zero"
+        text = f"**No arm can be told from {base}**: {holds}. "
+        return f"{text}The intervals are {width} points, so smaller differences would not show. {same}".rstrip()
     said = []
     for arm in apart:
         mean = statistics.mean(arm.differences)
         said.append(f"{arm.name} is {abs(mean):.2f} ± {halves[arm.name]:.2f} points {'above' if mean > 0 else 'below'}")
     text = f"**{'; '.join(said)} {base}** (95% interval, {min(len(arm.differences) for arm in apart)} seeds)."
-    if len(apart) < len(paired):
+    if len(apart) + len(alike) < len(paired):
         text += " The other intervals hold zero."
     if len(paired) > 1:
         text += (
             f" Of {len(paired)} such intervals at least one leaves out zero by chance in "
             f"{1 - 0.95 ** len(paired):.0%} of studies in which nothing differs."
         )
-    return text
+    return f"{text} {same}".rstrip()
 
 
 def _accuracy(arm: Arm) -> float:
@@ -136,13 +141,15 @@ def _coverage(found: Mapping[str, Arm]) -> list[str]:
 
 
 def _regrow(found: Mapping[str, Arm]) -> list[str]:
-    cost = {name: arm.mean(lambda row: row["training_flops"]) for name, arm in found.items()}
-    if "0" not in found or len(found) < 2:
+    if "0" not in found:
         return []
-    base = next(name for name, arm in found.items() if arm.baseline)
+    base, none = next(arm for arm in found.values() if arm.baseline), found["0"]
+    left = [arm.mean(lambda row: row["flops"]) for arm in (none, base)]
+    cost = [arm.mean(lambda row: row["training_flops"]) for arm in (none, base)]
     return [
-        f"Regrowth is what training costs more: {cost['0']:.0%} of the dense training's multiply-adds without it, "
-        f"{cost[base]:.0%} with delta_0 = {base}."
+        f"At one sparsity {left[0]:.0%} of the FLOPs are left without regrowth, and {left[1]:.0%} with delta_0 = "
+        f"{base.name}: without it what is pruned is gone for good, so the scales of the first epochs decide which "
+        f"layers get narrow. The trainings take {cost[0]:.0%} and {cost[1]:.0%} of the dense one's multiply-adds."
     ]
 
 

@@ -122,7 +122,7 @@ def accuracy(by_arm: ByArm, baseline: str) -> Figure:
     axes.axvline(0, color="#888888", linewidth=1)
     for at, values in enumerate(found.values()):
         mean = statistics.mean(values)
-        axes.plot(values, [at] * len(values), ".", color="#aaaaaa", markersize=4)
+        axes.plot(values, [at + 0.25] * len(values), "o", color="#888888", markersize=3, fillstyle="none")
         half = statistic.half_width(values)
         axes.errorbar(mean, at, xerr=half, fmt="o", color=COLOURS[0], capsize=3, markersize=5)
     axes.set_yticks(range(len(found)), list(found))

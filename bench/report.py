@@ -237,15 +237,13 @@ def summary(tier: str, known: Mapping[str, Row]) -> list[Part]:
             continue
         (base,) = (arm for arm in found if arm.baseline)
         low, high = (pick(others, key=lambda arm: statistics.mean(arm.differences)) for pick in (min, max))
-        sure = [arm for arm in others if len(arm.differences) > 2]
-        holding = [arm for arm in sure if abs(statistics.mean(arm.differences)) <= arms.half_width(arm.differences)]
         rows.append([
             f"`{name}`: {question.text}", str(len(base.rows)), arms.COLUMNS["accuracy"](base),
             f"{low.name}: {arms.interval(low.differences)}",
             f"{high.name}: {arms.interval(high.differences)}" if high is not low else "",
-            f"{len(holding)} of {len(sure)}" if sure else "",
+            f"{sum(arm.apart for arm in others)} of {len(others)}",
         ])  # fmt: skip
-    header = ["question", "seeds", "baseline", "lowest arm, points", "highest arm, points", "intervals that hold zero"]
+    header = ["question", "seeds", "baseline", "lowest arm, points", "highest arm, points", "arms told apart"]
     return [Table(header, rows, left=("lowest arm, points", "highest arm, points"))] if rows else []
 
 

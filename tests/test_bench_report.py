@@ -45,6 +45,10 @@ def test_the_verdict_is_that_of_the_intervals():
     assert "Of 2 such intervals" in text and "10% of studies" in text
     above = study("paradigm", {"concurrent": [90, 91, 92], "three-stage": [91, 92.1, 93.2]})
     assert findings.verdict(above) == "**three-stage is 1.10 ± 0.25 points above concurrent** (95% interval, 3 seeds)."
+    alike = study("linkage", {"ward": [90, 91, 92], "single": [90.5, 91.5, 92.5], "average": [91, 91, 91.5]})
+    text = findings.verdict(alike)
+    assert text.startswith("**No arm can be told from ward**: every other 95% interval holds zero.")
+    assert text.endswith("single differs by +0.50 points in every seed: there is no spread to judge that by.")
     for seeds in (1, 2):
         few = study("linkage", {"ward": [90] * seeds, "single": [80] * seeds})
         assert findings.verdict(few).startswith("With fewer than three seeds")
