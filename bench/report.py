@@ -139,7 +139,10 @@ def report(results: Results) -> list[Section]:
 
 def picture(name: str, alt: str, *arguments: Any, of: str | None = None) -> Picture:
     """`pictures.of(*arguments)`, drawn."""
-    import reprune_triton.bench.pictures as pictures
+    try:
+        import reprune_triton.bench.pictures as pictures
+    except ImportError as error:
+        raise RepruneError("report draws with matplotlib: pip install 'reprune-triton[bench]'") from error
 
     figure = getattr(pictures, of or name)(*arguments)
     return Picture(name, alt, pictures.svg(figure), pictures.png(figure))

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from reprune_triton.bench import ablate, arms, document, findings, report
 from reprune_triton.bench.__main__ import main
+from reprune_triton.errors import RepruneError
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 
@@ -120,6 +122,12 @@ def test_rows_that_are_none(tmp_path, capsys):
     words = ["report", "--results", str(tmp_path), "--out", str(tmp_path), "--readme", str(tmp_path / "README.md")]
     assert main(words) == 1
     assert "a table 'unknown': there are demo, event" in capsys.readouterr().err
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reprune_triton.bench.pictures", None)
+    with pytest.raises(RepruneError, match="report draws with matplotlib: pip install"):
+        report.picture("step_parts", "", [])
 
 
 def test_tables_of_a_document():
