@@ -180,7 +180,8 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
         model = model.to(memory_format=torch.channels_last)
     if options.fuse:
         model = fuse(model)
-    optimizer = torch.optim.SGD(_groups(model, options), options.lr, options.momentum, fused=options.graph or None)
+    fused = options.graph or None  # only fused SGD reads the learning rate from a tensor
+    optimizer = torch.optim.SGD(_groups(model, options), options.lr, options.momentum, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     pruner = _pruner(model, optimizer, example, options)
     run = _Run(options, model, optimizer, scaler, pruner, device)
