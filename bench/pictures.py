@@ -147,7 +147,7 @@ def accuracy(by_arm: ByArm, baseline: str) -> Figure:
             axes.plot(values, [at + 0.25] * len(values), "o", color="#888888", markersize=3, fillstyle="none")
     names = [arm if len(values) > 1 else f"{arm} (1 seed)" for arm, values in found.items()]
     axes.set_yticks(range(len(found)), names)
-    _title(axes, f"Accuracy against {baseline}: mean and 95% interval; a dot is a seed")
+    _title(axes, f"Accuracy against {baseline}: mean and 95% interval; a ring is a seed")
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     return figure
