@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-TOLERANCE = 1.5  # on a busy machine one side or the other may lose a third from one run to the next
+TOLERANCE = 1.5  # beside other work one side or the other may lose a third from one run to the next
 Recorded = dict[tuple[str, str, str], float]  # group, side, peer: the ratio
 
 
@@ -23,7 +23,7 @@ class Timed(NamedTuple):
     group: str
     side: str
     peer: bool  # not ours
-    median: float  # seconds
+    median: float  # seconds of the process
     rounds: int
 
 

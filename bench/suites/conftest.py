@@ -1,5 +1,6 @@
 """Times every side of a piece of work, and in the end holds the ratios against those in bench/results/suites.jsonl."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from reprune_triton.bench import guard, rows
 
 RECORD = Path(__file__).resolve().parents[1] / "results" / "suites.jsonl"
+SECONDS, ROUNDS = 4.0, (7, 40)  # for one side; how often at least and at most
 TIMED = pytest.StashKey[list[guard.Timed]]()
 BEFORE = pytest.StashKey[guard.Recorded]()
 
@@ -25,13 +27,27 @@ def pytest_configure(config):
     torch.set_num_threads(1)  # the libraries beside us have only one
 
 
+def pytest_collection_modifyitems(items):
+    # Both sides have one thread and wait for nothing: the time of the process is that of a quiet machine, on any.
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=time.process_time))
+
+
 @pytest.fixture
 def side(benchmark, request):
-    """side(group, name, work, peer=..., rounds=...): time one side of some work, once its result has been checked."""
+    """side(group, name, work, peer=...): time one side of some work, once its result has been checked. What `fresh`
+    returns is made anew for every round, not timed, and given to the work."""
 
-    def measure(group, name, work, *, peer, rounds, setup=None):
+    def measure(group, name, work, *, peer, fresh=None):
+        def arguments():
+            return (() if fresh is None else (fresh(),)), {}
+
+        given, _ = arguments()
+        began = time.process_time()
+        work(*given)
+        rounds = min(max(round(SECONDS / max(time.process_time() - began, 1e-3)), ROUNDS[0]), ROUNDS[1])
         benchmark.group = group
-        benchmark.pedantic(work, setup=setup, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(work, setup=arguments, rounds=rounds)
         timed = guard.Timed(group, name, peer, benchmark.stats.stats.median, rounds)
         request.config.stash[TIMED].append(timed)
 

@@ -59,7 +59,7 @@ def test_clustering_and_cut(side, layer, name):
         work = functools.partial(by_library, name, weight, keep)
     for own, wanted in zip(work(), by_library("SciPy", weight, keep), strict=True):
         assert same_partition(own, wanted)
-    side(f"clustering and cut, {layer}", name, work, peer=name != "ours", rounds=7)
+    side(f"clustering and cut, {layer}", name, work, peer=name != "ours")
 
 
 @pytest.mark.parametrize("name", ["Python's sets", "ours"])
@@ -72,7 +72,7 @@ def test_selection(side, name):
         lambda: by_sets(labels.numpy(), keep)
     )  # fmt: skip
     assert work() == by_sets(labels.numpy(), keep)
-    side(f"greedy coverage, {layer}", name, work, peer=not ours, rounds=3)
+    side(f"greedy coverage, {layer}", name, work, peer=not ours)
 
 
 @functools.cache
@@ -102,6 +102,6 @@ def test_a_whole_event(side, name):
 
     assert published() == [pruner.active[layer.name].tolist() for layer in event.layers]
     if name == "ours":
-        side("a whole event, ResNet-20", name, REPrune.step, peer=False, rounds=5, setup=lambda: ((new_pruner(),), {}))
+        side("a whole event, ResNet-20", name, REPrune.step, peer=False, fresh=new_pruner)
     else:
-        side("a whole event, ResNet-20", name, published, peer=True, rounds=5)
+        side("a whole event, ResNet-20", name, published, peer=True)

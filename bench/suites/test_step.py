@@ -27,4 +27,4 @@ def test_step(side, name):
     share = 0.0 if name == "dense" else SPARSITY
     runner = step.Runner(task, step.parse(name), share, actives[share])
     assert runner.attempt(lambda: runner.prepare(wanted[share], warmup=1)), runner.why
-    side("a training step, ResNet-20, half of its channels", name, runner.step, peer=name == "dense", rounds=9)
+    side("a training step, ResNet-20, half of its channels", name, runner.step, peer=name == "dense")
