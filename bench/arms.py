@@ -104,7 +104,8 @@ def interval(values: list[float]) -> str:
     """Mean of differences, and the 95% confidence interval of it by Student's t."""
     if not values:
         return ""
-    return f"{statistics.mean(values):+.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
+    mean = round(statistics.mean(values), 2) + 0.0  # no -0.00
+    return f"{mean:+.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
 
 
 def half_width(values: list[float]) -> float:

@@ -150,7 +150,7 @@ def test_differences_are_paired():
     assert cells["difference"] == ["", f"+0.00 ± {half:.2f}"] and cells["accuracy"][0] == "91.00% ± 1.00"
     assert cells["mean coverage"] == ["62.5%"] * 2 and cells["paper"] == ["93.40%", "lower"]
     assert cells["overlap"] == ["", "60.0%"], "of five filters in either, three are in both"
-    assert arms.interval([1.5]) == "+1.50" and arms.interval([]) == ""
+    assert arms.interval([1.5]) == "+1.50" and arms.interval([]) == "" and arms.interval([-0.001]) == "+0.00"
 
 
 def test_every_column_of_every_question():
