@@ -119,7 +119,7 @@ def _inline(text: str) -> str:
 
 def _own_ids(picture: Picture) -> str:
     """The drawing without its XML head, and with names that no other drawing on the page has."""
-    svg = picture.svg[picture.svg.index("<svg") :]
+    svg = picture.svg[picture.svg.index("<svg") :].strip()
     for mark in ('id="', "url(#", 'href="#'):
         svg = svg.replace(mark, f"{mark}{picture.name}-")
     return svg
