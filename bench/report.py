@@ -241,7 +241,8 @@ def environment(rows: Iterable[Row]) -> str:
     by = f", {' and '.join(map(str, threads))} thread{'s' if threads != [1] else ''}" if threads else ""
     versions = sorted({f"torch {row['torch']}" for row in rows})
     commits = sorted({row["commit"][:10] for row in rows})
-    return f"On {', '.join(places)}{by}; {', '.join(versions)}; commit {', '.join(commits)}."
+    made = "Computed" if all(row.get("estimated") for row in rows) else "Measured"
+    return f"{made} on {', '.join(places)}{by}; {', '.join(versions)}; commit {', '.join(commits)}."
 
 
 # ---------------------------------------------------------------------- tables, also for the README

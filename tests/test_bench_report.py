@@ -66,6 +66,9 @@ def test_every_question_has_something_to_say():
     found = study("linkage", {"ward": [90, 91], "single": [91, 93], "complete": [80, 81], "average": [70, 80]})
     said = " ".join(findings.SAYS["linkage"]({arm.name: arm for arm in found}))
     assert "Ward comes second of 4" in said and "`b` loses most of its channels (75%), `a` least (25%)" in said
+    for three, ahead in ((92, "here three stages have the higher mean"), (88, "here it has the higher mean")):
+        found = study("paradigm", {"concurrent": [90, 91], "three-stage": [three, three]})
+        assert ahead in " ".join(findings.SAYS["paradigm"]({arm.name: arm for arm in found}))
     found = study("coverage", {"coverage": [90, 91], "random": [91, 93]})
     for arm, rates in zip(found, ([0.6, 0.9], [0.5, 0.95]), strict=True):
         for row in arm.rows:
