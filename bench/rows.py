@@ -14,9 +14,10 @@ import torch
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Device, CPU, versions and commit, to be merged into every row."""
+    """Device, CPU, versions and commit, to be merged into every row; `dirty` if the code is not that of the commit."""
     device = torch.device(device)
-    changes = _git("status", "--porcelain", "--untracked-files=normal")
+    # Rows that were just written there change nothing of what is measured.
+    changes = _git("status", "--porcelain", "--untracked-files=normal", "--", ":/", ":(top,exclude)bench/results")
     row = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
