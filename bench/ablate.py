@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -132,7 +133,7 @@ QUESTIONS = {
         paper={"coverage": "rises, over 90% late"},
     ),
     "regrow": Question(
-        "What does regrowth give?", "ours", _regrowths, ("FLOPs left", "mean coverage", "overlap", "training FLOPs")
+        "What does regrowth give?", "ours", _regrowths, ("FLOPs left", "overlap", "training FLOPs")
     ),
     "width": Question(
         "What does it cost to keep channels in multiples?", "ours", _widths,
@@ -209,6 +210,10 @@ def run(args: argparse.Namespace) -> None:
     # Seed by seed, so that every arm has some runs, whenever it is stopped.
     missing = sorted((one for key, one in wanted.items() if key not in known), key=lambda one: one.options.seed)
     console.print(f"{len(wanted)} runs, {len(wanted) - len(missing)} known already.")
+    uncommitted = sum(bool(known[key]["dirty"]) for key in wanted if key in known)
+    if uncommitted:
+        console.print(f"{uncommitted} of them are of code that was not committed: the report leaves them out.")
+    failed: list[str] = []
     deadline = time.monotonic() + seconds(args.budget) if args.budget else float("inf")
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
@@ -225,6 +230,10 @@ def run(args: argparse.Namespace) -> None:
             except OutOfTime:
                 console.print(f"{args.budget} are over; call it again to go on.")
                 break
+            except RepruneError as error:  # the others can still be made
+                failed.append(f"{one.arm}, seed {one.options.seed}: {error}")
+                console.print(failed[-1], markup=False)
+                continue
             rows.append(args.json, row)
             known[one.key] = row
             console.print(
@@ -233,6 +242,8 @@ def run(args: argparse.Namespace) -> None:
             )
     for name in names:
         console.print(table(name, args.tier, arms.of([one for one in plans[name] if one in planned], known)))
+    if failed:
+        raise RepruneError(f"{len(failed)} runs failed: {'; '.join(failed)}")
 
 
 def check_arms(names: Iterable[str] | None, plans: Mapping[str, list[Run]]) -> None:
@@ -250,7 +261,7 @@ def plan(question: str, name: str, seeds: Iterable[int], **given: Any) -> list[R
         base |= {"sparsity": None, "flops": tier.flops}
     usual = train.recipe(tier.data, **base)
     found = []
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for arm, changes in asked.arms(usual).items():
             options = train.recipe(tier.data, **base | changes | {"seed": seed})
             found.append(Run(question, name, arm, options, baseline=vars(usual) | changes == vars(usual)))
@@ -271,10 +282,7 @@ def key_of(options: Changes) -> str:
 
 def load(path: str | Path) -> dict[str, dict[str, Any]]:
     """The rows of a file by the run's key."""
-    if not Path(path).exists():
-        return {}
-    found = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-    return {key_of(row["options"]): row for row in found if row["benchmark"] == "ablate"}
+    return {key_of(row["options"]): row for row in rows.read(path) if row["benchmark"] == "ablate"}
 
 
 def seconds(text: str) -> float:
@@ -284,7 +292,7 @@ def seconds(text: str) -> float:
         found = float(text[:-1]) * units[text[-1]]
     except (KeyError, ValueError, IndexError):
         found = -1
-    if found < 0:
+    if not 0 <= found < math.inf:
         raise RepruneError(f"--budget must be a time such as 90s, 9m or 2h; got {text!r}")
     return found
 
@@ -302,11 +310,12 @@ def perform(
         if time.monotonic() >= deadline and record["epoch"] < one.epochs:
             raise OutOfTime
 
+    here = rows.environment(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # before it, not after
     result = train.train(options, on_epoch, quiet=True)
     history = result.pruner.history if result.pruner else []
     layers = history[-1].layers if history else ()
     active = result.pruner.active if result.pruner else {}
-    row = rows.environment(options.device or ("cuda" if torch.cuda.is_available() else "cpu")) | {
+    row = here | {
         "benchmark": "ablate", "tier": one.tier, "seed": options.seed, "options": saved(one.options),
         "accuracy": result.accuracy, "accuracies": [line["accuracy"] for line in result.log],
         "parameters": sum(p.numel() for p in result.model.parameters()),

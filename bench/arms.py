@@ -31,6 +31,10 @@ class Arm(NamedTuple):
     def mean(self, value: Callable[[dict[str, Any]], float]) -> float:
         return statistics.mean(map(value, self.rows))
 
+    def has(self, field: str) -> bool:
+        """Rows of an earlier version may lack a field."""
+        return all(field in row for row in self.rows)
+
 
 def of(planned: Iterable[Run], known: Mapping[str, dict[str, Any]]) -> list[Arm]:
     """The arms of a question with their rows, of those runs that are known."""
@@ -75,14 +79,16 @@ COLUMNS: dict[str, Callable[[Arm], str]] = {
     "mean coverage": lambda arm: _of_coverage(arm, statistics.mean),
     "last coverage": lambda arm: _of_coverage(arm, lambda rates: rates[-1]),
     "overlap": lambda arm: _percent(statistics.mean(arm.overlaps)) if arm.overlaps else "",
-    "epochs": lambda arm: f"{arm.mean(lambda row: row['epochs']):.0f}",
-    "training FLOPs": lambda arm: _percent(arm.mean(lambda row: row["training_flops"])),
+    "epochs": lambda arm: f"{arm.mean(lambda row: row['epochs']):.0f}" if arm.has("epochs") else "",
+    "training FLOPs": lambda arm: (
+        _percent(arm.mean(lambda row: row["training_flops"])) if arm.has("training_flops") else ""
+    ),
     "seconds": lambda arm: f"{arm.mean(lambda row: row['seconds']):.0f}",
     "paper": lambda arm: arm.paper,
 }
 MEANING = {
     "difference": "to the baseline, seed by seed, in points, with the 95% confidence interval",
-    "mean coverage": "of the clusters, by the filters chosen, over all events",
+    "mean coverage": "of an arm's own clusters, over all events, those at which hardly a filter had to go too",
     "overlap": "of the filters that this arm or the baseline has left, the share that both have",
     "training FLOPs": "multiply-adds of the whole training, relative to the dense network in one run of the schedule",
 }

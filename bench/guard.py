@@ -6,12 +6,13 @@ TOLERANCE is a regression.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
+
+from reprune_triton.bench import rows
 
 TOLERANCE = 1.3  # the ratios of one code differ by up to 1.23 from run to run, beside other work
 Recorded = dict[tuple[str, str, str], float]  # group, side, peer: the ratio
@@ -61,10 +62,7 @@ def row(ratio: Ratio) -> dict[str, Any]:
 
 def recorded(path: str | Path) -> Recorded:
     """The last ratio of each kind in a file of rows; none if there is no file."""
-    if not Path(path).exists():
-        return {}
-    lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-    return {(line["group"], line["side"], line["peer"]): line["ratio"] for line in lines}
+    return {(row["group"], row["side"], row["peer"]): row["ratio"] for row in rows.read(path)}
 
 
 def regressions(found: Iterable[Ratio], before: Recorded) -> list[str]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from reprune_triton.errors import RepruneError
+
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """Device, CPU, versions and commit, to be merged into every row; `dirty` if the code is not that of the commit."""
@@ -48,6 +50,24 @@ def append(path: str | Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, sort_keys=True) + "\n")
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file; none if there is no file.
+
+    Raises:
+        RepruneError: for a line that is no row, by its number.
+    """
+    found = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["benchmark"], row["dirty"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RepruneError(f"{path}, line {number}, is not a row of a benchmark: {error!r}") from error
+        found.append(row)
+    return found
 
 
 def _cpu_name() -> str:

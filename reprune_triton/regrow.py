@@ -15,7 +15,7 @@ from torch import Tensor
 from .pool import Pool
 
 RULES = ("residual", "coverage", "random")
-_PAIRS = 2**24  # of kernels compared at once: 128 MB
+_PAIRS = 2**24  # of kernels compared at once: 256 MB
 
 # Of the largest squared norm. It stands in for an exact rank: a Gram matrix of dependent filters has no Cholesky
 # factor. A filter in the span of others comes out with about 1e-5 of its norm instead of 0.

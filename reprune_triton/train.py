@@ -35,7 +35,7 @@ from reprune_triton.data import Data
 from reprune_triton.data import load as load_data
 from reprune_triton.errors import RepruneError
 from reprune_triton.fusion import fuse
-from reprune_triton.pruner import REPrune
+from reprune_triton.pruner import Config, REPrune
 
 PARADIGMS = ("concurrent", "three-stage", "scratch")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,8 +108,27 @@ class Options:
             raise RepruneError(f"paradigm {self.paradigm} needs sparsity or flops: how narrow the network is to be")
         if self.graph and self.amp == "fp16":
             raise RepruneError("graph does not go with fp16, whose loss scale the host decides: use bf16")
+        if not self.lr >= 0:
+            raise RepruneError(f"lr must not be negative; got {self.lr}")
         if self.resume and self.out is None:
             raise RepruneError("resume needs out, the folder of the run to go on with")
+        self.config()
+
+    def config(self) -> Config:
+        """What the pruner is to do.
+
+        Raises:
+            RepruneError: if an option of it is out of its range, whether there is a pruner or not.
+        """
+        every, until = self.every, self.until or max(1, round(0.72 * self.epochs))
+        if self.paradigm == "three-stage":
+            every = until = self.epochs  # one event, and at the last one nothing comes back
+        dense = self.sparsity is None and self.flops is None
+        return Config(
+            sparsity=0.0 if dense else self.sparsity, flops=self.flops, every=every, until=until, regrow=self.regrow,
+            regrow_by=self.regrow_by, linkage=self.linkage, select=self.select, tie=self.tie, round_to=self.round_to,
+            ignore=self.ignore, seed=self.seed if self.prune_seed is None else self.prune_seed, compact="auto",
+        )  # fmt: skip
 
     @property
     def stages(self) -> int:
@@ -166,6 +185,8 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.threads:
         torch.set_num_threads(options.threads)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RepruneError("there is no CUDA device here: give --device cpu")
     if options.graph:
         _check_graph(device)
     torch.manual_seed(options.seed)
@@ -340,7 +361,8 @@ def _beside(work: Callable[[], torch.Tensor]) -> torch.Tensor:
 def _captured(work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Capture, without doing it, the work; what is returned does it, on the same tensors."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, such as the one that pins batches, may go on.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         found = work()
 
     def replay() -> torch.Tensor:
@@ -385,15 +407,7 @@ def _pruner(
 ) -> REPrune | None:  # fmt: skip
     if options.paradigm == "scratch" or (options.sparsity is None and options.flops is None):
         return None
-    every, until = options.every, options.until or max(1, round(0.72 * options.epochs))
-    if options.paradigm == "three-stage":
-        every = until = options.epochs  # one event, and at the last one nothing comes back
-    seed = options.seed if options.prune_seed is None else options.prune_seed
-    return REPrune(
-        model, optimizer, example_inputs=example, sparsity=options.sparsity, flops=options.flops, every=every,
-        until=until, regrow=options.regrow, regrow_by=options.regrow_by, linkage=options.linkage, select=options.select,
-        tie=options.tie, round_to=options.round_to, ignore=options.ignore, seed=seed, compact="auto",
-    )  # fmt: skip
+    return REPrune(model, optimizer, example_inputs=example, **vars(options.config()))
 
 
 def thin(model: nn.Module, example: torch.Tensor, options: Options) -> tuple[nn.Module, float]:
@@ -477,7 +491,8 @@ class _Run:
 
     def _resume(self) -> tuple[int, list[Record]]:
         state = checkpoint.read(self.last)
-        here, there = _saved(self.options), state["options"]
+        # An option that the checkpoint does not know yet had its default.
+        here, there = _saved(self.options), _saved(Options()) | state["options"]
         other = [
             f"--{key.replace('_', '-')} was {there.get(key)}, is {here.get(key)}"
             for key in {**there, **here}

@@ -68,9 +68,35 @@ def test_the_draw_alone_can_be_another(tmp_path, small):
 def test_a_row_of_before_an_option_was_there_still_counts(tmp_path):
     options = ablate.saved(train.recipe("digits"))
     for gone in ("prune_seed", "tie"):
-        row = {"benchmark": "ablate", "options": {name: value for name, value in options.items() if name != gone}}
+        known = {name: value for name, value in options.items() if name != gone}
+        row = {"benchmark": "ablate", "dirty": False, "options": known}
         (tmp_path / "rows").write_text(json.dumps(row))
         assert list(ablate.load(tmp_path / "rows")) == [ablate.key_of(options)]
+
+
+def test_a_run_that_fails_does_not_keep_others_from_being_made(tmp_path, small, monkeypatch, capsys):
+    train_all = train.train
+
+    def diverging(options, on_epoch, quiet):
+        if options.linkage == "single":
+            raise RepruneError("the training loss is nan")
+        return train_all(options, on_epoch, quiet)
+
+    monkeypatch.setattr(train, "train", diverging)
+    places = ["--json", str(tmp_path / "rows.jsonl"), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
+    words = ["ablate", "linkage", "--arms", "single", "average", "--epochs", "2", "--seeds", "0", "0", *places]
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert "2 runs, 0 known" in said.out, "a seed that is given twice is one run"
+    assert "1 runs failed: single, seed 0: the training loss is nan" in said.err
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert row["options"]["linkage"] == "average"
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"dirty": True}) + "\n")
+    assert main(words) == 1
+    assert "1 of them are of code that was not committed" in capsys.readouterr().out
+    (tmp_path / "rows.jsonl").write_text('{"benchmark": "abl')
+    assert main(words) == 1
+    assert "rows.jsonl, line 1, is not a row of a benchmark" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path, small, capsys):
@@ -186,6 +212,6 @@ def test_refusals(tmp_path, capsys):
         assert said in capsys.readouterr().err
     for text, wanted in (("90s", 90), ("9m", 540), ("2h", 7200), ("0.5m", 30)):
         assert ablate.seconds(text) == wanted
-    for text in ("", "m", "-1s", "1d"):
+    for text in ("", "m", "-1s", "1d", "nans", "infh"):
         with pytest.raises(RepruneError, match="must be a time"):
             ablate.seconds(text)

@@ -40,11 +40,11 @@ def study(question, accuracies, tier="digits"):
 def test_the_verdict_is_that_of_the_intervals():
     same = study("linkage", {"ward": [90, 91, 92], "single": [91, 90, 92.5], "average": [89, 92, 92]})
     text = findings.verdict(same)
-    assert text.startswith("**No arm can be told from ward**") and "±2.48 to ±2.59 points" in text
+    assert text.startswith("**No arm can be told from ward**") and "±2.48 to ±2.59 points: differences" in text
     apart = study("linkage", {"ward": [90, 91, 92], "single": [88, 89.1, 90.2], "average": [91, 91, 91.5]})
     text = findings.verdict(apart)
     assert text.startswith("**single is 1.90 ± 0.25 points below ward** (95% interval, 3 seeds). The other intervals")
-    assert "Of 2 such intervals" in text and "10% of studies" in text
+    assert "Of 2 such intervals" in text and "up to 10% of studies" in text
     above = study("paradigm", {"concurrent": [90, 91, 92], "three-stage": [91, 92.1, 93.2]})
     assert findings.verdict(above) == "**three-stage is 1.10 ± 0.25 points above concurrent** (95% interval, 3 seeds)."
     alike = study("linkage", {"ward": [90, 91, 92], "single": [90.5, 91.5, 92.5], "average": [91, 91, 91.5]})
@@ -66,6 +66,11 @@ def test_every_question_has_something_to_say():
     found = study("linkage", {"ward": [90, 91], "single": [91, 93], "complete": [80, 81], "average": [70, 80]})
     said = " ".join(findings.SAYS["linkage"]({arm.name: arm for arm in found}))
     assert "Ward comes second of 4" in said and "`b` loses most of its channels (75%), `a` least (25%)" in said
+    assert "differs by 0 points at most, and from seed to seed of Ward alone by 0" in said
+    for arm, share in zip(found, (0.2, 0.3, 0.3, 0.3), strict=True):
+        arm.rows[0]["layers"] = {"a": share, "b": 0.75}
+    said = " ".join(findings.SAYS["linkage"]({arm.name: arm for arm in found}))
+    assert "differs by 5 points at most, and from seed to seed of Ward alone by 5" in said
     for three, ahead in ((92, "here three stages have the higher mean"), (88, "here it has the higher mean")):
         found = study("paradigm", {"concurrent": [90, 91], "three-stage": [three, three]})
         assert ahead in " ".join(findings.SAYS["paradigm"]({arm.name: arm for arm in found}))
@@ -75,7 +80,101 @@ def test_every_question_has_something_to_say():
             row["coverage"] = rates
     said = " ".join(findings.SAYS["coverage"]({arm.name: arm for arm in found}))
     assert "from 60% at the first event to 90% at the last, and is higher there in 2 of 2 runs" in said
-    assert "greedy coverage covers 75.0%, more than any other (random: 72.5%)" in said
+    assert "rises with any selection, from 50% to 50% up to 95%" in said and "+10.0 points over the next best" in said
+
+
+def test_equal_means_are_said_to_be_equal():
+    def said(question, accuracies, **more):
+        found = study(question, accuracies)
+        for arm in found:
+            for row in arm.rows:
+                row |= more.get(arm.name.replace("%", ""), {})
+        return " ".join(findings.SAYS[question]({arm.name: arm for arm in found}))
+
+    # The same images right in another order: the means differ in the last bit.
+    text = said("until", {"30%": [99.1, 98.9, 99.3], "72%": [99.3, 99.1, 98.9], "100%": [90, 90, 90]})
+    assert text.startswith("30% and 72% share the best mean; the paper's best, on ImageNet, is 72%.")
+    assert text.endswith("so nothing is trained after it.")
+    assert said("until", {"50%": [99.5], "72%": [99]}).startswith("The best mean is at 50% of the epochs;")
+    peers = {"REPrune": [90, 91], "L1 norm": [91, 90], "thin from scratch": [95, 95], "dense": [99, 99]}
+    text = said("baseline", peers)
+    assert "comes second, level with L1 norm, of 3 at these FLOPs" in text
+    assert "here the means are equal." in said("paradigm", {"concurrent": [90, 91], "three-stage": [91, 90]})
+    text = said("regrow", {"0.3": [90], "0": [80]}, **{"0": {"flops": 0.6, "training_flops": 0.4}})
+    assert "At one sparsity 60% of the FLOPs are left without regrowth, and 50% with delta_0 = 0.3" in text
+    assert "take 40% and 50%" in text
+    text = said("width", {"1": [90], "8": [80]}, **{"8": {"flops": 0.75}})
+    assert "multiples of 1 leave 50%; multiples of 8 leave 75%" in text
+
+
+def test_rows_of_an_earlier_version_and_arms_without_a_baseline(tmp_path):
+    for question in ("until", "regrow", "paradigm"):
+        planned = ablate.plan(question, "digits", [0, 1, 2])
+        known = {run.key: row_of(run, 0.9) for run in planned}
+        for run in planned:
+            if run.baseline:
+                del known[run.key]["training_flops"], known[run.key]["epochs"]
+        found = arms.of(planned, known)
+        cells = {column.header: list(column.cells) for column in ablate.table(question, "digits", found).columns}
+        assert "" in cells["training FLOPs"] and "50.0%" in cells["training FLOPs"]
+        if question != "paradigm":
+            findings.SAYS[question]({arm.name: arm for arm in found})
+    alone = [row_of(run, 0.9) for run in ablate.plan("linkage", "digits", [0, 1, 2]) if not run.baseline]
+    assert [section.title for section in report.report({"ablate": alone})] == ["The method's questions on digits"]
+    for row in alone:
+        row["commit"] = None
+    assert "commit unknown" in report.report({"ablate": alone})[0].parts[0]
+
+
+def cells_of(block, *made):
+    (table, *text) = report.BLOCKS[block]({row["benchmark"]: list(made) for row in made})
+    return [list(row) for row in table.rows], " ".join(text)
+
+
+def test_cells_of_every_table():
+    """Of made-up rows, so that a column that took another's place would show."""
+    here = {"device": "cpu", "cpu": "a CPU", "torch": "2.14", "dirty": False, "commit": "c", "threads": 1}
+    row = here | {"benchmark": "demo", "model": "resnet20", "data": "digits", "accuracy": 0.9, "parameters": 2000}
+    row |= {"macs": 3000, "latency_ms_batch256": 4.0, "event_seconds": 0.0, "events": 0, "train_seconds": 17.0}
+    pruned = {"arm": "pruned", "accuracy": 0.92, "parameters": 20, "macs": 30, "latency_ms_batch256": 1.25}
+    pruned |= {"event_seconds": 1.0, "events": 4, "train_seconds": 16.0}
+    rows = [row | {"arm": "dense", "seed": 0}, row | pruned | {"seed": 0}, row | pruned | {"seed": 5, "accuracy": 0.1}]
+    found, text = cells_of("demo", *rows)
+    assert [line[1:] for line in found] == [
+        ["90.00%", "92.00%"], ["3,000", "30"], ["2,000", "20"], ["4.0 ms", "1.2 ms"], ["-", "0.25 s"],
+    ]  # fmt: skip
+    assert "+2.00 points" in text and "17 s dense, 16 s pruned" in text, "seed 5 has no partner"
+
+    row = here | {"benchmark": "event", "model": "resnet50", "cluster_s": 1.0, "select_s": 2.0, "scipy_s": 3.0}
+    row |= {"fastcluster_s": 4.0, "event_s": 5.0, "problems": 1234}
+    rows = [row | {"row": part} for part in ("1x1", "KxK", "total")]
+    found, text = cells_of("event", *rows, rows[2] | {"model": "resnet20", "event_s": 0.25})
+    assert found == [[name, "1,234", "1.0 s", "2.0 s", "3.0 s", "4.0 s"] for name in ("1x1 convs", "3x3 convs", "all")]
+    assert "takes 5.0 s there, and 0.25 s for ResNet-20" in text
+
+    row = here | {"benchmark": "step", "model": "resnet18", "batch": 32, "size": 224, "dtype": "float32", "spread": 0.1}
+    row |= {"result": "measured", "flops_left": 0.43, "threads": 2}
+    times = {"dense": (3000.0, 1.0), "narrow": (1500.0, 2.0), "compact": (1000.0, 3.0)}
+    rows = [row | {"net": n, "variant": n, "ms": ms, "ratio_dense": ratio} for n, (ms, ratio) in times.items()]
+    rows[0]["flops_left"] = 1.0
+    others = [rows[1] | {"flops_left": 0.1, "ms": 1.0}, rows[1] | {"dtype": "bfloat16", "ms": 1.0}]
+    found, text = cells_of("step", *rows, *others)
+    assert found == [["2", "3.00 s", "1.50 s (2.00x)", "1.00 s (3.00x)"]] and text == "Runs are 10% to 10% apart."
+
+    row = here | {"benchmark": "roofline", "model": "resnet50", "sparsity": 0.3, "flops_left": 0.75}
+    levels = enumerate(("eager", "compiled", "fused", "fused 1x1"))
+    found, _ = cells_of("roofline", *(row | {"level": level, "roofline_ms": 40.0 - n} for n, level in levels))
+    assert found == [["30%", "25.0%", "40.0 ms", "39.0 ms", "38.0 ms", "37.0 ms"]]
+
+    row = here | {"benchmark": "cost", "row": "total", "target": "sm_90", "model": "m", "layers": 3, "problems": 4567}
+    found, _ = cells_of("cost", row | {"rule": "all", "estimated_ms": 1.5}, row | {"target": "sm_80"})
+    assert found == [["m", "3 convs", "4,567", "1.50 ms"]]
+
+    row = here | {"benchmark": "suites", "group": "g", "side": "ours", "peer": "SciPy", "ratio": 2.0}
+    row |= {"median_s": 0.001, "peer_median_s": 0.002}
+    assert report.suites({"suites": [row | {"ratio": 9.0}, row]})[0].rows == [
+        ["g", "ours", "1.0 ms", "SciPy", "2.0 ms", "2.00"]
+    ]
 
 
 def test_a_folder_of_rows_becomes_a_report(tmp_path, monkeypatch, capsys):

@@ -45,7 +45,7 @@ def test_the_last_recorded_ratio_counts(tmp_path):
     path = tmp_path / "rows"
     assert guard.recorded(path) == {}
     lines = [guard.row(ratio), guard.row(ratio) | {"ratio": 7.0}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line | {"dirty": False}) + "\n" for line in lines))
     assert guard.recorded(path) == {("a", "ours", "peer"): 7.0}
     assert lines[0]["median_s"] == 1.0 and lines[0]["peer_median_s"] == 4.0 and lines[0]["ratio"] == 4.0
 
@@ -62,11 +62,13 @@ def test_a_run_records_and_fails_only_when_it_got_worse(tmp_path):
 
     done = call("--recorded", "none", "--json", "rows")
     assert done.returncode == 0 and "Our side and its peers" in done.stdout, done.stdout + done.stderr
+    assert "none holds no ratios: nothing is guarded" in done.stdout
     (row,) = map(json.loads, (tmp_path / "rows").read_text().splitlines())
     assert (row["benchmark"], row["group"], row["side"], row["peer"]) == ("suites", "adding", "fast", "slow")
     assert row["ratio"] > 0 and row["rounds"] == 40 and row["torch"] and row["threads"] == 1
     (tmp_path / "rows").write_text(json.dumps(row | {"ratio": 1e6}) + "\n")
-    done = call("--recorded", "rows")
+    done = call("--recorded", "rows", "--json", "rows")
+    assert len((tmp_path / "rows").read_text().splitlines()) == 1, "what got worse is not recorded"
     assert done.returncode == 1 and "adding: fast was 1000000.00 times as fast as slow and now" in done.stdout
 
 

@@ -97,6 +97,23 @@ def test_resume_is_bit_exact_after_a_crash(tmp_path, kind, after):
     assert again.accuracy == whole.accuracy and len(again.log) == 4
 
 
+def test_a_checkpoint_of_before_an_option_was_there_is_gone_on_with(tmp_path):
+    common = FAST | PRUNED["pruned"] | {"epochs": 3, "out": str(tmp_path)}
+
+    def crash(record):
+        raise Crash
+
+    with pytest.raises(Crash):
+        trainer.train(trainer.recipe(**common), crash)
+    state = checkpoint.read(tmp_path / "last.safetensors")
+    for gone in ("paradigm", "regrow_by"):
+        del state["options"][gone]
+    checkpoint.write(tmp_path / "last.safetensors", state)
+    with pytest.raises(RepruneError, match="--regrow-by was residual, is random"):
+        trainer.train(trainer.recipe(**common, resume=True, regrow_by="random"))
+    assert len(trainer.train(trainer.recipe(**common, resume=True)).log) == 3
+
+
 def test_sigterm_stops_cleanly_and_resume_is_bit_exact(tmp_path):
     flags = "--model resnet8 --epochs 8 --batch 128 --threads 1 --device cpu --sparsity 0.4 --out".split()
     common = {"model": "resnet8", "epochs": 8, "batch": 128, "threads": 1, "device": "cpu", "sparsity": 0.4}
@@ -268,7 +285,9 @@ def test_a_replayed_run_is_the_same_run(tmp_path, monkeypatch):
         return work
 
     def watched(step, x, y, share):
-        places.add((x.data_ptr(), y.data_ptr(), share.data_ptr()) if step.options.graph else None)
+        if step.options.graph:
+            rates = [group["lr"] for group in step.optimizer.param_groups]
+            places.add(tuple(tensor.data_ptr() for tensor in (x, y, share, *rates)))
         return work_of(step, x, y, share)
 
     common = FAST | PRUNED["pruned"] | {"mixup": 0.2, "epochs": 5}
@@ -321,6 +340,11 @@ def test_divergence_is_an_error_that_spares_the_checkpoint(tmp_path):
         (["--epochs", "2", "--warmup", "3"], "warmup within it"),
         (["--seed", "-1"], "seed must be in"),
         (["--smoothing", "1.5"], "smoothing must be in"),
+        (["--lr", "-1"], "lr must not be negative"),
+        (["--select", "l2"], "select must be one of"),
+        (["--paradigm", "scratch", "--flops", "1.5"], "flops must be in"),
+        (["--paradigm", "scratch", "--sparsity", "nan"], "sparsity must be in"),
+        (["--paradigm", "scratch", "--flops", "0.5", "--round-to", "-3"], "round_to must be"),
     ],
 )
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, flags, message):

@@ -56,11 +56,12 @@ def side(benchmark, request):
 
 def pytest_sessionfinish(session, exitstatus):
     found, path = guard.ratios(session.config.stash[TIMED]), session.config.getoption("--json")
-    if path and exitstatus == 0:
+    worse = guard.regressions(found, session.config.stash[BEFORE])
+    if path and exitstatus == 0 and not worse:  # what got worse must not become what the next run is held against
         here = rows.environment()  # once: the first row changes the checkout
         for ratio in found:
             rows.append(path, here | guard.row(ratio))
-    if guard.regressions(found, session.config.stash[BEFORE]):
+    if worse:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -72,3 +73,5 @@ def pytest_terminal_summary(config):
         console.print(guard.table(found, before))
         for sentence in guard.regressions(found, before):
             console.print(sentence, markup=False)
+        if not before:
+            console.print(f"{config.getoption('--recorded')} holds no ratios: nothing is guarded.", markup=False)
