@@ -150,12 +150,15 @@ def _coverage(found: Mapping[str, Arm]) -> list[str]:
     ]
     others = [name for name in found if name != "coverage"]
     if others:
-        low, high = min(first[name] for name in others), max(first[name] for name in others)
+        began, ended = (
+            " to ".join(dict.fromkeys(f"{pick(rates[name] for name in others):.0%}" for pick in (min, max)))
+            for rates in (first, last)
+        )
+        more = 100 * (first["coverage"] - max(first[name] for name in others))
         said.append(
-            f"But it rises with any selection, from {low:.0%} to {high:.0%} up to "
-            f"{min(last[name] for name in others):.0%} or more: the later the event, the fewer of the active filters "
-            "have to go. What the choice itself gives shows at the first event: "
-            f"{100 * (first['coverage'] - high):+.1f} points over the next best there."
+            f"But it rises with any selection, with the others from {began} to {ended}: the later the event, the fewer "
+            "of the active filters have to go. What the choice itself gives shows at the first event: "
+            f"{more:+.1f} points over the next best there."
         )
     return said
 

@@ -166,7 +166,8 @@ def questions(tier: str, results: Results) -> list[Section]:
         return []
     about = (
         f"{ABOUT[tier]} {len(known)} runs. {environment(known.values())} A CPU may have had other work at the same "
-        "time: training FLOPs compare better than seconds."
+        "time: training FLOPs compare better than seconds. Most questions have the same baseline, and share its runs: "
+        "their differences rise and fall together."
     )
     made = [Section(f"The method's questions on {ablate.TIERS[tier].data}", [about, *summary(tier, known)])]
     for name, question in ablate.QUESTIONS.items():

@@ -80,7 +80,8 @@ def test_every_question_has_something_to_say():
             row["coverage"] = rates
     said = " ".join(findings.SAYS["coverage"]({arm.name: arm for arm in found}))
     assert "from 60% at the first event to 90% at the last, and is higher there in 2 of 2 runs" in said
-    assert "rises with any selection, from 50% to 50% up to 95%" in said and "+10.0 points over the next best" in said
+    assert "rises with any selection, with the others from 50% to 95%:" in said
+    assert "at the first event: +10.0 points over the next best" in said
 
 
 def test_equal_means_are_said_to_be_equal():
