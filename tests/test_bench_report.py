@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reprune_triton.bench import ablate, arms, document, findings, report
+from reprune_triton.bench import ablate, arms, document, findings, report, tables
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
 
@@ -173,7 +173,7 @@ def test_cells_of_every_table():
 
     row = here | {"benchmark": "suites", "group": "g", "side": "ours", "peer": "SciPy", "ratio": 2.0}
     row |= {"median_s": 0.001, "peer_median_s": 0.002}
-    assert report.suites({"suites": [row | {"ratio": 9.0}, row]})[0].rows == [
+    assert tables.suites({"suites": [row | {"ratio": 9.0}, row]})[0].rows == [
         ["g", "ours", "1.0 ms", "SciPy", "2.0 ms", "2.00"]
     ]
 
