@@ -16,6 +16,7 @@ COMMANDS = {
     "scaling": "time clustering against the size and the number of problems",
     "cost": "estimate an event's time on an H100 from the machine code",
     "step": "time a training step, dense and narrow, against the roofline",
+    "host": "time what the host does in a training step, with nothing left for a device to do",
     "hours": "add up a whole training from measured steps and events",
     "roofline": "estimate the least time of a training step from bytes and FLOPs",
     "gpu": "run the tests, sanitizers and benchmarks that need a GPU, one after the other",

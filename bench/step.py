@@ -104,9 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of them (default: 0 0.3 0.51 0.75)",
     )  # fmt: skip
     widths.add_argument("--flops", type=float, nargs="+", help="instead: share of the dense network's FLOPs to keep")
-    parser.add_argument(
-        "--round-to", type=int, help="widths are a multiple of this (default: 16 on CUDA, else 1)"
-    )
+    parser.add_argument("--round-to", type=int, help="widths are a multiple of this (default: 16 on CUDA, else 1)")
     parser.add_argument(
         "--variants", nargs="+", metavar="NAME", help=f"on CUDA, by default: {' '.join(DEFAULTS['cuda'])}"
     )

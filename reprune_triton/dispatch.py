@@ -150,28 +150,32 @@ def _write(path: Path, choices: Mapping[Case, str]) -> None:
 
 # ---------------------------------------------------------------------- of the GPUs here
 
-_TABLES: dict[torch.device, Table] = {}
+_TABLES: dict[torch.device, Table | None] = {}
 
 
-def table(device: torch.device) -> Table:
-    """Of this CUDA device."""
+def table(device: torch.device) -> Table | None:
+    """Of this device; None where there is nothing to choose, which is everywhere but on CUDA."""
     if device not in _TABLES:
-        path = _path(torch.cuda.get_device_name(device))
-        _TABLES[device] = Table(path, lambda run: _milliseconds(run, device))
+        found = None
+        if device.type == "cuda":
+            found = Table(_path(torch.cuda.get_device_name(device)), lambda run: _milliseconds(run, device))
+        _TABLES[device] = found
     return _TABLES[device]
 
 
 def share(group: dist.ProcessGroup | None, device: torch.device) -> None:
     """`Table.share`, on a GPU."""
-    if group is not None and device.type == "cuda":
-        table(device).share(group)
+    found = table(device) if group is not None else None
+    if found is not None:
+        found.share(group)
 
 
 def choose(x: Tensor, case: Case, candidates: Callable[[], Candidates]) -> str:
     """The implementation for an operation on x, wherever that is; see `Table.choose`."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cuda":
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return UNKNOWN  # torch.compile fuses by itself
-    return table(x.device).choose(case, candidates, _now)
+    found = table(x.device)
+    return UNKNOWN if found is None else found.choose(case, candidates, _now)
 
 
 def _now() -> bool:
