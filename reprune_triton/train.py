@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import checkpoint, models, narrow, ops, sparsity
+from reprune_triton import capture, checkpoint, models, narrow, ops, sparsity
 from reprune_triton.channels import analyse
 from reprune_triton.data import Data
 from reprune_triton.data import load as load_data
@@ -319,9 +319,9 @@ class _Step:
 
         if not self._warm:
             self._warm = True
-            return _beside(work)
+            return capture.warm_up(work)
         if self._replay is None:
-            self._replay = _captured(work)
+            self._replay = capture.capture(work)
         return self._replay()
 
     def _work(self, x: torch.Tensor, y: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
@@ -346,30 +346,6 @@ class _Step:
 def _check_graph(device: torch.device) -> None:
     if device.type != "cuda":
         raise RepruneError(f"graph needs a CUDA device; this run is on {device}")
-
-
-def _beside(work: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Work on a stream of its own, as a capture asks for before it."""
-    stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(here)
-    with torch.cuda.stream(stream):
-        found = work()
-    here.wait_stream(stream)
-    return found
-
-
-def _captured(work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Capture, without doing it, the work; what is returned does it, on the same tensors."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as the one that pins batches, may go on.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = work()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return found
-
-    return replay
 
 
 @torch.no_grad()

@@ -297,8 +297,8 @@ def test_a_replayed_run_is_the_same_run(tmp_path, monkeypatch):
     with pytest.raises(RepruneError, match="graph does not go with fp16"):
         trainer.recipe(**common, graph=True, amp="fp16")
     monkeypatch.setattr(trainer, "_check_graph", lambda device: None)
-    monkeypatch.setattr(trainer, "_beside", lambda work: work())
-    monkeypatch.setattr(trainer, "_captured", capture)
+    monkeypatch.setattr(trainer.capture, "warm_up", lambda work: work())
+    monkeypatch.setattr(trainer.capture, "capture", capture)
     monkeypatch.setattr(trainer._Step, "_work", watched)
     graph = trainer.train(trainer.recipe(**common, graph=True))
     assert len(captured) == 4 and len(places) == 1, "before the first event, and after each of three"
