@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import rng
 from .errors import RepruneError
 from .narrow import CHANNELWISE, Narrowing, Slice, Slices, check_whole, is_depthwise
 from .sparsity import Term
@@ -149,8 +150,10 @@ def analyse(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = ()) -
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise RepruneError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to prune")
     check_whole(model)
-    with torch.inference_mode(False):
-        return _analyse(_twin(model), example_inputs, ignore)
+    with torch.inference_mode(False), rng.kept(p.device for p in model.parameters()):
+        # Autograd's graph, which the analysis follows, cannot hold tensors of inference mode.
+        inputs = _mapped(example_inputs, lambda x: x.clone() if x.is_inference() else x)
+        return _analyse(_twin(model), inputs, ignore)
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -424,12 +427,16 @@ def _masking(index: Tensor | None) -> Callable[..., Any]:
     return hook
 
 
-def _doubled(inputs: Any) -> Any:
+def _mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, Mapping):
-        return {key: _doubled(value) for key, value in inputs.items()}
+        return {key: _mapped(value, change) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return tuple(_doubled(value) for value in inputs)
-    return inputs.double() if torch.is_tensor(inputs) and inputs.is_floating_point() else inputs
+        return tuple(_mapped(value, change) for value in inputs)
+    return change(inputs) if torch.is_tensor(inputs) else inputs
+
+
+def _doubled(inputs: Any) -> Any:
+    return _mapped(inputs, lambda x: x.double() if x.is_floating_point() else x)
 
 
 def _outputs(value: Any) -> list[Tensor]:

@@ -28,6 +28,7 @@ CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instanc
 # The attributes that state a width, per direction.
 _OUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
 _IN_WIDTHS = ("in_channels", "in_features")
+_STATISTICS = ("running_mean", "running_var")
 # What torch's optimizers call their running averages of gradients. Other state (averaged weights, step sizes) stays.
 AVERAGES = (
     "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf",
@@ -57,7 +58,9 @@ def cuts(module: nn.Module, part: Slice) -> dict[str, Cuts]:
     out: Cuts = [] if part.out is None else [(0, part.out)]
     into: Cuts = [] if part.in_ is None else [(1, part.in_)]
     if isinstance(module, CHANNELWISE):
-        found = {name: out for name, tensor in _tensors(module) if tensor.dim() == 1}
+        channels = (_width(module, _OUT_WIDTHS),)
+        own = {*module._parameters, *_STATISTICS}
+        found = {name: out for name, tensor in _tensors(module) if name in own and tensor.shape == channels}
     elif is_depthwise(module):
         found = {"weight": out, "bias": out}
     elif isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from . import channels as channel_analysis
 from . import dispatch, event, narrow, ops, regrow, sparsity
@@ -104,6 +105,10 @@ class Config:
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
 
 
+# What is made under torch.inference_mode() could not be trained: the methods of a pruner work outside of it.
+_outside_inference = torch.inference_mode(False)
+
+
 @dataclass(frozen=True)
 class LayerEvent:
     """One layer at one event."""
@@ -158,6 +163,7 @@ class REPrune:
             optimizer of another model.
     """
 
+    @_outside_inference
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | None, *, example_inputs: Any,
         ema: nn.Module | Sequence[nn.Module] = (), **options: Any,
@@ -167,8 +173,8 @@ class REPrune:
             raise RepruneError(
                 f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in fields(Config))}"
             )
-        config = Config(**options)
-        group, model = _process_group(model), _unwrapped(model)
+        group, (model, wrappers) = _process_group(model), _opened(model)
+        config = _without(wrappers, Config(**options), model)
         self._check_optimizer(model, optimizer)
         on_cuda = any(p.is_cuda for p in model.parameters())
         self.config = replace(config, round_to=config.round_to or (16 if on_cuda else 1))
@@ -195,6 +201,7 @@ class REPrune:
 
     # ------------------------------------------------------------------ the event
 
+    @_outside_inference
     def step(self) -> Event | None:
         """Call once after every epoch. Prunes when an event is due, and returns what it did."""
         dispatch.share(self._ranks.group, self._pool.device)
@@ -373,6 +380,7 @@ class REPrune:
 
     # ------------------------------------------------------------------ the narrow model
 
+    @_outside_inference
     def compact(self, model: nn.Module | None = None) -> nn.Module:
         """A physically narrow copy of `model` (default: the one in training), for instance of its EMA: same structure,
         the channels that are active now."""
@@ -381,6 +389,7 @@ class REPrune:
             return copy.deepcopy(model)
         return narrow.compact(model, self.channels.slices(self.active))
 
+    @_outside_inference
     def finalize(self) -> nn.Module:
         """End pruning: an ordinary, physically narrow module with the active channels.
 
@@ -448,6 +457,7 @@ class REPrune:
 
     # ------------------------------------------------------------------ checkpoints
 
+    @_outside_inference
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values: all that is needed, with the model's and optimizer's, to go on bit by bit."""
         return {
@@ -462,6 +472,7 @@ class REPrune:
             "history": [_plain(asdict(event)) for event in self.history],
         }
 
+    @_outside_inference
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state; before or after the model's and the optimizer's own.
 
@@ -613,15 +624,35 @@ class REPrune:
                 self._scales().check(int(rank))
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, AveragedModel (EMA) and torch.compile."""
+def _opened(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The model inside DataParallel, DistributedDataParallel, AveragedModel (EMA) and torch.compile; and what they put
+    before the names of its modules, from outside to inside."""
+    prefixes: list[str] = []
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
+        wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel))
+        inside = "module" if wrapped else "_orig_mod"
+        if inside not in model._modules:
+            return model, prefixes
+        model = model.get_submodule(inside)
+        prefixes.append(f"{inside}.")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return _opened(model)[0]
+
+
+def _without(prefixes: Sequence[str], config: Config, model: nn.Module) -> Config:
+    """The same options, with names of convs of `model` in place of those of the wrapped one."""
+
+    def own(name: str) -> str:
+        if not any(channel_analysis.matches(other, (name,)) for other, _ in model.named_modules()):
+            for prefix in prefixes:
+                name = name.removeprefix(prefix)
+        return name
+
+    share = config.sparsity
+    share = {own(name): value for name, value in share.items()} if isinstance(share, Mapping) else share
+    return replace(config, ignore=tuple(own(name) for name in config.ignore), sparsity=share)
 
 
 def _process_group(model: nn.Module) -> dist.ProcessGroup | None:

@@ -6,6 +6,9 @@ The words equal those of Triton's `tl.randint(seed, offset)`.
 
 from __future__ import annotations
 
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,6 +65,23 @@ def derive_seeds(seed: int, epoch: int, layers: int, streams: int) -> np.ndarray
     """derive_seed(seed, epoch, layer, stream) for all layers and streams: (layers, streams) int64."""
     of_layer = _derived(np.array(_derived(seed, epoch, 0)), np.arange(layers), 1)
     return _derived(of_layer[:, None], np.arange(streams)[None, :], 2)
+
+
+@contextlib.contextmanager
+def kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put the generators that the whole program draws from back afterwards: torch's of the CPU and of these devices,
+    NumPy's and Python's."""
+    own, numpys, pythons = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    others = {device: torch.get_device_module(device) for device in set(devices) if device.type != "cpu"}
+    states = {device: module.get_rng_state(device) for device, module in others.items()}
+    try:
+        yield
+    finally:
+        for device, module in others.items():
+            module.set_rng_state(states[device], device)
+        torch.set_rng_state(own)
+        np.random.set_state(numpys)
+        random.setstate(pythons)
 
 
 def _derived(seed: Word, value: Word, position: int) -> Word:

@@ -19,6 +19,8 @@ from .errors import RepruneError
 from .ops import keep_count
 from .pool import Pool
 
+_TINY = 1e-300  # under every scale that is not 0
+
 
 class Widths(NamedTuple):
     """How many filters the layers keep at an event."""
@@ -43,13 +45,24 @@ class Scales:
 
     Args:
         scales: (T,) in the pool's order, as |gamma| or with a sign; any floating-point type.
-        active: (T,) bool; a pruned channel counts as 0 (CHEX).
+        active: (T,) bool; a pruned channel counts as 0 (CHEX). An active one whose scale is exactly 0 counts as more:
+            a dead channel is no reason to prune more than was asked for.
     """
 
     def __init__(self, pool: Pool, scales: Tensor, active: Tensor):
         self.pool = pool
-        self.scales = scales.detach().abs().double().masked_fill(~active, 0.0)
+        scales = scales.detach().abs().double()
+        dead = active & (scales == 0)
+        self.scales = torch.where(dead, self._turns(dead).double() * _TINY, scales).masked_fill(~active, 0.0)
         self.ordered, self._order = self.scales.sort(stable=True)
+
+    def _turns(self, dead: Tensor) -> Tensor:
+        """Numbers 1, 2, ... for the dead filters (T,), such that all layers lose theirs at the same pace."""
+        upto, layer = dead.long().cumsum(0), self.pool.layer
+        before = (upto - dead.long())[self.pool.start]  # in the layers before
+        share = (upto - before[layer] - 0.5) / self.pool.count(dead)[layer].clamp_min(1)
+        order = share.masked_fill(~dead, math.inf).argsort(stable=True)
+        return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
 
     def threshold(self, rank: int | Tensor) -> Tensor:
         """The `rank`-th smallest scale; under all for rank 0."""

@@ -308,6 +308,26 @@ def test_a_module_that_cannot_be_sliced_is_refused():
         Narrowing(model).set({"1": Slice(torch.arange(4))})
 
 
+def test_only_what_has_an_entry_for_every_channel_is_cut(pruned):
+    """Profilers leave counters on every module, and users what they like."""
+    model, found, active, x = pruned
+    for module in model.modules():
+        module.register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
+        module.register_buffer("total_params", torch.zeros((), dtype=torch.float64))
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_buffer("histogram", torch.arange(module.num_features))
+            module.register_parameter("temperature", nn.Parameter(torch.ones(1)))
+            module.register_parameter("importance", nn.Parameter(torch.arange(float(module.num_features))))
+    assert channels.analyse(model, x).prunable == found.prunable
+    Narrowing(model).set(found.slices(active))
+    slim = compact(model, found.slices(active))
+    assert torch.equal(slim.eval()(x), model.eval()(x))
+    for layer in found.prunable:
+        norm, kept = slim.get_submodule(layer.norm), active[layer.name]
+        assert norm.total_ops.shape == norm.temperature.shape == (1,) and len(norm.histogram) == layer.n_out
+        assert torch.equal(norm.importance, kept.float()) and len(norm.running_var) == len(kept)
+
+
 def test_it_runs_under_autocast_and_checkpointing(pruned):
     model, found, active, x = pruned
     Narrowing(model).set(found.slices(active))

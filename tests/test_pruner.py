@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import REPrune, RepruneError, checkpoint, models
+from reprune_triton import REPrune, RepruneError, channels, checkpoint, models
 from reprune_triton import event as event_module
 
 X = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -404,6 +405,93 @@ def test_a_compiled_model_follows_every_event():
             assert torch.equal(compiled(X), model(X)) and not torch.equal(compiled(X), before)
 
 
+@pytest.mark.parametrize("wrap, prefix", [
+    (nn.DataParallel, "module."),
+    (lambda model: torch.compile(model, backend="eager"), "_orig_mod."),
+    (lambda model: nn.DataParallel(torch.compile(model, backend="eager")), "module._orig_mod."),
+])  # fmt: skip
+def test_names_are_those_of_the_model_inside_its_wrappers(wrap, prefix):
+    """And options may have the wrapped ones."""
+    model, optimizer = network()
+    wrapped = wrap(model)
+    assert f"{prefix}stage1.0.conv1" in dict(wrapped.named_modules())
+    shares = {f"{prefix}stage2.*": 0.25, "stage3.*": 0.5}
+    ignore = f"{prefix}stage1.0.conv1"
+    options = {"example_inputs": X[:2], "every": 1, "until": 1, "ignore": ignore}
+    pruner = REPrune(wrapped, optimizer, **options, sparsity=shares)
+    assert pruner.explain().keys() == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert pruner.explain()["stage1.0.conv1"] == "ignored, as asked"
+    train(wrapped, optimizer)
+    assert [(x.name, x.width) for x in pruner.step().layers] == [("stage2.0.conv1", 24), ("stage3.0.conv1", 32)]
+    bare, _ = network(seed=1)
+    bare.load_state_dict(model.state_dict())
+    options["ignore"] = "stage1.0.conv1"
+    resumed = REPrune(bare, None, **options, sparsity={"stage2.*": 0.25, "stage3.*": 0.5})
+    resumed.load_state_dict(pruner.state_dict())
+    assert torch.equal(bare.eval()(X), wrapped.eval()(X)) and torch.equal(pruner.compact(model)(X), bare(X))
+    assert type(pruner.finalize()) is type(model)
+
+
+class Noisy(nn.Module):
+    """Draws from every generator there is, in training and in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 10, 3)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)) + 1e-9 * (torch.rand(()) + np.random.rand() + random.random())
+        return self.conv2(nn.functional.dropout(x.relu(), 0.1, self.training)).mean((2, 3))
+
+
+def test_the_programs_generators_are_left_as_they_are():
+    model = Noisy()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    nn.init.uniform_(model.bn1.weight)
+
+    def states():
+        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+    before = states()
+    channels.analyse(model, X[:2])
+    pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=2)
+    assert states() == before
+    pruner.step(), pruner.compact(), pruner.step(), pruner.finalize()
+    assert states() == before
+
+
+def test_a_pruner_works_under_inference_mode():
+    """As an evaluation does that ends with a step: what is made there can be trained."""
+    model, optimizer = network()
+    with torch.inference_mode():
+        x = X[:2] * 1
+        pruner = REPrune(model, optimizer, example_inputs=x, sparsity=0.5, every=1, until=2)
+    for _ in range(2):
+        train(model.train(), optimizer)
+        with torch.inference_mode():
+            model.eval()(X)
+            pruner.step()
+            twin = pruner.compact()
+            state = pruner.state_dict()
+    train(model.train(), optimizer)
+    with torch.inference_mode():
+        pruner.load_state_dict(state)
+        slim = pruner.finalize()
+    for found in (slim, model, twin):
+        train(found, optimizer, 1)
+    assert not any(t.is_inference() for t in (*slim.state_dict().values(), *slim.parameters()))
+
+
+def test_an_event_under_inference_mode_makes_the_model_narrow_in_place():
+    model, optimizer = network()
+    pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=1, compact="auto")
+    train(model, optimizer)
+    with torch.inference_mode():
+        pruner.step()
+    train(model, optimizer)
+
+
 def test_an_ema_wrapper_is_unwrapped():
     model, optimizer = network()
     ema = torch.optim.swa_utils.AveragedModel(model)
@@ -566,6 +654,16 @@ def test_the_kernels_prune_like_the_reference(device):
         for layer, wanted_layer in zip(event.layers, wanted.layers, strict=True):
             assert layer.h == pytest.approx(wanted_layer.h, rel=1e-5) and layer.kept == wanted_layer.kept
     assert any(layer.width < layer.n_out for layer in events[0].layers)
+
+
+def test_a_dead_network_is_pruned_as_far_as_asked():
+    for zero in (0.1, 0.6, 1.0):
+        model, _ = network()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.0).data[: int(zero * len(module.weight))] = 0
+        pruner = REPrune(model, None, example_inputs=X[:2], sparsity=0.25, every=1, until=1)
+        assert pruner.step().sparsity == pytest.approx(0.25, abs=0.02)
 
 
 def test_a_state_of_an_older_format_is_refused():

@@ -47,6 +47,30 @@ def test_pruned_channels_count_as_zero_and_ties_go_together():
     assert every.tolist() == [scales.widths(rank).tolist() for rank in range(8)]
 
 
+def test_scales_of_exactly_zero_are_no_reason_to_prune_more():
+    """They go first, from all layers at the same pace, but no more of them than were asked for."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.rand(n, generator=generator) + 0.1 for n in (40, 20, 40)]
+    for scale, dead in zip(layers, (30, 10, 20), strict=True):
+        scale[torch.randperm(len(scale), generator=generator)[:dead]] = 0
+    scales = scales_of(layers)
+    for rank in (1, 20, 30, 59, 60, 61, 80):
+        gone = torch.tensor([40, 20, 40]) - scales.widths(rank)
+        assert gone.sum() == rank and not scales.flat(rank)
+        if rank <= 60:
+            assert (gone - rank * torch.tensor([30, 10, 20]) / 60).abs().max() < 1, "in proportion"
+    assert scales.widths(60).tolist() == [10, 10, 20], "half of the channels is exactly the dead half"
+    assert scales.all_widths().tolist() == [scales.widths(rank).tolist() for rank in range(100)]
+
+
+def test_what_is_pruned_goes_before_what_is_dead():
+    layers = [torch.tensor([0.0, 0.0, 1.0, 2.0]), torch.tensor([0.0, 5.0, 6.0, 7.0])]
+    scales = scales_of(layers, torch.tensor([True, True, True, True, True, False, False, True]))
+    for rank, widths in ((1, [4, 2]), (2, [4, 2]), (5, [2, 1]), (6, [1, 1])):
+        assert scales.widths(rank).tolist() == widths
+    assert scales.widths(3).sum() == 5
+
+
 def test_scales_that_do_not_rank_are_found_and_refused():
     scales = scales_of([torch.ones(64)])
     assert sparsity.at_sparsity(scales, 0.5, 0.0, 1, 1).flat
