@@ -26,6 +26,7 @@ from torch import nn
 
 from reprune_triton import REPrune, models, ops, reference, sparsity
 from reprune_triton import event as events
+from reprune_triton.bench import device as devices
 from reprune_triton.bench import rows
 from reprune_triton.errors import RepruneError
 from reprune_triton.pool import Pool
@@ -37,6 +38,7 @@ Peer = Callable[[np.ndarray], np.ndarray]  # points (n, d) -> linkage matrix
 Result = tuple[ops.Merges, ops.Clusters]
 EPOCH, UNTIL, REGROW = 1, 2, 0.3  # of the whole event: half of the regrowth is left
 BETWEEN = 92.0
+OF_ALL = ("between_s", "share_of_training")  # figures of the whole event alone
 # What the profiler calls the work of an event, by how the names begin.
 WORK = {
     "launches": ("cudaLaunchKernel", "cuLaunchKernel"),
@@ -77,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of training between two events, of which the event's share is shown (default: 92, a published time for "
         "two epochs of ResNet-50 on ImageNet on 8 GPUs)",
     )  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--total", action="store_true", help="only the whole event, not layer by layer")
+    what.add_argument("--graph", action="store_true", help="only whether a CUDA graph holds the event, and its time")
     parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
@@ -103,55 +108,75 @@ def run(args: argparse.Namespace) -> None:
     if not args.between > 0:
         raise RepruneError("--between must be more than 0 seconds.")
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe has no width to keep to
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    devices.use(args.device)
     torch.set_num_threads(args.threads)
     layers = choose(args)
+    if args.graph:
+        hold(console, layers, args)
+        return
+    draft = rows.Draft(args.json)
+    try:
+        measure(console, layers, draft, args)
+    except RepruneError:  # what is wrong has no times at all; what is only stopped keeps those it has
+        draft.write([])
+        raise
+
+
+def measure(console: Console, layers: list[ops.Layer], draft: rows.Draft, args: argparse.Namespace) -> None:
+    """The whole event first, then its parts; each of them on disk as soon as it is known."""
+    cuda = torch.device(args.device).type == "cuda"
     keeps = {layer.name: ops.keep_count(layer.n, args.sparsity) for layer in layers}
-    parts = [Part("layer", [layer]) for layer in layers]
     sums = [("1x1", [layer for layer in layers if layer.d == 1]), ("KxK", [layer for layer in layers if layer.d > 1])]
-    parts += [Part(row, some) for row, some in (*sums, ("total", layers)) if some]
+    parts = [Part("layer", [layer]) for layer in layers] + [Part(row, some) for row, some in sums if some]
+    total = Part("total", layers)
+    parts = [total] if args.total else [*parts, total]
+    impl = "+".join(sorted({"triton" if ops.uses_triton(layer, args.impl) else "reference" for layer in layers}))
 
     warm_up = layers[0]._replace(inputs=torch.arange(min(2, layers[0].columns)))
     ops.cluster_network([warm_up], [keeps[warm_up.name]], args.linkage, args.impl, args.algorithm)
-    total = parts[-1]
     total.figures, results = time_ours(layers, keeps, args)
+    peers = Peers(layers, args)
+    for name in ("SciPy", "fastcluster"):
+        if name not in peers.names:
+            console.print(f"{name} is not installed: its column is left out. pip install {name.lower()}")
+    peers.check(results)
+
+    here = rows.environment(args.device)
+
+    def note() -> None:
+        draft.write([here | line for line in lines(parts, keeps, impl, peers, args)])
+
     merges = merges_of_an_event(layers, results, args)
     subject = of_a_pruner(layers, args) if runs_a_pruner(args) else alone(layers, args)
-    total.figures |= time_event(subject, merges, args)
+    total.figures |= peers.seconds(total) | time_event(subject, merges, args) | {"between_s": args.between}
+    total.figures["share_of_training"] = total.figures["event_s"] / args.between
+    note()
     for part in parts[:-1]:
         if len(part.layers) == len(layers):
-            part.figures = dict(total.figures)
+            part.figures = {key: total.figures[key] for key in total.figures if key not in OF_ALL}
             continue
-        part.figures, again = time_ours(part.layers, keeps, args)
+        figures, again = time_ours(part.layers, keeps, args)
         for name in again:
             check_same_bits(name, again[name], results[name])
         if part.row != "layer":
-            part.figures |= time_event(alone(part.layers, args), merges, args)
-    checked = [results]
-    if device.type == "cuda" and sums[0][1]:
+            figures |= time_event(alone(part.layers, args), merges, args)
+        part.figures = figures | peers.seconds(part)
+        note()
+    if cuda and sums[0][1] and not args.total:
         on_cpu = Part("1x1 on the CPU", [layer._replace(weight=layer.weight.cpu()) for layer in sums[0][1]])
         plain = argparse.Namespace(**vars(args) | plain_settings(args))
-        on_cpu.figures, again = time_ours(on_cpu.layers, keeps, plain)
-        checked.append(again)
+        figures, again = time_ours(on_cpu.layers, keeps, plain)
+        peers.check(again)
+        on_cpu.figures = figures | peers.seconds(on_cpu)
         parts.append(on_cpu)
-
-    peers = find_peers(args.linkage)
-    for name in ("SciPy", "fastcluster"):
-        if name not in peers:
-            console.print(f"{name} is not installed: its column is left out. pip install {name.lower()}")
-    doubts = compare(parts, peers, checked, args)
-    impl = "+".join(sorted({"triton" if ops.uses_triton(layer, args.impl) else "reference" for layer in layers}))
+        note()
     if impl == "triton":
         add_rounds(parts, layers, args)
         add_counts(console, total, subject, args)
-        if device.type == "cuda":
-            add_graph(console, total, args)
+        if cuda:
             add_floor(console, parts, args)
-    total.figures["between_s"] = args.between
-    total.figures["share_of_training"] = total.figures["event_s"] / args.between
-    report(console, parts, keeps, list(peers), impl, doubts, args)
+    note()
+    report(console, parts, keeps, impl, peers, here["device"], args)
 
 
 def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -428,33 +453,41 @@ def profiled(work: Callable[[], object]) -> dict[str, int]:
     return {key: sum(name.startswith(begin) for name in names) for key, begin in WORK.items()}
 
 
-def add_graph(console: Console, total: Part, args: argparse.Namespace) -> None:
-    """The time of the event without `apply` as a CUDA graph, which must find what the event finds."""
-    found, spent = events.Event(request_of(total.layers, args)[0]), list[float]()
+def hold(console: Console, layers: list[ops.Layer], args: argparse.Namespace) -> None:
+    """The time of the event without `apply` as a CUDA graph, which must find what the event finds, for the weights of
+    the capture and for others. In a process of its own: a capture that fails leaves CUDA in no state to go on in.
+
+    Raises:
+        RepruneError: if it cannot be captured, or finds something else.
+    """
+    if torch.device(args.device).type != "cuda":
+        raise RepruneError("a CUDA graph needs CUDA: --device cuda.")
+    request, _ = request_of(layers, args)
+    plain, captured = events.Event(request), events.Event(request)
+    graph, spent = torch.cuda.CUDAGraph(), list[float]()
     try:
-        stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            found.launch()
-        here.wait_stream(stream)
-        wanted = found.read()
-        graph = torch.cuda.CUDAGraph()
+        devices.warm_up(captured.launch, times=1)
         with torch.cuda.graph(graph):
-            found.launch()
-        for _ in range(args.repeat + 1):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize(args.device)
-            spent.append(begin.elapsed_time(end) / 1e3)
-        replayed = found.read()
-    except Exception as error:  # measurements on a lent GPU must not be lost over it
-        console.print(f"No CUDA graph: {type(error).__name__}: {error}", markup=False)
-        return
-    if not same_outcome(replayed, wanted):
-        raise RepruneError("a CUDA graph of the event chose other filters; no times are shown.")
-    total.figures["graph_s"] = statistics.median(spent[1:])
+            captured.launch()
+    except Exception as error:
+        raise RepruneError(f"the event is in no CUDA graph: {type(error).__name__}: {error}") from error
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    for other in (False, True):
+        for layer in layers if other else ():
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+        plain.launch()
+        wanted = plain.read()
+        spent += devices.time_each(graph.replay, args.repeat + 1, torch.device(args.device))[1:]
+        if not same_outcome(captured.read(), wanted):
+            which = "other weights" if other else "the weights of its capture"
+            raise RepruneError(f"a CUDA graph of the event chose other filters, for {which}; no times are shown.")
+    figures = {"graph_s": statistics.median(spent) / 1e3, "layers": len(layers), "result": "held"}
+    if args.json:
+        about = {"benchmark": "event", "row": "graph", "model": args.model, "rule": args.layers, "seed": args.seed,
+                 "sparsity": args.sparsity, "linkage": args.linkage, "impl": "triton"}  # fmt: skip
+        rows.append(args.json, rows.environment(args.device) | about | figures)
+    ms = f"{statistics.median(spent):.3f} ms on the device"
+    console.print(f"A CUDA graph holds the event, applied to no model: {ms}.")
 
 
 def check_same_bits(name: str, one: Result, other: Result) -> None:
@@ -510,33 +543,45 @@ def find_peers(linkage: str) -> dict[str, Peer]:
     return peers
 
 
-def compare(
-    parts: list[Part], peers: dict[str, Peer], checked: list[dict[str, Result]], args: argparse.Namespace
-) -> Doubts:
-    """Time the other libraries layer by layer, and check all our results against theirs. Returns how many problems
-    were in doubt, as numbers of the network."""
-    random = np.random.default_rng(args.seed)
-    all_doubts, first = Doubts(set(), set()), 0
-    spent: dict[str, dict[str, float]] = {}  # by peer and layer
-    for layer in next(part.layers for part in parts if part.row == "total"):
-        sampled = layer.columns if args.channels is None else min(args.channels, layer.columns)
-        chosen = np.sort(random.choice(layer.columns, sampled, replace=False))
-        points = layer.points()[torch.from_numpy(chosen).to(layer.weight.device)].double().cpu().numpy()
-        for name, peer in peers.items():
-            started = time.perf_counter()
-            theirs = [peer(x) for x in points]
-            seconds = (time.perf_counter() - started) * layer.columns / sampled
-            spent.setdefault(name, {})[layer.name] = seconds
-            for results in checked:
-                if layer.name in results:
-                    doubts = check_same(f"{layer.name}, {name}", points, theirs, chosen, *results[layer.name])
-                    for numbers, more in zip(all_doubts, doubts, strict=True):
-                        numbers.update(first + channel for channel in more)
-        first += layer.columns
-    for part in parts:
-        for name, seconds_of in spent.items():
-            part.figures[f"{name.lower()}_s"] = sum(seconds_of[layer.name] for layer in part.layers)
-    return all_doubts
+class Peers:
+    """The other libraries that are installed: how long they take for each layer, and whether ours is what they find.
+
+    They cluster all channels of a layer, or `--channels` that are drawn.
+    """
+
+    def __init__(self, layers: list[ops.Layer], args: argparse.Namespace):
+        peers = find_peers(args.linkage)
+        self.names, self.doubts = list(peers), Doubts(set(), set())
+        self._first: dict[str, int] = {}  # the number of a layer's first problem in the network
+        self._chosen: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # channels, and their points, of each layer
+        self._theirs: dict[tuple[str, str], list[np.ndarray]] = {}  # linkage matrices, by layer and peer
+        self._spent: dict[tuple[str, str], float] = {}
+        random, first = np.random.default_rng(args.seed), 0
+        for layer in layers:
+            sampled = layer.columns if args.channels is None else min(args.channels, layer.columns)
+            chosen = np.sort(random.choice(layer.columns, sampled, replace=False))
+            points = layer.points()[torch.from_numpy(chosen).to(layer.weight.device)].double().cpu().numpy()
+            self._first[layer.name], self._chosen[layer.name] = first, (chosen, points)
+            first += layer.columns
+            for name, peer in peers.items():
+                started = time.perf_counter()
+                self._theirs[layer.name, name] = [peer(x) for x in points]
+                self._spent[layer.name, name] = (time.perf_counter() - started) * layer.columns / sampled
+
+    def check(self, results: Mapping[str, Result]) -> None:
+        """Raise where these results, by layer, are not theirs; see `check_same`."""
+        for layer, result in results.items():
+            chosen, points = self._chosen[layer]
+            for name in self.names:
+                doubts = check_same(f"{layer}, {name}", points, self._theirs[layer, name], chosen, *result)
+                for numbers, more in zip(self.doubts, doubts, strict=True):
+                    numbers.update(self._first[layer] + channel for channel in more)
+
+    def seconds(self, part: Part) -> dict[str, float]:
+        """Of each library, for these layers."""
+        return {
+            f"{name.lower()}_s": sum(self._spent[layer.name, name] for layer in part.layers) for name in self.names
+        }
 
 
 def check_same(
@@ -638,28 +683,50 @@ def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
     return len(np.unique(pairs)) == len(np.unique(a)) == len(np.unique(b))
 
 
+def lines(
+    parts: list[Part], keeps: dict[str, int], impl: str, peers: Peers, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for every part that has figures, without the environment."""
+    settings: dict[str, Any] = {
+        "benchmark": "event", "model": args.model, "rule": args.layers, "sparsity": args.sparsity,
+        "linkage": args.linkage, "impl": impl, "algorithm": args.algorithm, "seed": args.seed, "repeat": args.repeat,
+        "inputs": args.inputs, "peer_channels": args.channels, "checked": bool(peers.names),
+        "extrapolated": extrapolated(parts, args),
+        "near_ties": len(peers.doubts.near_ties), "undecided": len(peers.doubts.undecided),
+    }  # fmt: skip
+    found = []
+    for part in parts:
+        about: dict[str, Any] = {"layers": len(part.layers), "problems": sum(layer.columns for layer in part.layers)}
+        if part.row == "layer":
+            (layer,) = part.layers
+            n_out, _, kh, kw = layer.weight.shape
+            about = {"layer": layer.name, "n_out": n_out, "n_in": layer.columns, "kh": kh, "kw": kw}
+            about["keep"] = keeps[layer.name]
+        own = plain_settings(args) | {"cuda": None} if part.row == "1x1 on the CPU" else {}
+        if part.figures:
+            found.append(settings | own | {"row": part.row} | about | part.figures)
+    return found
+
+
+def extrapolated(parts: list[Part], args: argparse.Namespace) -> bool:
+    """Do the other libraries' times stand for more channels than they clustered?"""
+    return args.channels is not None and any(args.channels < layer.columns for p in parts for layer in p.layers)
+
+
 def report(
-    console: Console, parts: list[Part], keeps: dict[str, int], peers: list[str], impl: str, doubts: Doubts,
+    console: Console, parts: list[Part], keeps: dict[str, int], impl: str, peers: Peers, device: str,
     args: argparse.Namespace,
 ) -> None:  # fmt: skip
     total = next(part for part in parts if part.row == "total")
-    most = max(layer.columns for layer in total.layers)
-    settings: dict[str, Any] = rows.environment(args.device) | {
-        "benchmark": "event", "model": args.model, "rule": args.layers, "sparsity": args.sparsity,
-        "linkage": args.linkage, "impl": impl, "algorithm": args.algorithm, "seed": args.seed, "repeat": args.repeat,
-        "inputs": args.inputs, "peer_channels": args.channels, "checked": bool(peers),
-        "extrapolated": args.channels is not None and args.channels < most,
-        "near_ties": len(doubts.near_ties), "undecided": len(doubts.undecided),
-    }  # fmt: skip
-    measured = "" if not settings["extrapolated"] else f", extrapolated from {args.channels} channels per layer"
+    measured = f", extrapolated from {args.channels} channels per layer" if extrapolated(parts, args) else ""
     algorithm = "" if args.algorithm == "auto" else f" ({args.algorithm})"
     trial = "" if args.inputs is None else f", only {args.inputs} input channels"
     table = Table(
         title=f"One pruning event of {args.model} ({args.layers} layers{trial}): {args.linkage}, sparsity "
-        f"{args.sparsity}, {impl}{algorithm} on {settings['device']}, {settings['threads']} CPU thread(s), seconds",
+        f"{args.sparsity}, {impl}{algorithm} on {device}, {torch.get_num_threads()} CPU thread(s), seconds",
         caption="Sums are one call for their layers. Selection: in the whole event. Others / ours: their clustering "
         "alone, our clustering and cut. 1x1 kernels are points on a line: that part of the gain is the algorithm's. "
-        f"Other libraries{measured}: one call per input channel on {settings['cpu']}.",
+        f"Other libraries{measured}: one call per input channel on {rows.cpu_name()}.",
     )
     # Columns that this run has, by key: heading and form.
     forms = {
@@ -670,14 +737,15 @@ def report(
     forms = {key: form for key, form in forms.items() if key in total.figures}
     table.add_column("layer")
     headings = ["n_out", "n_in", "kernel", "keep", "clustering, cut"]
-    for column in (*headings, *(head for head, _ in forms.values()), *peers, *(f"{name} / ours" for name in peers)):
+    for column in (*headings, *(head for head, _ in forms.values()), *peers.names,
+                   *(f"{name} / ours" for name in peers.names)):  # fmt: skip
         table.add_column(column, justify="right")
 
     def line(part: Part, title: str, *shape: str) -> None:
         figures = part.figures
         cells = [seconds(figures["cluster_s"])]
         cells += [form(figures[key]) if key in figures else "" for key, (_, form) in forms.items()]
-        others = [figures[f"{name.lower()}_s"] for name in peers]
+        others = list(peers.seconds(part).values())
         ratios = [f"{theirs / figures['cluster_s']:.2f}x" for theirs in others]
         last = part.row == "layer" and part.layers[0] is total.layers[-1]
         table.add_row(title, *shape, *cells, *map(seconds, others), *ratios, end_section=last)
@@ -687,23 +755,18 @@ def report(
             (layer,) = part.layers
             n_out, _, kh, kw = layer.weight.shape
             line(part, layer.name, str(n_out), str(layer.columns), f"{kh}x{kw}", str(keeps[layer.name]))
-            about: dict[str, Any] = {"layer": layer.name, "n_out": n_out, "n_in": layer.columns, "kh": kh, "kw": kw}
-            about["keep"] = keeps[layer.name]
         else:
             problems = sum(layer.columns for layer in part.layers)
             line(part, f"{part.row}: {len(part.layers)} layers", "", str(problems), "", "")
-            about = {"layers": len(part.layers), "problems": problems}
-        if args.json:
-            own = plain_settings(args) | {"cuda": None} if part.row == "1x1 on the CPU" else {}
-            rows.append(args.json, settings | own | {"row": part.row} | about | part.figures)
     console.print(table)
-    report_stages(console, total, peers, args)
-    if peers:
+    report_stages(console, total, peers.names, args)
+    if peers.names:
+        near_ties, undecided = peers.doubts
         console.print(
-            f"Checked first: equal merge heights (to {TOLERANCE:g} of the largest) and equal clusters at the cut "
-            f"in every channel compared, but for {settings['near_ties']} in which float32 took another merge that is "
-            f"as cheap (all their merges were replayed in float64), and {settings['undecided']} with two merges at the "
-            "cut too close to tell apart."
+            f"Checked first: equal merge heights (to {TOLERANCE:g} of the largest) and equal clusters at the cut in "
+            f"every channel compared, but for {len(near_ties)} in which float32 took another merge that is as cheap "
+            f"(all their merges were replayed in float64), and {len(undecided)} with two merges at the cut too close "
+            "to tell apart."
         )
     else:
         console.print("Nothing was compared. pip install scipy fastcluster")
@@ -729,8 +792,6 @@ def report_stages(console: Console, total: Part, peers: list[str], args: argpars
         )
     elif "launches" in figures:
         console.print(f"One event: {figures['launches']} launches of Triton. Transfers are counted on a GPU.")
-    if "graph_s" in figures:
-        console.print(f"As a CUDA graph, applied to no model: {figures['graph_s'] * 1e3:.3f} ms on the device.")
     if args.algorithm != "auto":
         console.print("The whole event chooses the algorithm itself: --algorithm is of clustering alone.")
     others = "".join(f"; {name}'s clustering alone {seconds(figures[f'{name.lower()}_s'])} s" for name in peers)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     row = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -52,6 +54,31 @@ def append(path: str | Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row, sort_keys=True) + "\n")
 
 
+class Draft:
+    """Rows at the end of a file that are not final: each `write` replaces those of the last one.
+
+    The file is whole at any time: a process that is killed leaves what it wrote last.
+    """
+
+    def __init__(self, path: str | Path | None):
+        """path: None: nowhere."""
+        self._path = None if path is None else Path(path)
+        exists = self._path is not None and self._path.exists()
+        self._before = self._path.read_text(encoding="utf-8") if self._path and exists else None
+
+    def write(self, some: Sequence[dict[str, Any]]) -> None:
+        if self._path is None:
+            return
+        if not some and self._before is None:
+            self._path.unlink(missing_ok=True)
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row, sort_keys=True) + "\n" for row in some]
+        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        beside.write_text("".join([self._before or "", *lines]), encoding="utf-8")
+        os.replace(beside, self._path)
+
+
 def read(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file; none if there is no file.
 
@@ -70,7 +97,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

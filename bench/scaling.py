@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reprune_triton import ops
+from reprune_triton.bench import device as devices
 from reprune_triton.bench import event, rows
 from reprune_triton.errors import RepruneError
 
@@ -45,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = devices.use(args.device)
     for name, value in DEFAULTS["cuda" if device.type == "cuda" else "cpu"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -1,7 +1,6 @@
 """The benchmark of one event: rows, sampling, missing libraries, and that wrong results show no times."""
 
 import argparse
-import contextlib
 import json
 import sys
 import types
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import gaussian, problems
+from played import play
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 
 from reprune_triton import bench, channels, models, ops, regrow, sparsity, steps
@@ -52,7 +52,7 @@ def test_rows(tmp_path, capsys):
         assert not {"select_s", "event_s", "between_s"} & set(row), "one layer is no event"
     check_stages(rows[3:], [*events.STAGES, "apply"])
     assert (total["between_s"], total["share_of_training"]) == (92, pytest.approx(total["event_s"] / 92))
-    assert not {"launches", "transfers", "graph_s"} & set(total), "of Triton, or of a GPU"
+    assert not {"launches", "transfers"} & set(total), "of Triton, or of a GPU"
     assert "equal clusters at the cut in every channel" in " ".join(capsys.readouterr().out.split())
     assert event("--json", str(tmp_path / "new" / "event.jsonl")) == 0
     assert len(rows_of(tmp_path / "new" / "event.jsonl")) == 10, "rows are appended"
@@ -259,26 +259,12 @@ def check_rows_of_a_gpu(rows: list[dict], layers: list[str], repeat: int) -> Non
         assert ("event_s" in row) == (row["row"] != "layer")
     check_stages(rows[-4:-1], list(events.STAGES))
     total = rows[-2]
-    assert total["graph_s"] > 0 and total["launches"] > 0 and total["transfers"] > 0 and total["synchronisations"] > 0
+    assert total["launches"] > 0 and total["transfers"] > 0 and total["synchronisations"] > 0
     for row in rows[-4:-1]:
         assert row["floor_ms"] > 0 and row["share"] == pytest.approx(row["floor_ms"] / 1e3 / row["cluster_s"])
     last = rows[-1]
     assert (last["impl"], last["device"], last["cuda"], last["repeat"]) == ("reference", "cpu", None, min(repeat, 3))
     assert last["scipy_s"] == rows[-4]["scipy_s"] and not {"device_s", "rounds", "share"} & set(last)
-
-
-class Mark:
-    """An event of a GPU that is played."""
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.recorded = True
-
-    def elapsed_time(self, other):
-        assert self.recorded and other.recorded
-        return 2.0
 
 
 class Profiler:
@@ -307,75 +293,113 @@ class Profiler:
 @pytest.fixture
 def played_gpu(monkeypatch):
     """With a GPU that is played: everything around the kernels."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a real one")
+    played = play(monkeypatch)
     Profiler.sessions = 0
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "Event", Mark)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.profiler, "profile", Profiler)
-    for name, answer in (("set_device", None), ("synchronize", None), ("reset_peak_memory_stats", None),
-                         ("memory_allocated", 1 << 20), ("max_memory_allocated", 4 << 20),
-                         ("get_device_name", "played")):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, lambda device=None, answer=answer: answer)
     monkeypatch.setattr(bench_event, "choose", few_layers)
     monkeypatch.setattr(bench_event, "add_floor", lambda console, parts, args: [
         part.figures.update(floor_ms=1.0, share=1e-3 / part.figures["cluster_s"])
         for part in parts if part.row in ("1x1", "KxK", "total")
     ])  # fmt: skip
+    return played
 
 
-def on_played_gpu(path, repeat: int = 1) -> int:
-    arguments = ("--layers", "all", "--device", "cuda", "--impl", "triton", "--json", str(path))
+def on_played_gpu(path, *arguments: str, repeat: int = 1) -> int:
+    arguments += ("--layers", "all", "--device", "cuda", "--impl", "triton", "--json", str(path))
     return main(["event", "--repeat", str(repeat), *arguments])
 
 
 def test_what_a_gpu_adds(tmp_path, capsys, played_gpu):
     assert on_played_gpu(tmp_path / "rows", repeat=2) == 0
+    assert played_gpu.device == 0
     rows = rows_of(tmp_path / "rows")
     check_rows_of_a_gpu(rows, ["layer"] * 2, 2)
     assert all(row["device"] == "played" and row["device_s"] == 0.002 and row["scratch_mb"] == 3 for row in rows[:-1])
     total = rows[-2]
     assert (total["launches"], total["transfers"], total["synchronisations"]) == (3, 1, 1)
-    assert total["graph_s"] == 0.002
     printed = capsys.readouterr().out
-    for heading in ("on the device", "MB", "rounds", "floor", "1x1 on the CPU", "As a CUDA graph",
+    for heading in ("on the device", "MB", "rounds", "floor", "1x1 on the CPU",
                     "3 kernel launches, 1 copies to the host, 1 synchronising calls"):  # fmt: skip
         assert heading in printed
 
 
 @pytest.mark.parametrize("nothing", [False, True], ids=["fails", "sees nothing"])
-def test_times_are_not_lost_over_a_graph_or_a_profiler(tmp_path, capsys, monkeypatch, played_gpu, nothing):
+def test_times_are_not_lost_over_a_profiler(tmp_path, capsys, monkeypatch, played_gpu, nothing):
     def fail(*given, **named):
         raise RuntimeError("not now")
 
-    monkeypatch.setattr(torch.cuda, "graph", fail)
     if nothing:
         monkeypatch.setattr(Profiler, "events", lambda self: [])
     else:
         monkeypatch.setattr(torch.profiler, "profile", fail)
-    assert on_played_gpu(tmp_path / "rows") == 0
-    assert all(row.keys().isdisjoint({"graph_s", "launches", "transfers"}) for row in rows_of(tmp_path / "rows"))
+    assert on_played_gpu(tmp_path / "rows", "--total") == 0
+    (total,) = rows_of(tmp_path / "rows")
+    assert total["event_s"] > 0 and total.keys().isdisjoint({"launches", "transfers"})
     printed = capsys.readouterr().out
-    assert "No CUDA graph: RuntimeError: not now" in printed
     assert f"Launches are not counted: {'the profiler saw none' if nothing else 'RuntimeError: not now'}" in printed
 
 
-def test_a_graph_must_find_what_the_event_finds(tmp_path, capsys, monkeypatch, played_gpu):
-    reads, read = [], events.Event.read
+def test_what_a_graph_holds(tmp_path, capsys, monkeypatch, played_gpu):
+    """The played one replays nothing: what it finds is given to it here."""
+    captured, launch, read = [], events.Event.launch, events.Event.read
 
-    def another(self):
-        outcome = read(self)
-        reads.append(self)
-        return outcome._replace(kept=~outcome.kept) if reads.count(self) == 2 else outcome
+    def noted(self, *given):
+        if played_gpu.capturing:
+            captured.append(self)
+        launch(self, *given)
 
-    monkeypatch.setattr(events.Event, "read", another)
-    assert on_played_gpu(tmp_path / "rows") == 1
-    assert "a CUDA graph of the event chose other filters; no times are shown" in capsys.readouterr().err
+    monkeypatch.setattr(events.Event, "launch", noted)
+    path = tmp_path / "rows"
+    found = []
+
+    def outcome(self):
+        if self not in captured:
+            found.append(read(self))
+        return found[-1]
+
+    monkeypatch.setattr(events.Event, "read", outcome)
+    assert on_played_gpu(path, "--graph", repeat=3) == 0
+    (row,) = rows_of(path)
+    assert (row["row"], row["result"], row["layers"], row["graph_s"]) == ("graph", "held", 2, 0.002)
+    assert "A CUDA graph holds the event" in capsys.readouterr().out
+    assert len(captured) == 1 and played_gpu.replays == 2 * 4 and len(found) == 2
+    assert not torch.equal(found[0].kept, found[1].kept), "for two sets of weights"
+
+    monkeypatch.setattr(events.Event, "read", read)
+    assert on_played_gpu(path, "--graph") == 1
+    assert "a CUDA graph of the event chose other filters, for other weights" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", lambda self, *pool, **options: 1 / 0)
+    assert on_played_gpu(path, "--graph") == 1
+    assert "the event is in no CUDA graph: ZeroDivisionError" in capsys.readouterr().err
+    assert len(rows_of(path)) == 1
+
+
+def test_a_graph_needs_a_gpu(capsys):
+    assert event("--layers", "resnet", "--graph") == 1
+    assert "a CUDA graph needs CUDA" in capsys.readouterr().err
+
+
+def test_the_whole_event_alone(tmp_path):
+    assert event("--total", "--json", str(tmp_path / "rows")) == 0
+    (row,) = rows_of(tmp_path / "rows")
+    assert row["row"] == "total" and row["layers"] == 3 and row["event_s"] > 0 and row["scipy_s"] > 0
+
+
+def test_what_is_known_is_on_disk(tmp_path, monkeypatch):
+    """The whole event first, then its parts: whoever is stopped or killed has lost only what was running."""
+    path, known, time_ours = tmp_path / "rows", [], bench_event.time_ours
+
+    def stopped(*given):
+        known.append([row["row"] for row in rows_of(path)] if path.exists() else [])
+        if len(known) == 4:
+            raise KeyboardInterrupt
+        return time_ours(*given)
+
+    monkeypatch.setattr(bench_event, "time_ours", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        event("--layers", "all", "--inputs", "1", "--json", str(path))
+    assert known == [[], ["total"], ["layer", "total"], ["layer", "layer", "total"]]
+    assert [row["row"] for row in rows_of(path)] == known[-1] and rows_of(path)[-1]["event_s"] > 0
 
 
 @pytest.mark.gpu

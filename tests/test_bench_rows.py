@@ -1,6 +1,7 @@
 """A row says on which code it was made."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -33,3 +34,22 @@ def test_code_that_is_not_committed_is_noted_and_new_rows_are_not(tmp_path):
     (tmp_path / "module.py").unlink()
     (tmp_path / "bench" / "rows.py").write_text("changed")
     assert copied.environment()["dirty"] is True
+
+
+def test_a_draft_is_written_again_and_again(tmp_path):
+    path = tmp_path / "new" / "rows"
+    rows.Draft(None).write([{"a": 1}])
+    draft = rows.Draft(path)
+    draft.write([])
+    assert not path.exists()
+    for some in ([{"a": 1}], [{"a": 2}, {"b": 3}]):
+        draft.write(some)
+        assert [json.loads(line) for line in path.read_text().splitlines()] == some
+    other = rows.Draft(path)
+    other.write([{"c": 4}])
+    other.write([{"d": 5}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 2}, {"b": 3}, {"d": 5}]
+    other.write([])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 2}, {"b": 3}]
+    draft.write([])
+    assert not path.exists() and not list(path.parent.iterdir())

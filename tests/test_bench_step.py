@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from reprune_triton import fusion, narrow
-from reprune_triton.bench import hours, roofline, step
+from reprune_triton.bench import device as devices
+from reprune_triton.bench import hours, roofline, step, variants
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
 
@@ -71,9 +72,12 @@ def test_rows(tmp_path, capsys):
 
 
 def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, monkeypatch):
-    turn = step.Group._turn
+    """Also one that is killed: after each turn its rows are on disk."""
+    turn, known = step.Group._turn, []
 
     def stopped(group, runner, number):
+        rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+        known.append([row.get("runs", row["result"]) for row in rows])
         if (number, str(runner.variant)) == (1, "narrow"):
             raise KeyboardInterrupt
         turn(group, runner, number)
@@ -83,6 +87,8 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, monkeypatch):
         run(tmp_path, *"--sparsity 0.5 --runs 3 --variants dense narrow compact".split())
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [(row["variant"], row["runs"]) for row in rows] == [("dense", 2), ("narrow", 1), ("compact", 1)]
+    unfinished = "unfinished"
+    assert known == [[unfinished] * 3, [1, unfinished, unfinished], [1, 1, unfinished], [1, 1, 1], [2, 1, 1]]
 
 
 def test_forward(tmp_path, monkeypatch):
@@ -109,9 +115,9 @@ def test_narrow_at_0_casts_as_any_narrow_one(monkeypatch):
     """On CUDA. Then nothing but the pruned channels is between it and narrow at another sparsity."""
     kinds = (nn.Conv2d, nn.Linear)
     monkeypatch.setattr(narrow._Gathering, "casts", lambda self, module: type(module) in kinds)
-    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    task = variants.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
     whole = {x.name: torch.arange(x.n_out) for x in task.channels.prunable}
-    runner = step.Runner(task, step.parse("narrow"), 0.0, whole)
+    runner = variants.Runner(task, variants.parse("narrow"), 0.0, whole)
     modules = [runner.model, *(module for module in runner.model.modules() if type(module) in kinds)]
     assert all(narrow._shadows(module._forward_pre_hooks) for module in modules)
     assert not any(narrow._shadows(m._forward_pre_hooks) for m in runner.model.modules() if m not in modules)
@@ -154,7 +160,7 @@ def test_wrong_outputs_are_not_timed(tmp_path, capsys, monkeypatch, broken):
 
 def under_autocast(monkeypatch):
     """As on CUDA."""
-    make_task = step.make_task
+    make_task = variants.make_task
     monkeypatch.setattr(step, "make_task", lambda *given: make_task(*given)._replace(amp=torch.bfloat16))
 
 
@@ -166,7 +172,7 @@ def as_compiled(monkeypatch, change):
             change(model)
         return model
 
-    monkeypatch.setattr(step, "_compiled", compiled)
+    monkeypatch.setattr(variants, "_compiled", compiled)
 
 
 COMPILED = ("dense-compile", "narrow-compile", "narrow-fused-compile", "compact-compile")
@@ -199,19 +205,19 @@ def test_a_gradient_that_is_missing_is_not_timed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ["resnet20", "mobilenet_v2"])
 def test_rounding_says_little_at_the_weights_of_the_checks(model):
     """Else gradients in bfloat16 could not be told from wrong ones: in a deep network as it is built they cannot."""
-    task = step.make_task(argparse.Namespace(model=model, size=64, batch=8, seed=0), torch.device("cpu"))
-    wanted = step.wanted_step(task._replace(amp=torch.bfloat16), {})
+    task = variants.make_task(argparse.Namespace(model=model, size=64, batch=8, seed=0), torch.device("cpu"))
+    wanted = variants.wanted_step(task._replace(amp=torch.bfloat16), {})
     own = sorted(wanted.own_gradients.values())
     assert wanted.own < 0.02 and own[len(own) // 2] < 0.3
 
 
 def test_all_are_timed_from_the_weights_as_they_are_built():
-    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    task = variants.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
     active = {x.name: torch.arange(x.n_out // 2) for x in task.channels.prunable}
-    wanted = step.wanted_step(task, active)
+    wanted = variants.wanted_step(task, active)
     timed = []
 
-    class Stopped(step.Runner):
+    class Stopped(variants.Runner):
         def time(self, steps):
             slim = narrow.compact(task.dense, self.slices) if self.variant.net == "compact" else task.dense
             state = self.model.state_dict()
@@ -220,18 +226,18 @@ def test_all_are_timed_from_the_weights_as_they_are_built():
             return [1.0]
 
     for variant in ("narrow", "narrow-fused", "compact"):
-        Stopped(task, step.parse(variant), 0.5, active).prepare(wanted, 1)
+        Stopped(task, variants.parse(variant), 0.5, active).prepare(wanted, 1)
     assert timed == [True] * 3
 
 
 def test_memory_is_counted_beside_the_same_in_all_backends(monkeypatch):
     """Beside weights, momentum and gradients, and nothing that only one backend has."""
-    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
-    wanted, beside, taken = step.wanted_step(task, {}), [], []
+    task = variants.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    wanted, beside, taken = variants.wanted_step(task, {}), [], []
 
     class Graph:
         def replay(self):
-            runner._outputs = step.train_step(task, runner.model, runner.optimizer)
+            runner._outputs = variants.train_step(task, runner.model, runner.optimizer)
 
     def memory(device):
         parameters = list(runner.model.parameters())
@@ -241,13 +247,13 @@ def test_memory_is_counted_beside_the_same_in_all_backends(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: taken.append(len(beside)) or contextlib.nullcontext())
-    monkeypatch.setattr(step, "_side_stream", lambda work: work())
-    monkeypatch.setattr(step, "_memory", memory)
-    monkeypatch.setattr(step, "_peak", lambda device, before: {"peak_mb": before})
-    monkeypatch.setattr(step, "_compiled", lambda model, backend: model)
-    for backend in step.BACKENDS:
+    monkeypatch.setattr(devices, "warm_up", lambda work: work())
+    monkeypatch.setattr(devices, "memory", memory)
+    monkeypatch.setattr(devices, "peak", lambda device, before: {"peak_mb": before})
+    monkeypatch.setattr(variants, "_compiled", lambda model, backend: model)
+    for backend in variants.BACKENDS:
         beside.clear()
-        runner = step.Runner(task, step.Variant("dense", False, backend), 0.0, {})
+        runner = variants.Runner(task, variants.Variant("dense", False, backend), 0.0, {})
         if backend == "graph":
             runner._capture()
         else:
@@ -268,8 +274,8 @@ def test_captured_steps(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "LEARNING_RATE", math.inf)
-    monkeypatch.setattr(step, "check_exactly", lambda *given: 0.0)
+    monkeypatch.setattr(variants, "LEARNING_RATE", math.inf)
+    monkeypatch.setattr(variants, "check_exactly", lambda *given: 0.0)
     code, rows = run(tmp_path, "--sparsity", "0", "--runs", "1", "--variants", "dense")
     assert code == 1 and rows[0]["result"] == "refused" and "nan" in rows[0]["why"]
 
@@ -280,9 +286,9 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
             raise RuntimeError("out of memory")
         return model
 
-    monkeypatch.setattr(step, "_compiled", no_memory)
-    variants = ("--variants", "dense-compile", "dense", "compact")
-    code, rows = run(tmp_path, "--sparsity", "0.5", "--runs", "1", *variants)
+    monkeypatch.setattr(variants, "_compiled", no_memory)
+    options = ("--variants", "dense-compile", "dense", "compact")
+    code, rows = run(tmp_path, "--sparsity", "0.5", "--runs", "1", *options)
     assert code == 0 and [row["result"] for row in rows] == ["failed", "measured", "measured"]
     assert rows[0]["why"] == "RuntimeError: out of memory" and "ms" not in rows[0]
     if not torch.cuda.is_available():
@@ -299,36 +305,36 @@ def test_what_runs_out_of_memory_gives_back_what_it_held(tmp_path, monkeypatch):
         finally:
             raise RuntimeError("the end of a capture")
 
-    monkeypatch.setattr(step, "_compiled", no_memory)
+    monkeypatch.setattr(variants, "_compiled", no_memory)
     made = watch(monkeypatch)
-    variants = ("--variants", "dense", "dense-compile", "compact-compile", "narrow-compile")
-    code, rows = run(tmp_path, "--sparsity", "0.5", "0.75", "--runs", "1", *variants)
+    options = ("--variants", "dense", "dense-compile", "compact-compile", "narrow-compile")
+    code, rows = run(tmp_path, "--sparsity", "0.5", "0.75", "--runs", "1", *options)
     assert code == 0 and [row["result"] for row in rows] == ["measured", "measured", "failed", "measured"] * 2
     assert [row["why"] for row in rows if row["result"] == "failed"] == ["out of memory"] * 2
     failed = [runner for runner in made if runner.result == "failed"]
     assert len(failed) == 2 and not any(hasattr(runner, "model") for runner in failed)
 
 
-def watch(monkeypatch) -> list[step.Runner]:
+def watch(monkeypatch) -> list[variants.Runner]:
     """All that are made."""
-    made, make = [], step.Runner.__init__
-    monkeypatch.setattr(step.Runner, "__init__", lambda self, *given: made.append(self) or make(self, *given))
+    made, make = [], variants.Runner.__init__
+    monkeypatch.setattr(variants.Runner, "__init__", lambda self, *given: made.append(self) or make(self, *given))
     return made
 
 
 def test_only_one_backend_holds_memory(tmp_path, monkeypatch):
     """Beside eager ones, which hold none between their steps."""
-    made, time, reset, resets = watch(monkeypatch), step.Runner.time, torch.compiler.reset, []
+    made, time, reset, resets = watch(monkeypatch), variants.Runner.time, torch.compiler.reset, []
 
     def alone(runner, steps):
         holding = {r.variant.backend for r in made if hasattr(r, "model")} - {"eager"}
         assert holding <= {runner.variant.backend}
         return time(runner, steps)
 
-    monkeypatch.setattr(step.Runner, "time", alone)
-    monkeypatch.setattr(step, "_compiled", lambda model, backend: model)
+    monkeypatch.setattr(variants.Runner, "time", alone)
+    monkeypatch.setattr(variants, "_compiled", lambda model, backend: model)
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1) or reset())
-    names = [f"{net}-{backend}" for backend in step.COMPILED for net in ("dense", "narrow", "compact")]
+    names = [f"{net}-{backend}" for backend in variants.COMPILED for net in ("dense", "narrow", "compact")]
     options = ("--runs", "1", "--variants", "dense", *names, "compact")
     code, rows = run(tmp_path, "--sparsity", "0.5", "0.75", *options)
     assert code == 0 and [row["result"] for row in rows] == ["measured"] * 16 and len(resets) == 4
@@ -348,15 +354,15 @@ def test_no_time_left(tmp_path):
 
 def test_names_of_variants():
     for name in (*step.DEFAULTS["cuda"], *step.DEFAULTS["cpu"], "narrow-fused-graph"):
-        assert str(step.parse(name)) == name
-    assert step.parse("narrow-fused-graph") == ("narrow", True, "graph")
+        assert str(variants.parse(name)) == name
+    assert variants.parse("narrow-fused-graph") == ("narrow", True, "graph")
     for name in ("wide", "dense-fast", "dense-fused-eager-x", ""):
         with pytest.raises(RepruneError, match="unknown variant"):
-            step.parse(name)
+            variants.parse(name)
 
 
 def test_sparsity_for_flops():
-    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    task = variants.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
     share = step.at_flops(task.channels, 0.6, 1)
 
     def left(at: float) -> float:
@@ -370,11 +376,11 @@ def test_sparsity_for_flops():
 
 
 def test_the_networks_are_left_alone():
-    task = step.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
+    task = variants.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
     active = {x.name: torch.arange(x.n_out // 2) for x in task.channels.prunable}
     before = {name: tensor.clone() for name, tensor in task.dense.state_dict().items()}
-    runner = step.Runner(task, step.parse("narrow-fused"), 0.5, active)
-    assert runner.attempt(lambda: runner.prepare(step.wanted_step(task, active), 1))
+    runner = variants.Runner(task, variants.parse("narrow-fused"), 0.5, active)
+    assert runner.attempt(lambda: runner.prepare(variants.wanted_step(task, active), 1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.dense.state_dict().items())
     assert fusion._FUSED not in task.dense.__dict__ and fusion._FUSED in runner.model.__dict__
     assert {name: p.shape for name, p in runner.model.named_parameters()} == {
@@ -408,7 +414,7 @@ HERE = {"device": "cpu", "cpu": "a CPU", "torch": "2", "cuda": None, "threads": 
 
 
 def a_step(variant: str, sparsity: float, ms: float, **more) -> dict:
-    parsed = step.parse(variant)
+    parsed = variants.parse(variant)
     return HERE | parsed._asdict() | {
         "benchmark": "step", "row": "step", "result": "measured", "model": "resnet50", "batch": 10, "size": 224,
         "dtype": "float32", "variant": variant, "sparsity": sparsity, "flops_left": 1 - sparsity, "ms": ms,
