@@ -1,4 +1,4 @@
-"""Where a benchmark runs: the device, its clock, its memory, and what a CUDA graph is captured on."""
+"""Where a benchmark runs: the device, its clock and its memory."""
 
 from __future__ import annotations
 
@@ -56,16 +56,6 @@ def time_each(work: Callable[[], object], count: int, device: torch.device, wait
         mark.record()
     torch.cuda.synchronize(device)
     return [before.elapsed_time(after) for before, after in zip(marks, marks[1:], strict=False)]
-
-
-def warm_up(work: Callable[[], object], times: int = 3) -> None:
-    """Warm up for the capture of a CUDA graph."""
-    stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(here)
-    with torch.cuda.stream(stream):
-        for _ in range(times):
-            work()
-    here.wait_stream(stream)
 
 
 def give_back(device: torch.device) -> None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from reprune_triton import REPrune, models, ops, reference, sparsity
+from reprune_triton import REPrune, capture, models, ops, reference, sparsity
 from reprune_triton import event as events
 from reprune_triton.bench import device as devices
 from reprune_triton.bench import rows
@@ -463,12 +463,10 @@ def hold(console: Console, layers: list[ops.Layer], args: argparse.Namespace) ->
     if torch.device(args.device).type != "cuda":
         raise RepruneError("a CUDA graph needs CUDA: --device cuda.")
     request, _ = request_of(layers, args)
-    plain, captured = events.Event(request), events.Event(request)
-    graph, spent = torch.cuda.CUDAGraph(), list[float]()
+    plain, captured, spent = events.Event(request), events.Event(request), list[float]()
     try:
-        devices.warm_up(captured.launch, times=1)
-        with torch.cuda.graph(graph):
-            captured.launch()
+        capture.warm_up(captured.launch)
+        replay = capture.capture(captured.launch)
     except Exception as error:
         raise RepruneError(f"the event is in no CUDA graph: {type(error).__name__}: {error}") from error
     generator = torch.Generator().manual_seed(args.seed + 1)
@@ -477,7 +475,7 @@ def hold(console: Console, layers: list[ops.Layer], args: argparse.Namespace) ->
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
         plain.launch()
         wanted = plain.read()
-        spent += devices.time_each(graph.replay, args.repeat + 1, torch.device(args.device))[1:]
+        spent += devices.time_each(replay, args.repeat + 1, torch.device(args.device))[1:]
         if not same_outcome(captured.read(), wanted):
             which = "other weights" if other else "the weights of its capture"
             raise RepruneError(f"a CUDA graph of the event chose other filters, for {which}; no times are shown.")

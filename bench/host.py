@@ -37,7 +37,8 @@ from torch import nn
 from reprune_triton import channels as channel_analysis
 from reprune_triton import dispatch, fuse, models, narrow
 from reprune_triton.bench import rows
-from reprune_triton.bench.step import TWO_BY_TWO, Task, Variant, parse, sgd, train_step
+from reprune_triton.bench.step import TWO_BY_TWO
+from reprune_triton.bench.variants import Task, Variant, parse, sgd, train_step
 from reprune_triton.errors import RepruneError
 
 DIVIDE = 16

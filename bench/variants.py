@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reprune_triton import capture, fuse, narrow
 from reprune_triton import channels as channel_analysis
-from reprune_triton import fuse, narrow
 from reprune_triton.bench import device as devices
 from reprune_triton.bench import graph, roofline
 from reprune_triton.channels import Channels
@@ -132,7 +132,7 @@ class Runner:
         self.parts: dict[str, float] = {}  # ms of forward, backward and optimizer, in steps of their own
         self.active = active
         self.slices = task.slices(self.active)
-        self._graph: Any = None
+        self._replay: Callable[[], tuple[Tensor, Tensor]] | None = None
         self.attempt(self._build)
 
     def _build(self) -> None:
@@ -164,7 +164,7 @@ class Runner:
     def release(self) -> None:
         """Give the memory back."""
         self.ready = False
-        for name in ("model", "optimizer", "_forward", "_graph", "_outputs"):
+        for name in ("model", "optimizer", "_forward", "_replay"):
             self.__dict__.pop(name, None)
         devices.give_back(self.task.images.device)
 
@@ -203,22 +203,23 @@ class Runner:
         self.ready = True
 
     def step(self) -> tuple[Tensor, Tensor]:
-        if self._graph is not None:
-            self._graph.replay()
-            return self._outputs
+        if self._replay is not None:
+            return self._replay()
         if self.variant.backend == "max-autotune":
             torch.compiler.cudagraph_mark_step_begin()
         return train_step(self.task, self._forward, self.optimizer)
 
     def _capture(self) -> None:
-        """The whole step as a CUDA graph."""
+        """The whole step as a CUDA graph, as `train --graph` has it."""
         device = self.task.images.device
-        devices.warm_up(lambda: train_step(self.task, self.model, self.optimizer))
+
+        def step() -> tuple[Tensor, Tensor]:
+            return train_step(self.task, self.model, self.optimizer)
+
+        capture.warm_up(step, 3)
         before = devices.memory(device)  # with momentum and gradients, as in a later step of eager
         self.optimizer.zero_grad(set_to_none=True)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = train_step(self.task, self.model, self.optimizer)
+        self._replay = capture.capture(step)
         self.figures |= devices.peak(device, before)
 
     def time(self, steps: int) -> list[float]:
@@ -270,16 +271,8 @@ class Runner:
         if self.variant.backend != "graph":
             return forward
         assert model is call
-        devices.warm_up(forward)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            outputs = forward()
-
-        def replay() -> Tensor:
-            captured.replay()
-            return outputs
-
-        return replay
+        capture.warm_up(forward, 3)
+        return capture.capture(forward)
 
 
 def reason(error: BaseException) -> str:

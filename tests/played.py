@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from reprune_triton import capture
+
 NAME = "played"
 MS = 2.0  # between any two events
 
@@ -92,7 +94,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Played:
     for name in ("wait", "synchronize"):
         monkeypatch.setattr(torch.cuda.Event, name, lambda event, stream=None: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    monkeypatch.setattr(capture, "_STREAMS", {})
     return played
 
 

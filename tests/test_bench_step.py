@@ -2,7 +2,6 @@
 something else is not timed."""
 
 import argparse
-import contextlib
 import json
 import math
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from reprune_triton import fusion, narrow
+from reprune_triton import capture, fusion, narrow
 from reprune_triton.bench import device as devices
 from reprune_triton.bench import hours, roofline, step, variants
 from reprune_triton.bench.__main__ import main
@@ -235,9 +234,9 @@ def test_memory_is_counted_beside_the_same_in_all_backends(monkeypatch):
     task = variants.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
     wanted, beside, taken = variants.wanted_step(task, {}), [], []
 
-    class Graph:
-        def replay(self):
-            runner._outputs = variants.train_step(task, runner.model, runner.optimizer)
+    def captured(work):
+        taken.append(len(beside))
+        return work
 
     def memory(device):
         parameters = list(runner.model.parameters())
@@ -245,9 +244,8 @@ def test_memory_is_counted_beside_the_same_in_all_backends(monkeypatch):
         beside.append(all(x is not None for x in (*state, *(p.grad for p in parameters))))
         return len(beside)
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: taken.append(len(beside)) or contextlib.nullcontext())
-    monkeypatch.setattr(devices, "warm_up", lambda work: work())
+    monkeypatch.setattr(capture, "capture", captured)
+    monkeypatch.setattr(capture, "warm_up", lambda work, times: work())
     monkeypatch.setattr(devices, "memory", memory)
     monkeypatch.setattr(devices, "peak", lambda device, before: {"peak_mb": before})
     monkeypatch.setattr(variants, "_compiled", lambda model, backend: model)
@@ -266,10 +264,10 @@ def test_memory_is_counted_beside_the_same_in_all_backends(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_captured_steps(tmp_path):
-    names = ("dense", "dense-graph", "narrow-graph", "compact-graph")
+    names = ("dense", *(f"{net}-graph" for net in (*step.TWO_BY_TWO, "compact", "compact-fused")))
     size = ("--model", "resnet18", "--device", "cuda", "--batch", "64", "--size", "64", "--round-to", "1")
     code, rows = run(tmp_path, *size, "--sparsity", "0.5", "--runs", "1", "--variants", *names)
-    assert code == 0 and [row["result"] for row in rows] == ["measured"] * 4
+    assert code == 0 and [row["result"] for row in rows] == ["measured"] * 7
     assert all(row["peak_mb"] > 10 for row in rows)
 
 
