@@ -109,10 +109,7 @@ def scratch(kernel: Any, n: int, d: int, linkage: str) -> tuple[int, int]:
 
 
 def why_not(layer: Layer) -> str | None:
-    """Why the kernels cannot cluster this layer; None if they can."""
-    interpreted = not isinstance(chain.chain_kernel, triton.JITFunction)
-    if layer.weight.device.type != "cuda" and not interpreted:
-        return f"it is on {layer.weight.device}, and the kernels run on a GPU (move it to cuda)"
+    """Why the kernels, where they run at all (see `availability`), cannot cluster this layer; None if they can."""
     if layer.weight.dtype not in table.KINDS:
         return f"it is {layer.weight.dtype}, and the kernels read float32, float16 and bfloat16"
     if layer.n > MAX_FILTERS or layer.d > MAX_AREA:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dispatch, narrow
+from . import availability, dispatch, narrow
 from .errors import RepruneError
 from .library import operator, unseen
 from .norm import (
@@ -113,7 +113,8 @@ def choose(
     dtype = x.dtype if norm is not None else _type(x)
     why_not = _why_not(x, dtype, weight, norm, moves)
     if impl == "triton" and why_not:
-        raise RepruneError(f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".')
+        message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
+        raise availability.refusal(message, x.device)
     if impl != "auto":
         return impl
     other = "torch" if refuses(x) or x.numel() == 0 or torch.compiler.is_compiling() else "mixed"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dispatch
+from . import availability, dispatch
 from .errors import RepruneError
 from .library import operator
 
@@ -96,7 +96,8 @@ def choose(
             raise RepruneError(f"{name} must be one of {', '.join(known)}; got {choice!r}")
     why_not = _why_not(x, residual, bn)
     if impl == "triton" and why_not:
-        raise RepruneError(f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".')
+        message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
+        raise availability.refusal(message, x.device)
     if impl != "auto" or why_not:
         return "torch" if why_not else impl
     grad = torch.is_grad_enabled() and (x.requires_grad or bn.weight.requires_grad)  # type: ignore[union-attr]
@@ -180,12 +181,8 @@ def _candidates(
 
 def refuses(x: Tensor) -> str | None:
     """Why the kernels cannot take these activations; None if they can."""
-    try:
-        from reprune_triton.kernels import norm_act
-    except ImportError:
-        return "Triton is not installed"
-    if x.device.type != "cuda" and not norm_act.INTERPRETED:
-        return f"x is on {x.device}, and the kernels run on a GPU"
+    if why_not := availability.why_not(x.device):
+        return why_not
     if x.dim() != 4:
         return f"x has {x.dim()} dimensions, not 4"
     return None if x.dtype in _KERNEL_DTYPES else f"x is {x.dtype}"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reprune_triton import reference
+from reprune_triton import availability, reference
 from reprune_triton.conv import masked_conv2d as masked_conv2d
 from reprune_triton.errors import RepruneError
 from reprune_triton.pool import Pool
@@ -360,14 +360,14 @@ def uses_triton(layer: Layer, impl: str) -> bool:
     """
     if impl == "reference" or (impl == "auto" and layer.weight.device.type != "cuda"):
         return False
-    try:
+    reason = availability.why_not(layer.weight.device)
+    if reason is None:
         from reprune_triton.kernels import launch
-    except ImportError:
-        reason: str | None = "Triton is not installed (it comes with torch on Linux; pip install triton)"
-    else:
+
         reason = launch.why_not(layer)
     if reason and impl == "triton":
-        raise RepruneError(f'impl="triton" cannot cluster {layer.name}: {reason}. Or use impl="auto" or "reference".')
+        message = f'impl="triton" cannot cluster {layer.name}: {reason}. Or use impl="auto" or "reference".'
+        raise availability.refusal(message, layer.weight.device)
     return not reason
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import availability
+
 if TYPE_CHECKING:
     from reprune_triton.kernels.pack import Copies
 
@@ -85,9 +87,16 @@ class Pack:
             return False
         if any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_inference() for tensor in tensors):
             return False
-        if tensors[0].device.type == "cuda":  # a graph would replay with the tables of its capture
-            return not torch.cuda.is_current_stream_capturing()
-        return self.impl == "triton"
+        device = tensors[0].device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # a graph would replay with the tables of its capture
+        if self.impl == "auto" and device.type != "cuda":
+            return False
+        why_not = availability.why_not(device)
+        if why_not and self.impl == "triton":
+            message = f'impl="triton" cannot gather slices: {why_not}. Use impl="auto" or "reference".'
+            raise availability.refusal(message, device)
+        return why_not is None
 
     def _prepare(self, tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
         """Make what depends on the tensors, if they are not those of the last time; False if they cannot be packed."""

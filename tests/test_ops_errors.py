@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-import triton
 
 from reprune_triton import ops
 from reprune_triton.errors import RepruneError
-from reprune_triton.kernels import launch
 
 POINTS = torch.randn(3, 6, 4)
 LABELS = torch.zeros(3, 6, dtype=torch.int64)
@@ -76,7 +74,7 @@ def test_the_largest_layer_that_fits():
     assert ops.cover(labels, 3, "index").order.tolist() == [0, 1, 2]
 
 
-def test_triton_is_never_replaced_in_silence(monkeypatch):
+def test_triton_is_never_replaced_in_silence():
     """Where the kernels cannot run, asking for them by name must not run something else."""
     with pytest.raises(RepruneError, match="points: it is torch.float64, and the kernels read float32"):
         ops.ward(POINTS.double(), impl="triton")
@@ -86,11 +84,3 @@ def test_triton_is_never_replaced_in_silence(monkeypatch):
         ops.ward(torch.zeros(1, 5, 122), impl="triton")
     with pytest.raises(RepruneError, match="float64"):
         ops.cut(ops.ward(POINTS.double()), 2, impl="triton")
-    monkeypatch.setattr(launch.chain, "chain_kernel", object.__new__(triton.JITFunction))  # as if not interpreted
-    for call in (
-        lambda: ops.ward(POINTS, impl="triton"),
-        lambda: ops.cut(ops.ward(POINTS), 2, impl="triton"),
-        lambda: ops.cover(LABELS, 2, impl="triton"),
-    ):
-        with pytest.raises(RepruneError, match="on cpu, and the kernels run on a GPU .* Or use impl="):
-            call()
