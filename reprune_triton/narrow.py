@@ -12,15 +12,17 @@ This equals training the full network with the mask applied after BatchNorm and 
 """
 
 import copy
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from .errors import RepruneError
+from .optimizers import Optimizers, State
 from .pack import Pack
 
 # Modules that treat every channel alone and hold only per-channel vectors.
@@ -29,11 +31,6 @@ CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instanc
 _OUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
 _IN_WIDTHS = ("in_channels", "in_features")
 _STATISTICS = ("running_mean", "running_var")
-# What torch's optimizers call their running averages of gradients. Other state (averaged weights, step sizes) stays.
-AVERAGES = (
-    "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf",
-    "square_avg", "grad_avg", "acc_delta", "sum",
-)  # fmt: skip
 
 
 class Slice(NamedTuple):
@@ -82,15 +79,16 @@ def gather(tensor: Tensor, where: Cuts) -> Tensor:
 
 
 class Narrowing:
-    """Keeps `model` narrow: forward hooks on its modules, and step hooks on `optimizer` that freeze what is pruned.
+    """Keeps `model` narrow: forward hooks on its modules, and step hooks on its optimizers that freeze what is pruned.
 
     A deep copy of the model (an EMA, say) has hooks of its own, and is narrow in the same way.
 
     Args:
+        optimizer: what trains the model, see `Optimizers`.
         impl: how slices are gathered and scattered: "triton", "torch", or "auto"; see `pack.Pack`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, impl: str = "auto"):
+    def __init__(self, model: nn.Module, optimizer: Any = None, impl: str = "auto"):
         self._model, self._impl = model, impl
         self._modules = dict(model.named_modules())
         self._handles: list[Any] = []
@@ -98,13 +96,15 @@ class Narrowing:
         self._freezer = Pack([], impl)
         self._held: tuple[Tensor, ...] = ()  # what is frozen, from before an optimizer's step until after it
         self._together = False  # whether the freezer holds it
-        self._optimizer = optimizer
+        self._holder: Any = None  # the optimizer that steps
         self._step_handles: list[Any] = []
-        if optimizer is not None:
-            self._step_handles = [
-                optimizer.register_step_pre_hook(self._hold),
-                optimizer.register_step_post_hook(self._restore),
-            ]
+        self.follow(optimizer if isinstance(optimizer, Optimizers) else Optimizers(optimizer, model.parameters()))
+
+    def follow(self, optimizers: Optimizers) -> None:
+        """Freeze in the steps of these optimizers, in place of those before."""
+        self._remove(self._step_handles)
+        self._optimizers = optimizers
+        self._step_handles = optimizers.hook(self._hold, self._restore)
 
     def set(self, slices: Slices, frozen: Slices | None = None) -> None:
         """Make exactly these modules narrow, in place of what was narrow before.
@@ -129,9 +129,9 @@ class Narrowing:
         _forget_compiled()
 
     def forget(self, slices: Slices) -> None:
-        """Zero what the optimizer remembers of these channels."""
+        """Make the optimizer remember no more of these channels than of new ones."""
         entries = self._parameters(slices)
-        self._clear(entries, self._averages(entries))
+        self._clear(entries, self._states(entries))
 
     def _register(self, module: nn.Module, hooks: "_Gathering | _Shadow") -> None:
         self._handles += [
@@ -172,42 +172,48 @@ class Narrowing:
             handles.pop().remove()
 
     @torch.no_grad()
-    def _hold(self, *_: object) -> None:
+    def _hold(self, optimizer: Any, *_: object) -> None:
+        if self._held:  # a step within a wrapper's
+            return
         # Read at every step, not once per event: so it does not matter in which order a checkpoint is loaded.
         parameters = [p for p, _, _ in self._frozen]
         together = self._freezer.gather(parameters, [p.dtype for p in parameters])
         apart = (p.index_select(dim, index.to(p.device)) for p, dim, index in self._frozen)
         self._together, self._held = together is not None, tuple(apart) if together is None else together
+        self._holder = optimizer
 
     @torch.no_grad()
-    def _restore(self, *_: object) -> None:
-        averages = list(self._averages(self._frozen))
+    def _restore(self, optimizer: Any, *_: object) -> None:
+        states = list(self._states(self._frozen))
         if self._together:
-            parameters: Iterator[tuple[int, Tensor]] = ((number, p) for number, (p, _, _) in enumerate(self._frozen))
-            targets = [(number, p, False) for number, p in parameters]
-            targets += [(number, value, True) for number, value in averages if self._freezer.takes(value)]
+            targets: list[tuple[int, Tensor, bool]] = [(i, p, False) for i, (p, _, _) in enumerate(self._frozen)]
+            quick = [self._freezer.takes(tensor) and fresh in (None, 0.0) for _, (tensor, fresh) in states]
+            targets += [(i, x.tensor, x.fresh is not None) for (i, x), fits in zip(states, quick, strict=True) if fits]
             self._freezer.put_back(self._held, targets)
-            averages = [(number, value) for number, value in averages if not self._freezer.takes(value)]
+            states = [state for state, fits in zip(states, quick, strict=True) if not fits]
         else:
             for (p, dim, index), held in zip(self._frozen, self._held, strict=True):
                 p.index_copy_(dim, index.to(p.device), held)
-        self._clear(self._frozen, averages)
-        self._held = ()
+        self._clear(self._frozen, states)
+        if optimizer is self._holder:
+            self._held, self._holder = (), None
 
     @staticmethod
     @torch.no_grad()
-    def _clear(entries: Entries, averages: Iterable[tuple[int, Tensor]]) -> None:
-        for number, value in averages:
-            _, dim, index = entries[number]
-            value.index_fill_(dim, index.to(value.device), 0)
+    def _clear(entries: Entries, states: Iterable[tuple[int, State]]) -> None:
+        for number, (tensor, fresh) in states:
+            parameter, dim, index = entries[number]
+            if fresh is None:
+                held = parameter.index_select(dim, index.to(parameter.device))
+                tensor.index_copy_(dim, index.to(tensor.device), held.to(tensor))
+            else:
+                tensor.index_fill_(dim, index.to(tensor.device), fresh)
 
-    def _averages(self, entries: Entries) -> Iterator[tuple[int, Tensor]]:
-        """What the optimizer remembers of the gradients of these parameters, each with its entry's number."""
+    def _states(self, entries: Entries) -> Iterator[tuple[int, State]]:
+        """What the optimizers remember of these parameters, each with its entry's number."""
         for number, (parameter, _, _) in enumerate(entries):
-            if self._optimizer is not None and parameter in self._optimizer.state:
-                for key, value in self._optimizer.state[parameter].items():
-                    if key in AVERAGES and torch.is_tensor(value) and value.shape == parameter.shape:
-                        yield number, value
+            for state in self._optimizers.states(parameter):
+                yield number, state
 
 
 class _Shadow:
@@ -344,6 +350,35 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
+class _Detached(TorchFunctionMode):
+    """Lets deepcopy copy tensors that autograd has made, without their past: a feature map that a model keeps, say."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy; memo as `copy.deepcopy` takes it."""
+    with _Detached():
+        return copy.deepcopy(model, memo)
+
+
+def check_copy(model: nn.Module) -> None:
+    """Raise RepruneError if `model` cannot be copied, as `compact` does. No weight is copied for it."""
+    tensors = [tensor for module in model.modules() for _, tensor in _tensors(module)]
+    try:
+        copied(model, {id(tensor): tensor for tensor in tensors})
+    except Exception as error:
+        raise RepruneError(
+            f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}), which making it narrow "
+            "needs: take off the model what has been put on it since the pruner was built"
+        ) from error
+
+
 def compact(model: nn.Module, slices: Slices) -> nn.Module:
     """A physically narrow copy of `model`: an ordinary module with smaller parameters and no hooks of ours."""
     absent = set(slices) - {name for name, _ in model.named_modules()}
@@ -352,7 +387,7 @@ def compact(model: nn.Module, slices: Slices) -> nn.Module:
             f"this {type(model).__name__} has no module {min(absent)}: give a model of the structure that is pruned "
             "(of a wrapper the module inside, such as ema.module)"
         )
-    slim = copy.deepcopy(model)
+    slim = copied(model)
     for name, module in slim.named_modules():
         _remove_shadows(module)
         if name in slices:
@@ -391,31 +426,17 @@ def resize(module: nn.Module, tensors: dict[str, Tensor]) -> None:
             module._buffers[name] = tensor
 
 
-def carry_optimizer(optimizer: Optimizer, model: nn.Module, slim: nn.Module, slices: Slices) -> None:
-    """Make `optimizer` train `slim` in place of `model`: same groups and options, its state sliced like the weights."""
+def carry_optimizers(optimizers: Optimizers, model: nn.Module, slim: nn.Module, slices: Slices) -> None:
+    """Make the optimizers train `slim` in place of `model`: same groups and options, states sliced like the weights."""
     new = dict(slim.named_parameters())
     where: dict[str, Cuts] = {}
     for name, part in slices.items():
         prefix = f"{name}." if name else ""
         where |= {prefix + key: cut for key, cut in cuts(model.get_submodule(name), part).items()}
-    for name, old in model.named_parameters():
-        for key, value in optimizer.state.get(old, {}).items():
-            shapes = (old.shape, new[name].shape)  # narrow already: loaded from a checkpoint
-            if name in where and torch.is_tensor(value) and value.numel() > 1 and value.shape not in shapes:
-                raise RepruneError(
-                    f"{type(optimizer).__name__} keeps a state {key} {tuple(value.shape)} for {name} "
-                    f"{tuple(old.shape)}, which cannot be made narrow: use an optimizer that works entry by entry"
-                )
-    replaced = {old: (new[name], where.get(name, [])) for name, old in model.named_parameters()}
-    for group in optimizer.param_groups:
-        group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]
-    for old, (parameter, cut) in replaced.items():
-        if old in optimizer.state:
-            state = optimizer.state.pop(old)
-            optimizer.state[parameter] = {
-                key: gather(value, cut) if torch.is_tensor(value) and value.shape == old.shape else value
-                for key, value in state.items()
-            }
+    optimizers.carry({
+        old: (new[name], functools.partial(gather, where=where.get(name, [])))
+        for name, old in model.named_parameters()
+    })  # fmt: skip
 
 
 def _forget_compiled() -> None:

@@ -3,9 +3,9 @@
 widths (sparsity.py) -> merges -> cut -> cover -> regrow, all on the device (event.py) -> run narrow (narrow.py)
 """
 
-import copy
 import functools
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -15,13 +15,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from . import channels as channel_analysis
 from . import dispatch, event, narrow, ops, regrow, sparsity
 from .channels import Channels, Prunable
 from .errors import RepruneError
+from .optimizers import Optimizers
 from .pool import Pool, to_device
 from .ranks import Ranks
 from .rng import derive_seeds, random_bits
@@ -153,8 +153,8 @@ class REPrune:
 
     Args:
         model: the network; DistributedDataParallel and torch.compile are unwrapped.
-        optimizer: the optimizer that trains it; pruned channels are frozen through its step hooks. None to prune
-            without training.
+        optimizer: the optimizer that trains it, a wrapper of one, or a list or dict of several; pruned channels are
+            frozen in its steps. None to prune without training.
         example_inputs: what the model's forward takes, a batch of 1 or 2 (see `channels.analyse`).
         ema: averages of the model (an AveragedModel, say), one or several, that compact="auto" makes narrow with it.
         options: the fields of `Config`.
@@ -165,7 +165,7 @@ class REPrune:
 
     @_outside_inference
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | None, *, example_inputs: Any,
+        self, model: nn.Module, optimizer: Any, *, example_inputs: Any,
         ema: nn.Module | Sequence[nn.Module] = (), **options: Any,
     ):  # fmt: skip
         unknown = set(options) - {field.name for field in fields(Config)}
@@ -175,11 +175,11 @@ class REPrune:
             )
         group, (model, wrappers) = _process_group(model), _opened(model)
         config = _without(wrappers, Config(**options), model)
-        self._check_optimizer(model, optimizer)
+        optimizers = Optimizers(optimizer, model.parameters())
         on_cuda = any(p.is_cuda for p in model.parameters())
         self.config = replace(config, round_to=config.round_to or (16 if on_cuda else 1))
-        self.model, self.optimizer, self._ranks = model, optimizer, Ranks(group)
-        self._averages = [_unwrapped(x) for x in ((ema,) if isinstance(ema, nn.Module) else ema)]
+        self.model, self._ranks = model, Ranks(group)
+        self._averages = [_average(x, model) for x in (ema if isinstance(ema, (list, tuple)) else (ema,))]
         if config.compact == "auto" and group is not None:
             raise RepruneError(
                 'compact="auto" would swap parameters that DistributedDataParallel holds on to: leave it off, call '
@@ -194,10 +194,13 @@ class REPrune:
         self._mask: Tensor  # (T,) the active ones among all filters
         self._take(torch.ones_like(self._pool.layer, dtype=torch.bool), self._pool.sizes)
         self._check_budget()
-        self._check_trained()
+        self._modules = {name: _made_of(model.get_submodule(name)) for name in self._concerned()}
+        self._check_optimizers(optimizers)
+        self._optimizers = optimizers
         impl = "torch" if self.config.impl == "reference" else self.config.impl
-        self._narrowing = narrow.Narrowing(model, optimizer, impl)
+        self._narrowing = narrow.Narrowing(model, optimizers, impl)
         self._finished = False
+        self._await_training()
 
     # ------------------------------------------------------------------ the event
 
@@ -210,10 +213,12 @@ class REPrune:
             return None
         if self._finished:
             raise RepruneError("step() after finalize(): the network is final, train the one that finalize() returned")
+        self._check_still()
         self.epoch += 1
         assert self.config.until is not None
         due = self.epoch % self.config.every == 0 or self.epoch == self.config.until
         if not due or self.epoch > self.config.until:
+            self._await_training()
             return None
         try:
             self.history.append(self._event())
@@ -222,6 +227,7 @@ class REPrune:
             raise
         if self.config.compact == "auto" and self.epoch == self.config.until:
             self._swap_in()
+        self._await_training()
         return self.history[-1]
 
     @torch.no_grad()
@@ -386,7 +392,7 @@ class REPrune:
         the channels that are active now."""
         model = self.model if model is None else _unwrapped(model)
         if self._swapped and any(model is x for x in (self.model, *self._averages)):
-            return copy.deepcopy(model)
+            return narrow.copied(model)
         return narrow.compact(model, self.channels.slices(self.active))
 
     @_outside_inference
@@ -397,27 +403,30 @@ class REPrune:
         the optimizer. The model that was in training stays as it is; throw it away. With compact="auto" it is the model
         itself that is returned, narrow since the last event.
         """
-        if self.config.compact == "auto":
-            if not self._finished:
-                self._swap_in()
+        if self._swapped:
             return self.model
         if self._finished:
             raise RepruneError("finalize() was called before")
+        self._check_still()
+        self._warn_if_early()
+        if self.config.compact == "auto":
+            self._swap_in()
+            return self.model
         slices = self.channels.slices(self.active)
         slim = narrow.compact(self.model, slices)
-        if self.optimizer is not None:
-            narrow.carry_optimizer(self.optimizer, self.model, slim, slices)
+        narrow.carry_optimizers(self._optimizers, self.model, slim, slices)
         self._narrowing.close(optimizer_only=True)
         self._finished = True
+        self._warn_if_thrown_away(slim)
         return slim
 
     def _swap_in(self) -> None:
         """Make the model, its averages and what the optimizer holds physically narrow, in place."""
         slices = self.channels.slices(self.active)
-        for model in (self.model, *self._averages):
-            slim = narrow.compact(model, slices)
-            if model is self.model and self.optimizer is not None:
-                narrow.carry_optimizer(self.optimizer, model, slim, slices)
+        wide = [self.model, *self._averages]
+        slims = [narrow.compact(model, slices) for model in wide]  # all of them before the first change
+        narrow.carry_optimizers(self._optimizers, self.model, slims[0], slices)
+        for model, slim in zip(wide, slims, strict=True):
             narrow.swap_in(model, slim)
         self._narrowing.close()
         self._finished = True
@@ -425,6 +434,39 @@ class REPrune:
     @property
     def _swapped(self) -> bool:
         return self._finished and self.config.compact == "auto"
+
+    def _warn_if_early(self) -> None:
+        config = self.config
+        assert config.until is not None
+        if self.epoch < config.until:
+            asked = f"flops={config.flops}" if config.sparsity is None else f"sparsity={config.sparsity}"
+            pruned = 1 - sum(map(len, self.active.values())) / self._pool.total
+            warnings.warn(
+                f"finalize() after epoch {self.epoch}, before the last pruning event at epoch until={config.until}: "
+                f"{pruned:.1%} of the prunable channels are pruned, and {asked} was asked for",
+                stacklevel=3,
+            )
+
+    def _warn_if_thrown_away(self, slim: nn.Module) -> None:
+        """At the first step of the optimizer: is it the new module that was trained?"""
+
+        def gradients() -> list[tuple[int, int]]:
+            return [(id(p.grad), p.grad._version) for p in self.model.parameters() if p.grad is not None]
+
+        def look(*_: object) -> None:
+            trained = any(p.grad is not None for p in slim.parameters())
+            if not trained and gradients() != before:
+                warnings.warn(
+                    "the model from before finalize() is being trained, which changes nothing: the optimizer has the "
+                    "parameters of the module that finalize() returned. Train that one: model = pruner.finalize()",
+                    stacklevel=4,
+                )
+            if trained or gradients() != before:
+                while handles:
+                    handles.pop().remove()
+
+        before = gradients()
+        handles = self._optimizers.hook(look, lambda *_: None)
 
     # ------------------------------------------------------------------ reports
 
@@ -572,31 +614,88 @@ class REPrune:
                     f"conv the network still has {least:.3f} of its FLOPs. Raise it, or lower round_to and min_keep."
                 )
 
-    @staticmethod
-    def _check_optimizer(model: nn.Module, optimizer: Optimizer | None) -> None:
-        if optimizer is not None:
-            own = set(model.parameters())
-            if not any(p in own for group in optimizer.param_groups for p in group["params"]):
-                raise RepruneError("the optimizer trains none of this model's parameters: give the one that does")
-            if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Adafactor)):
-                raise RepruneError(
-                    f"{type(optimizer).__name__} keeps state that is not in the shape of its parameters and cannot "
-                    "follow channels: use SGD, AdamW or another optimizer that works entry by entry"
-                )
+    @property
+    def optimizer(self) -> Any:
+        """What trains the model, as it was given. Assign another one when training goes on with it."""
+        return self._optimizers.given
 
-    def _check_trained(self) -> None:
+    @optimizer.setter
+    def optimizer(self, given: Any) -> None:
+        if self._finished:
+            raise RepruneError("pruning has ended: the optimizer can be any that trains the narrow model")
+        optimizers = Optimizers(given, self.model.parameters())
+        self._check_optimizers(optimizers)
+        self._optimizers = optimizers
+        self._narrowing.follow(optimizers)
+        self._await_training()
+
+    def _concerned(self) -> narrow.Slices:
+        """All that can be frozen or made narrow: the modules with all their channels that can go."""
+        return self.channels.frozen({x.name: torch.arange(x.n_out) for x in self.channels.prunable})
+
+    def _sliced(self) -> dict[nn.Parameter, str]:
+        """The parameters that can be frozen in part or made narrow, and their names."""
+        found: dict[nn.Parameter, str] = {}
+        for name, part in self._concerned().items():
+            module = self.model.get_submodule(name)
+            for key in narrow.cuts(module, part):
+                parameter = module._parameters.get(key)
+                if parameter is not None:
+                    found[parameter] = f"{name}.{key}"
+        return found
+
+    def _check_optimizers(self, optimizers: Optimizers) -> None:
+        self._check_trained(optimizers)
+        optimizers.check(self._sliced())
+        optimizers.try_out(self._sliced())
+
+    def _check_trained(self, optimizers: Optimizers) -> None:
         """All that is frozen or made narrow must be the optimizer's: another one would go on changing it."""
-        if self.optimizer is None:
-            return
-        own = {p for group in self.optimizer.param_groups for p in group["params"]}
-        for layer in self.channels.prunable:
-            for name in (layer.name, *layer.followers, *(reader.name for reader in layer.readers)):
-                for key, p in self.model.get_submodule(name).named_parameters(recurse=False):
-                    if p.requires_grad and p not in own:
-                        raise RepruneError(
-                            f"the optimizer does not train {name}.{key}, so it could not be frozen while pruned: "
-                            f"put all parameters into one optimizer, ignore {layer.name}, or set requires_grad_(False)"
-                        )
+        own = optimizers.parameters
+        for name in self._concerned() if optimizers.members else ():
+            for key, p in self.model.get_submodule(name).named_parameters(recurse=False):
+                if p.requires_grad and p not in own:
+                    raise RepruneError(
+                        f"the optimizer does not train {name}.{key}, so it could not be frozen while pruned: give all "
+                        "optimizers in a list (pruner.optimizer = [...] if pruning is under way), leave the layer out "
+                        "with ignore=, or set requires_grad_(False)"
+                    )
+
+    def _await_training(self) -> None:
+        """From here on the next training counts."""
+        self._optimizers.stepped, self._before = False, None if self._swapped else self._norms()
+
+    def _norms(self) -> Tensor:
+        """Of the prunable weights: they differ after training."""
+        with torch.no_grad():
+            return torch.stack(torch._foreach_norm([self._weight(x) for x in self.channels.prunable]))
+
+    def _check_still(self) -> None:
+        """All that held at the start, and that the program may have changed since."""
+        modules = dict(self.model.named_modules())
+        for name, then in self._modules.items():
+            now = _made_of(modules[name]) if name in modules else None
+            if now != then:
+                kind = "gone" if now is None else f"a {now[1].__name__}"
+                if now is not None and now[1] is then[1]:
+                    kind = f"another {now[1].__name__}" if now[0] is not then[0] else "one with other tensors"
+                raise RepruneError(
+                    f"{name} was a {then[1].__name__} when the pruner was built, and is {kind} now: change the model "
+                    "first, and build the optimizer and the pruner then"
+                )
+        self._check_trained(self._optimizers)
+        self._optimizers.check(self._sliced())
+        trained = any(self._weight(x).grad is not None for x in self.channels.prunable)
+        seen = self._optimizers.stepped or self._optimizers.replayed
+        if trained and not seen and self._before is not None and not torch.equal(self._before, self._norms()):
+            raise RepruneError(
+                f"the model was trained, and not by the {type(self.optimizer).__name__} that was given as optimizer: "
+                "pruned channels were not frozen. Name the one that trains it: pruner.optimizer = optimizer"
+            )
+        for model in (self.model, *self._averages):
+            narrow.check_copy(model)
+        for average in self._averages:
+            _average(average, self.model)
 
     def _watched(self) -> list[tuple[str, Tensor]]:
         """What must be finite at an event, by name."""
@@ -653,6 +752,29 @@ def _without(prefixes: Sequence[str], config: Config, model: nn.Module) -> Confi
     share = config.sparsity
     share = {own(name): value for name, value in share.items()} if isinstance(share, Mapping) else share
     return replace(config, ignore=tuple(own(name) for name in config.ignore), sparsity=share)
+
+
+def _average(given: Any, model: nn.Module) -> nn.Module:
+    """The copy of `model` in an average of it: the average itself, or what it holds."""
+    own = _shapes(model)
+    held = (given,) if isinstance(given, nn.Module) else getattr(given, "__dict__", {}).values()
+    for outer in held:
+        for module in outer.modules() if isinstance(outer, nn.Module) else ():
+            if module is not model and _shapes(module) == own:
+                return module
+    raise RepruneError(
+        f"ema= holds a {type(given).__name__} without a copy of this {type(model).__name__}: give the module whose "
+        "parameters and buffers have the model's names and shapes, ema.module for instance"
+    )
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: x.shape for named in (model.named_parameters(), model.named_buffers()) for name, x in named}
+
+
+def _made_of(module: nn.Module) -> tuple[nn.Module, type, tuple[str, ...]]:
+    """What a module is as long as it stays the same: itself, its class, and which tensors it holds."""
+    return module, type(module), (*module._parameters, *module._buffers)
 
 
 def _process_group(model: nn.Module) -> dist.ProcessGroup | None:

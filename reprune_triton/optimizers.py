@@ -1,0 +1,349 @@
+"""The optimizers that train a model: which they are, what they remember of its parameters, how that follows channels.
+
+People wrap optimizers (Lookahead, SAM, accelerate, sharding), give several, and write their own. So nothing here goes
+by the name of a class or of a state: an optimizer is what has `param_groups` and `step()`, wherever it is held; and
+what a state means is tried before the training, on a twin of the optimizer with parameters of its own.
+"""
+
+import contextlib
+import copy
+import functools
+import types
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import rng
+from .errors import RepruneError
+
+Path = tuple[Any, ...]  # where a tensor stands in a parameter's state: a name, within lists and dicts further keys
+Hook = Callable[..., None]  # of the optimizer that steps, and more that is not used
+
+
+class State(NamedTuple):
+    """A tensor of a parameter's shape that an optimizer keeps for it."""
+
+    tensor: Tensor
+    fresh: float | None  # what it holds for a channel without a past: this number; None: the weight itself
+
+
+class Optimizers:
+    """All optimizers in `given` that train some of `parameters`.
+
+    Args:
+        given: an optimizer, a wrapper of one, a list or dict of these, or None.
+    Raises:
+        RepruneError: if none is found.
+    """
+
+    def __init__(self, given: Any, parameters: Iterable[nn.Parameter]):
+        self.given, own, found = given, set(parameters), _optimizers(given)
+        self.members = [x for x in found if not own.isdisjoint(_parameters(x))]
+        if given is not None and not found:
+            raise RepruneError(
+                f"a {type(given).__name__} is no optimizer: it has no param_groups and step(). Give the one that has"
+            )
+        if given is not None and not self.members:
+            raise RepruneError("the optimizer trains none of this model's parameters: give the one that does")
+        self.stepped = False  # since someone has set this to False
+        self.replayed = False  # a CUDA graph holds a step: it may be replayed unseen
+        self._fresh: dict[tuple[int, Path], float | None] = {}
+
+    @property
+    def parameters(self) -> set[nn.Parameter]:
+        """All that they train, of other models too."""
+        return {p for optimizer in self.members for p in _parameters(optimizer)}
+
+    def hook(self, before: Hook, after: Hook) -> list[Any]:
+        """Have these called around every step, also around one within another; the handles have `remove()`."""
+
+        def noted(optimizer: Any, *_: object) -> None:
+            after(optimizer)
+            self.stepped = True
+            self.replayed |= torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+        handles: list[Any] = []
+        for optimizer in self.members:
+            if getattr(type(optimizer).step, "hooked", False):  # torch's mark of a step that calls its hooks
+                handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(noted)]
+            else:
+                handles.append(_Wrapped(optimizer, before, noted))
+        return handles
+
+    def states(self, parameter: nn.Parameter) -> Iterator[State]:
+        """All of this parameter's shape that is kept for it."""
+        for number, (_, states) in enumerate(self._states()):
+            for path, value in _tensors(states.get(parameter)):
+                if value.shape == parameter.shape:
+                    if (number, path) not in self._fresh:
+                        self._fresh[number, path] = self._at_first_sight(states, path)
+                    yield State(value, self._fresh[number, path])
+
+    def check(self, names: Mapping[nn.Parameter, str]) -> None:
+        """Raise RepruneError if something is kept for one of these parameters that cannot follow its channels."""
+        for optimizer in self.members:
+            _check(optimizer, names)
+
+    def try_out(self, names: Mapping[nn.Parameter, str]) -> None:
+        """Learn what will be kept for these parameters, from twins of the optimizers; `check` it.
+
+        An optimizer that cannot be tried (it wants more than a gradient) is taken as it comes: what is near the weight
+        when it is first seen counts as a weight, all else as an average.
+        """
+        for number, (optimizer, _) in enumerate(self._states()):
+            if len(_optimizers(optimizer)) == 1:  # wrappers are seen at work
+                self._fresh |= {(number, path): fresh for path, fresh in _tried(optimizer, names).items()}
+
+    def carry(self, replaced: Mapping[nn.Parameter, tuple[nn.Parameter, Callable[[Tensor], Tensor]]]) -> None:
+        """Train these parameters in place of the old ones, which are the keys.
+
+        Args:
+            replaced: to each the new one, and how a tensor of the old shape gets the new one.
+        """
+        new = {old: parameter for old, (parameter, _) in replaced.items()}
+
+        def exchanged(value: Any) -> Any:
+            return new.get(value, value) if isinstance(value, nn.Parameter) else value
+
+        for optimizer in self.members:
+            for group in optimizer.param_groups:
+                group["params"] = _mapped(group["params"], exchanged)
+            for name, value in list(vars(optimizer).items()):
+                if name not in ("param_groups", "state") and isinstance(value, (list, tuple, dict)):
+                    setattr(optimizer, name, _mapped(value, exchanged))
+        for _, states in self._states():
+            for old, (parameter, narrowed) in replaced.items():
+                if old in states:
+                    fit = functools.partial(_fitted, shape=old.shape, narrowed=narrowed)
+                    states[parameter] = _mapped(states.pop(old), fit)
+
+    def _states(self) -> Iterator[tuple[Any, dict[Any, Any]]]:
+        """What they remember, by parameter, and whose it is. Wrappers share it with what they wrap: it is of these."""
+        seen: list[Any] = []
+        for optimizer in reversed(self.members):
+            states = getattr(optimizer, "state", None)
+            if isinstance(states, dict) and not any(states is x for x in seen):
+                seen.append(states)
+                yield optimizer, states
+
+    @staticmethod
+    def _at_first_sight(states: Mapping[Any, Any], path: Path) -> float | None:
+        """What a state that no twin has shown is for a channel without a past."""
+        pairs = [
+            (value, parameter)
+            for parameter, state in states.items()
+            for key, value in _tensors(state)
+            if key == path and value.shape == parameter.shape
+        ]
+        return None if _near(pairs) else 0.0
+
+
+class _Wrapped:
+    """Hooks of an optimizer whose step() calls none: in their place a step() of this one object."""
+
+    def __init__(self, optimizer: Any, before: Hook, after: Hook):
+        self._optimizer, self._inside, self._on = optimizer, vars(optimizer).get("step"), True
+        step = optimizer.step
+
+        @functools.wraps(step)  # schedulers look for a mark on it
+        def hooked(_: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._on:
+                return step(*args, **kwargs)
+            before(optimizer)
+            found = step(*args, **kwargs)
+            after(optimizer)
+            return found
+
+        self._hooked = optimizer.step = types.MethodType(hooked, optimizer)
+
+    def remove(self) -> None:
+        self._on = False  # another may have wrapped it again
+        if vars(self._optimizer).get("step") is self._hooked:
+            del self._optimizer.step
+            if self._inside is not None:
+                self._optimizer.step = self._inside
+
+
+# ---------------------------------------------------------------------- the optimizers themselves
+
+
+def _optimizers(given: Any) -> list[Any]:
+    """All optimizers that this is, or that it holds: the outer before the inner."""
+    found: dict[int, Any] = {}
+
+    def look(value: Any, depth: int) -> None:
+        if isinstance(value, (list, tuple, set, dict)):
+            for item in list(value.values() if isinstance(value, dict) else value):
+                look(item, depth)
+        elif id(value) not in found and _is_optimizer(value):
+            found[id(value)] = value
+            look(getattr(value, "__dict__", {}), depth)
+        elif depth == 0:  # given, and not an optimizer itself: what does it hold?
+            look(getattr(value, "__dict__", {}), depth + 1)
+
+    look([*given.members] if isinstance(given, Optimizers) else given, 0)
+    return list(found.values())
+
+
+def _is_optimizer(value: Any) -> bool:
+    if isinstance(value, (type, Tensor, nn.Module)):
+        return False
+    return callable(getattr(value, "step", None)) and isinstance(getattr(value, "param_groups", None), list)
+
+
+def _parameters(optimizer: Any) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+# ---------------------------------------------------------------------- what they remember
+
+
+def _tensors(state: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """All tensors in it, also those in lists and dicts."""
+    if torch.is_tensor(state):
+        yield path, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from _tensors(value, (*path, key))
+    elif isinstance(state, (list, tuple, deque)):
+        for number, value in enumerate(state):
+            yield from _tensors(value, (*path, number))
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The value with all that is in its lists and dicts changed; lists and dicts stay the same objects."""
+    if isinstance(value, list):
+        value[:] = [_mapped(item, change) for item in value]
+    elif isinstance(value, dict):
+        items = [(change(key), _mapped(item, change)) for key, item in value.items()]
+        value.clear()
+        value.update(items)
+    elif isinstance(value, deque) or type(value) is tuple:
+        items = [_mapped(item, change) for item in value]
+        return deque(items, value.maxlen) if isinstance(value, deque) else tuple(items)
+    else:
+        return change(value)
+    return value
+
+
+def _fitted(value: Any, shape: torch.Size, narrowed: Callable[[Tensor], Tensor]) -> Any:
+    return narrowed(value) if torch.is_tensor(value) and value.shape == shape else value
+
+
+def _check(optimizer: Any, names: Mapping[nn.Parameter, str]) -> None:
+    """Raise RepruneError if this optimizer keeps something for these parameters that cannot follow their channels."""
+    way_out = "use SGD, AdamW or another optimizer whose state has one number for every entry of its parameter"
+    own = set(_parameters(optimizer))
+    total, states = sum(p.numel() for p in own), getattr(optimizer, "state", None)
+    for parameter, state in states.items() if isinstance(states, dict) else ():
+        for path, value in _tensors(state):
+            of = "all parameters together" if value.numel() >= total > parameter.numel() else names.get(parameter)
+            plain = type(value) in (Tensor, nn.Parameter) and (value.is_floating_point() or value.is_complex())
+            if of and value.numel() > 1 and not (plain and value.shape == parameter.shape):
+                form = "" if plain else f" of {type(value).__name__} {value.dtype}".replace("torch.", "")
+                raise RepruneError(
+                    f"{type(optimizer).__name__} keeps a state {'.'.join(map(str, path))} {tuple(value.shape)}{form} "
+                    f"for {of} {tuple(parameter.shape)}, which cannot follow its channels: {way_out}"
+                )
+    shapes = {tuple(p.shape): name for p, name in names.items() if p.dim() > 1}
+    for path, value in _tensors({k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}):
+        of = "all parameters together" if value.numel() == total else shapes.get(tuple(value.shape))
+        if of and value not in own:
+            raise RepruneError(
+                f"{type(optimizer).__name__} keeps a tensor for {of} in its attribute {path[0]}, outside of its state, "
+                f"which cannot follow the channels: {way_out}"
+            )
+
+
+@torch.no_grad()
+def _near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Are these values weights rather than averages: nearer to the weights than half the way from zero?"""
+    apart, size = torch.zeros(()), torch.zeros(())
+    for value, weight in pairs:
+        apart = apart.to(weight.device) + (value.to(weight.device).float() - weight.float()).square().sum()
+        size = size.to(weight.device) + weight.float().square().sum()
+    return bool(apart < 0.25 * size)
+
+
+@torch.enable_grad()
+def _tried(optimizer: Any, names: Mapping[nn.Parameter, str]) -> dict[Path, float | None]:
+    """What the optimizer will keep, and what that is for a channel without a past; found with a twin of it.
+
+    The twin makes two steps with a gradient of zero: what is the weight then is a weight; what is one number and stays
+    it is that number, a step size say; all else is an average, zero. Then a step with another gradient, as some states
+    appear only then.
+    """
+    found: dict[Path, float | None] = {}
+    with rng.kept(p.device for p in names), contextlib.suppress(_NoTwin):
+        twin, alike = _twin(optimizer, names)
+        for parameter in sorted(alike, key=Tensor.numel):  # the smallest first: a refusal comes soon
+            seen = []
+            for factor in (0.0, 0.0, 1e-2):
+                parameter.grad = parameter.detach() * factor
+                _step(twin, parameter)
+                _check(twin, alike)
+                seen.append({path: value.clone() for path, value in _tensors(twin.state.get(parameter))})
+            parameter.grad = None
+            for path, value in seen[1].items():
+                if value.shape == parameter.shape and path not in found:
+                    found[path] = _fresh(value, seen[0].get(path), parameter)
+    return found
+
+
+class _NoTwin(Exception):
+    """The optimizer cannot be tried: it cannot be copied, or wants more than a gradient for its step."""
+
+
+def _fresh(value: Tensor, before: Tensor | None, parameter: nn.Parameter) -> float | None:
+    if _near([(value, parameter)]):
+        return None
+    first = value.flatten()[0]
+    constant = before is not None and torch.equal(value, before) and bool((value == first).all())
+    return float(first) if constant else 0.0
+
+
+def _twin(optimizer: Any, names: Mapping[nn.Parameter, str]) -> tuple[Any, dict[nn.Parameter, str]]:
+    """An optimizer like this one that has never stepped, with one parameter of every shape in place of all; and the
+    names of those that are asked for."""
+    twin: Any = object.__new__(type(optimizer))
+    memo: dict[int, Any] = {id(optimizer): twin}
+    asked: dict[nn.Parameter, str] = {}
+    groups = []
+    try:
+        for group in optimizer.param_groups:
+            own: dict[Any, nn.Parameter] = {}
+            for p in group["params"]:
+                key = p.shape, p.dtype, p.device
+                if key not in own:
+                    values = torch.linspace(0.5, 1.5, p.numel(), dtype=p.dtype, device=p.device)
+                    own[key] = nn.Parameter(values.view(p.shape))
+                memo[id(p)] = memo[id(own[key])] = own[key]
+                if p in names:
+                    asked.setdefault(own[key], names[p])
+            groups.append({**group, "params": list(own.values())})
+        kept = {
+            name: value for name, value in vars(optimizer).items()
+            if name not in ("state", "param_groups", "step") and not name.endswith("hooks")
+        }  # fmt: skip
+        vars(twin).update(copy.deepcopy(kept, memo))
+        twin.state, twin.param_groups = defaultdict(dict), copy.deepcopy(groups, memo)
+        if isinstance(twin, Optimizer):
+            Optimizer.__setstate__(twin, {})
+    except Exception as error:
+        raise _NoTwin from error
+    return twin, asked
+
+
+def _step(twin: Any, parameter: nn.Parameter) -> None:
+    """One step, without or with a closure."""
+    try:
+        twin.step()
+    except Exception:
+        try:
+            twin.step(lambda: parameter.detach().sum())
+        except Exception as error:
+            raise _NoTwin from error
