@@ -129,6 +129,7 @@ class Event(NamedTuple):
     layers: list[Tensor]  # owner arrays with one program per layer: of all, then of those whose filters are chosen here
     columns: Tensor  # the owner array of all problems of those layers
     sizes: Sizes
+    read: list[Tensor]  # weights and index lists: the table has their addresses, so they must live as long as it does
 
 
 class Sizes(NamedTuple):
@@ -290,7 +291,8 @@ def prepare(
         ints=max((launch.ints for launch in launches), default=0),
     )
     configured = [(launch.configuration, owner) for launch, owner in zip(launches, owners, strict=True)]
-    return Event(own_table, programs, problems, configured, [all_layers, few_layers], of_few, sizes)
+    read = [tensor for layer in layers for tensor in layer[:3] if tensor is not None]
+    return Event(own_table, programs, problems, configured, [all_layers, few_layers], of_few, sizes, read)
 
 
 def cluster(event: Event) -> Forests:
@@ -317,7 +319,7 @@ def level(event: Event, forests: Forests, keep: Tensor) -> None:
 def label(event: Event, forests: Forests) -> tuple[Tensor, Tensor]:
     """The clusters at the cut. Returns labels (points,) and how many clusters each problem has (problems,), both int32
     and 0 for problems of other shares."""
-    labels, clusters = (torch.zeros_like(forests.parent), torch.zeros_like(forests.work[:, 0]))
+    labels, clusters = (forests.parent.new_zeros(count) for count in (event.sizes.points, event.sizes.problems))
     LABEL.run(
         len(event.problems), event.table, event.problems, forests.report, forests.parent, forests.height, labels,
         clusters,
@@ -365,7 +367,7 @@ def cut_layer(parent: Tensor, height: Tensor, keep: int) -> tuple[Tensor, float]
     """Cut the problems (P, n) of one layer: labels (P, n) int32, and h in the units of height. Waits for the device."""
     parent, height = parent.contiguous(), height.contiguous()
     event, report = layer_event(parent.shape, parent.device)
-    forests = Forests(parent.view(-1), height.view(-1), report, report)
+    forests = Forests(parent.view(-1), height.view(-1), report, work=parent.new_empty(0, 2))  # done by someone else
     level(event, forests, torch.tensor([keep], dtype=torch.int32, device=parent.device))
     labels, _ = label(event, forests)
     return labels.view_as(parent), read_report(report)[0].h
@@ -386,7 +388,7 @@ def layer_event(shape: Sequence[int], device: torch.device, seed: int = 0) -> tu
     own_table, problems, one = table.tables_to_device([row], arrays, device)
     sizes = Sizes(layers=1, filters=n, points=columns * n, problems=columns, floats=0, ints=0)
     report = torch.zeros(1, table.REPORT.value, dtype=torch.int32, device=device)
-    return Event(own_table, problems, problems, [], [one, one], problems, sizes), report
+    return Event(own_table, problems, problems, [], [one, one], problems, sizes, []), report
 
 
 def read_report(report: Tensor) -> list[Report]:

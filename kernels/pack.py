@@ -128,7 +128,7 @@ class Copies:
 
     Args:
         near: their ends in the buffer.
-        lists: for each copy the index lists (int64, on the device) of the full tensor's dimensions 0 and 1; None: all.
+        lists: for each copy the index lists (on the device) of the full tensor's dimensions 0 and 1; None: all.
         full: whether the full tensors, to which the lists belong, are "near" or "far".
         to_buffer: the direction.
     """
@@ -138,6 +138,7 @@ class Copies:
         device: torch.device,
     ):  # fmt: skip
         self._device, self._to_buffer = device, to_buffer
+        lists = [(_index(out), _index(into)) for out, into in lists]
         self._lists = lists  # their addresses are in the table
         grids = [_grid(part.shape) for part in near]
         tiles = [triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS) for rows, columns, *_ in grids]
@@ -174,6 +175,11 @@ class Copies:
         rows[:, end + ADDRESS.value] = [address for address, *_ in sides]
         rows[:, end + KIND.value] = [NOTHING if dtype is None else KINDS[dtype] for _, dtype, _ in sides]
         rows[:, end + STRIDE_OUT.value : end + STRIDE_IN.value + 1] = [_strides(strides) for *_, strides in sides]
+
+
+def _index(index: Tensor | None) -> Tensor | None:
+    """As the kernel reads it."""
+    return index if index is None else index.to(torch.int64).contiguous()
 
 
 def _grid(shape: Sequence[int]) -> tuple[int, int, int, int]:

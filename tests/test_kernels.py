@@ -8,6 +8,7 @@ What must not depend on rounding, like the company a layer has in a launch, is c
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -486,6 +487,56 @@ def test_cut_of_many_large_problems():
     for keep in (1, 1000, 4095, 4096):
         found, wanted = ops.cut(merges, keep, "triton"), ops.cut(merges, keep, "reference")
         assert torch.equal(found.labels, wanted.labels) and found.h == wanted.h, f"keep {keep}"
+
+
+def guarded(run):
+    """`Configuration.run` on copies of its tensors with numbers on both sides, which must be there afterwards."""
+
+    def guarded_run(self, programs, *arguments):
+        copies = {}
+        for tensor in filter(torch.is_tensor, arguments):
+            wide = tensor.new_full((tensor.numel() + 2048,), 77)
+            wide[1024:-1024] = tensor.flatten()
+            copies[tensor.data_ptr(), tensor.dtype] = tensor, wide
+        given = [copies[x.data_ptr(), x.dtype][1][1024:-1024].view(x.shape) if torch.is_tensor(x) else x
+                 for x in arguments]  # fmt: skip
+        run(self, programs, *given)
+        for tensor, wide in copies.values():
+            tensor.copy_(wide[1024:-1024].view(tensor.shape))
+            around = torch.cat((wide[:1024], wide[-1024:]))
+            assert (around == 77).all(), f"{self.kernel.__name__} wrote {int((around != 77).sum())} numbers outside"
+
+    return guarded_run
+
+
+def test_nothing_is_written_outside(device, monkeypatch):
+    """By a cut and a cover of one layer, which allocate for themselves."""
+    monkeypatch.setattr(launch.Configuration, "run", guarded(launch.Configuration.run))
+    merges = made_up(9, 8, 0, device)
+    found, wanted = ops.cut(merges, 3, "triton"), ops.cut(merges, 3, "reference")
+    assert torch.equal(found.labels, wanted.labels) and found.h == wanted.h
+    labels = wanted.labels
+    for tie in ("random", "index"):
+        covers = [ops.cover(labels, 5, tie, impl=impl) for impl in ("triton", "reference")]
+        assert torch.equal(covers[0].order, covers[1].order)
+
+
+def test_an_event_keeps_what_it_reads(device):
+    """Launches may come long after the plan: weights and index lists must be there, even if no one else has them."""
+
+    def layers():
+        weight = points_of(gaussian, 3, 9, 4, 0, device).transpose(0, 1).unsqueeze(2)
+        return [ops.Layer(weight, torch.arange(1, 8, device=device), torch.arange(2, device=device))]
+
+    kept = layers()
+    read = [weakref.ref(tensor) for tensor in kept[0][:3]]
+    wanted = launch.cluster(launch.prepare(kept))
+    event = launch.prepare(kept)
+    del kept
+    assert all(tensor() is not None for tensor in read)
+    assert torch.equal(launch.cluster(event).height, wanted.height)
+    del event
+    assert not any(tensor() is not None for tensor in read), "and not longer than it can be launched"
 
 
 def test_nothing_merges_if_all_are_kept(device):

@@ -71,6 +71,17 @@ def test_slices_and_gradients_are_those_of_torch(device, dtype, wanted):
         assert torch.equal(a, b) and a.dtype == t.dtype and layout(a) == layout(t)
 
 
+def test_index_lists_may_be_views_and_of_any_integers(device):
+    tensor = torch.randn(8, 6, device=device, requires_grad=True)
+    cut = [(0, torch.arange(8, device=device)[1::2]), (1, torch.arange(12, device=device).int().view(6, 2)[:3, 0])]
+    (found,) = Pack([cut], "triton").gather([tensor], [torch.float32])
+    assert torch.equal(found, gather(tensor, cut))
+    (grad,) = torch.autograd.grad(found.sum(), tensor)
+    wanted = torch.zeros_like(tensor)
+    wanted[1::2, :5:2] = 1
+    assert torch.equal(grad, wanted)
+
+
 def test_what_needs_no_gradient_gets_none_and_what_is_unused_neither(device):
     a, b, c = (torch.randn(6, 3, device=device, requires_grad=grad) for grad in (True, False, True))
     cut = [(0, torch.tensor([1, 4], device=device))]
