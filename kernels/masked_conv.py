@@ -25,7 +25,7 @@ from torch import Tensor
 
 from reprune_triton.kernels import norm_act
 from reprune_triton.kernels.launch import Configuration, cdiv
-from reprune_triton.kernels.norm_act import vector
+from reprune_triton.kernels.norm_act import total, vector
 
 RANGES = {"none": (float("-inf"), float("inf")), "relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
 PROGRAMS = 512  # that work on a weight's gradient: about four for each SM of the largest GPUs
@@ -109,7 +109,7 @@ def forward_kernel(
         off = tl.where((rows < M)[:, None], value - mean[None, :], 0.0)
         at = partial_ptr + part.to(tl.int64) * 2 * CO + filters
         tl.store(at, mean, mask=filters < CO)
-        tl.store(at + CO, tl.sum(off * off, 0), mask=filters < CO)
+        tl.store(at + CO, total(off, off), mask=filters < CO)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "low", "high"))
@@ -169,7 +169,7 @@ def input_gradient_kernel(
         stopped = (value <= tl.cast(low, acc.dtype)) | (value >= tl.cast(high, acc.dtype))
         acc = tl.where(stopped, 0.0, acc)
         sums_at = partial_ptr + part.to(tl.int64) * 2 * CI + channels
-        tl.store(sums_at, tl.sum(acc * normal, 0), mask=channels < CI)
+        tl.store(sums_at, total(acc, normal), mask=channels < CI)
         tl.store(sums_at + CI, tl.sum(acc, 0), mask=channels < CI)
     tl.store(grad_x_ptr + at, acc.to(grad_x_ptr.dtype.element_ty), mask=mask)
 

@@ -55,6 +55,13 @@ def vector(ptr, channels, C, WIDE: tl.constexpr):
     return found.to(tl.float64) if WIDE else found.to(tl.float32)
 
 
+@triton.jit
+def total(a, b):
+    """The sum of a * b over the rows of a tile, of products that are rounded: fused into the first addition between two
+    lanes, which both go on with the sum, a product would leave them with different bits."""
+    return tl.sum(tl.fma(a, b, tl.zeros_like(a)), 0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
     x_ptr, partial_ptr, M, C, each, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
@@ -74,7 +81,7 @@ def statistics_kernel(
         off = tl.where((rows < end)[:, None], value - own[None, :], 0.0)
         apart = own - mean
         mean += apart * (new / (before + new))
-        squares += tl.sum(off * off, 0) + apart * apart * (before * new / (before + new))
+        squares += total(off, off) + apart * apart * (before * new / (before + new))
     at = partial_ptr + chunk.to(tl.int64) * 2 * C + channels
     tl.store(at, mean, mask=channels < C)
     tl.store(at + C, squares, mask=channels < C)
@@ -175,7 +182,7 @@ def sums_kernel(
         if FROM_Y or OTHER:
             at = g_ptr + rows.to(tl.int64)[:, None] * C + channels[None, :]
             tl.store(at, grad.to(g_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (channels < C)[None, :])
-        with_normal += tl.sum(grad * normal, 0)
+        with_normal += total(grad, normal)
         alone += tl.sum(grad, 0)
     at = partial_ptr + chunk.to(tl.int64) * 2 * C + channels
     tl.store(at, with_normal, mask=channels < C)
