@@ -36,8 +36,18 @@ _WIDEN = tl.constexpr(norm_act.INTERPRETED)
 
 
 @triton.jit
+def rounded(x):
+    """The nearest TF32 number, of two the one further from zero, as cuBLAS and CUTLASS round: tensor cores cut off the
+    last 13 bits. NaN stays as it is; to its bits nothing may be added."""
+    nearest = ((x.to(tl.int32, bitcast=True) + (1 << 12)) & -(1 << 13)).to(tl.float32, bitcast=True)
+    return tl.where(x == x, nearest, x)
+
+
+@triton.jit
 def product(a, b, acc, TF32: tl.constexpr):
     """acc + a b."""
+    if TF32:
+        a, b = rounded(a), rounded(b)
     if _WIDEN:
         a, b = a.to(acc.dtype), b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee", out_dtype=acc.dtype)

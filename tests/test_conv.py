@@ -198,6 +198,52 @@ def float32_convolutions():
     torch.backends.cudnn.conv.fp32_precision = before
 
 
+def nearest_tf32(x):
+    """Of two that are as near, the one further from zero."""
+    return ((x.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+
+
+class _Tf32(torch.autograd.Function):
+    """Rounds a tensor, or the gradient that comes back through it."""
+
+    @staticmethod
+    def forward(ctx, x, there):
+        ctx.there = there
+        return nearest_tf32(x) if there else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if ctx.there else nearest_tf32(grad), None
+
+
+def as_cudnn(x, weight, *others):
+    """A convolution as cuDNN computes it with TF32, where there is no cuDNN."""
+    return _Tf32.apply(torch.conv2d(_Tf32.apply(x, True), _Tf32.apply(weight, True), *others), False)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, as the interpreter
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_operands_are_rounded_to_tf32(device, kernel, float32_convolutions):
+    """To the nearest, where tensor cores by themselves cut off: with errors three times as large, all one way."""
+    float32_convolutions.fp32_precision = "tf32"
+    x, weight, moves = operands((2, 35, 20, 5, 6, (kernel, kernel), 1, kernel // 2, 1), device, torch.float32)
+    x[0, :2, 0, 0] = torch.tensor([1 + 2.0**-11, -1 - 2.0**-11])  # in the middle
+    grad = draw(2, 20, 5, 6, seed=7).to(device, torch.float32)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    y = conv.masked_conv2d(x, weight, None, None, *moves, impl="triton")
+    found = [y, *torch.autograd.grad(y, (x, weight), grad)]
+    wide = [nearest_tf32(tensor.detach()).double().requires_grad_() for tensor in (x, weight)]
+    exact = F.conv2d(*wide, None, *moves)
+    exact = [exact, *torch.autograd.grad(exact, wide, nearest_tf32(grad).double())]
+    for mine, truth in zip(found, exact, strict=True):
+        assert (mine - truth).abs().max() <= 1e-5 * truth.abs().max()
+    bad = x.detach().clone()
+    bad[0, 3, 2, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # what a GPU computes
+    bad[1, 3, 2, 2] = torch.inf
+    y = conv.masked_conv2d(bad, weight.detach(), None, None, *moves, impl="triton")
+    assert y[0, :, 2, 2].isnan().all() and y[1, :, 2, 2].isinf().all()
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize(
     "kind, tile", [("bf16", "small"), ("bf16", "large"), ("fp16", "large"), ("tf32", "large"), ("ieee", "exact")]
@@ -222,7 +268,10 @@ def test_errors_are_no_larger_than_pytorchs(device, kind, tile, kernel, float32_
         return run
 
     found = outcome(function("triton"), x, weight, gamma, beta)
-    peer = outcome(function("torch"), x, weight, gamma, beta)
+    with monkeypatch.context() as patch:
+        if kind == "tf32" and device == "cpu":
+            patch.setattr(F, "conv2d", as_cudnn)
+        peer = outcome(function("torch"), x, weight, gamma, beta)
     exact = outcome(function("torch"), *(tensor.double() for tensor in (x, weight, gamma, beta)))
     names = ("y", "mean", "rstd", "unbiased", "dx", "dw", "dgamma", "dbeta")
     eps = torch.finfo(dtype).eps * (2 if device == "cpu" else 1)  # the interpreter does not round to bfloat16: it cuts
