@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reprune_triton import pool
+from reprune_triton import capture
+from reprune_triton.errors import RepruneError
 from reprune_triton.kernels import table
 from reprune_triton.kernels.launch import Configuration
 from reprune_triton.kernels.table import pick
@@ -39,6 +40,8 @@ AREA, WIDTH = tl.constexpr(NAMES.index("area")), tl.constexpr(NAMES.index("width
 NOTHING = -1  # the kind of a source that is zero everywhere
 KINDS = table.KINDS | {torch.float64: 3}
 ROWS, COLUMNS = 8, 64  # of a tile; with twice as many the 64-bit offsets spill
+
+_LAUNCHED: set[tuple[torch.device, Configuration]] = set()  # so it is on the device
 
 
 @triton.jit
@@ -139,10 +142,11 @@ class Copies:
     ):  # fmt: skip
         self._device, self._to_buffer = device, to_buffer
         lists = [(_index(out), _index(into)) for out, into in lists]
+        self._captured: list[Tensor] = []  # what replays of graphs read
         self._lists = lists  # their addresses are in the table
         grids = [_grid(part.shape) for part in near]
         tiles = [triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS) for rows, columns, *_ in grids]
-        self._owner = pool.to_device(table.owners(range(len(tiles)), [0] * len(tiles), tiles), device)
+        self._owner = self._to_device(table.owners(range(len(tiles)), [0] * len(tiles), tiles))
         self._rows = np.zeros((len(near), FIELDS.value), dtype=np.int64)
         self._rows[:, COUNT_ROWS.value :] = np.array(grids).reshape(-1, 4)
         ends = (SOURCE.value, TARGET.value)
@@ -162,12 +166,36 @@ class Copies:
 
         far: the other ends; the full tensors have more than what is copied.
         buffer: (bytes,) uint8.
+        Raises:
+            RepruneError: if a graph is captured, which holds no loading of the kernel.
         """
-        if far != self._known or self._table is None:
+        capturing, found = capture.capturing(), self._table
+        if far != self._known or found is None:
             self._fill(self._far, far)
-            self._table, self._known = pool.to_device(self._rows.ravel(), self._device), far
             self._wide = self._wide or any(dtype == torch.float64 for _, dtype, _ in far)
-        configuration(self._to_buffer, self._wide).run(len(self._owner), self._table, self._owner, buffer)
+            found = self._to_device(self._rows)
+            if not capturing:  # else it is there in a replay only
+                self._table, self._known = found, far
+        elif capturing:
+            self._captured.append(found)
+        config = configuration(self._to_buffer, self._wide)
+        if not capturing:
+            _LAUNCHED.add((self._device, config))
+        elif (self._device, config) not in _LAUNCHED:
+            raise RepruneError(
+                "a CUDA graph of a narrow network is captured that has not done the same without one: do a whole "
+                "training step first, on the stream of the capture (reprune_triton.capture.warm_up)"
+            )
+        config.run(len(self._owner), found, self._owner, buffer)
+
+    def _to_device(self, numbers: np.ndarray) -> Tensor:
+        """Integers, on the device; the host does not wait. While a graph is captured, it is in a replay that they go
+        there: so they stay in pinned memory to which nothing else is written."""
+        host = torch.empty(numbers.size, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        host.numpy()[:] = numbers.ravel()
+        if capture.capturing():
+            self._captured.append(host)
+        return host.to(self._device, non_blocking=True)
 
     def _fill(self, end: int, sides: Sequence[tuple[int, torch.dtype | None, Sequence[int]]]) -> None:
         """Write one end of all copies into the table."""

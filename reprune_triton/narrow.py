@@ -11,16 +11,19 @@ they are and its momentum at zero.
 This equals training the full network with the mask applied after BatchNorm and activation (SPEC, "the invariant").
 """
 
+import contextlib
 import copy
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from . import capture
 from .errors import RepruneError
 from .optimizers import Optimizers, State
 from .pack import Pack
@@ -115,7 +118,7 @@ class Narrowing:
                 Without it they are found here, and the device is waited for.
         """
         self._remove(self._handles)
-        gathering = _Gathering(self._model, self._impl)
+        gathering = _Gathering(self._impl)
         if slices:
             self._register(self._model, gathering)
         for name, module in self._modules.items() if slices else ():
@@ -177,9 +180,9 @@ class Narrowing:
             return
         # Read at every step, not once per event: so it does not matter in which order a checkpoint is loaded.
         parameters = [p for p, _, _ in self._frozen]
-        together = self._freezer.gather(parameters, [p.dtype for p in parameters])
+        together = self._freezer.hold(parameters)
         apart = (p.index_select(dim, index.to(p.device)) for p, dim, index in self._frozen)
-        self._together, self._held = together is not None, tuple(apart) if together is None else together
+        self._together, self._held = together is not None, tuple(apart) if together is None else (together,)
         self._holder = optimizer
 
     @torch.no_grad()
@@ -189,7 +192,7 @@ class Narrowing:
             targets: list[tuple[int, Tensor, bool]] = [(i, p, False) for i, (p, _, _) in enumerate(self._frozen)]
             quick = [self._freezer.takes(tensor) and fresh in (None, 0.0) for _, (tensor, fresh) in states]
             targets += [(i, x.tensor, x.fresh is not None) for (i, x), fits in zip(states, quick, strict=True) if fits]
-            self._freezer.put_back(self._held, targets)
+            self._freezer.put_back(self._held[0], targets)
             states = [state for state, fits in zip(states, quick, strict=True) if not fits]
         else:
             for (p, dim, index), held in zip(self._frozen, self._held, strict=True):
@@ -216,70 +219,94 @@ class Narrowing:
                 yield number, state
 
 
+class _Run(NamedTuple):
+    """A forward of the whole model, for which the slices of all its modules were gathered."""
+
+    slices: Sequence[Tensor]
+    full: Sequence[Tensor]  # what they were taken of, and the versions of its values
+    versions: Sequence[int]
+    cast: torch.dtype | None  # what autocast casts to
+
+
 class _Shadow:
     """Lets a module's forward see slices of its tensors: an instance attribute hides the parameter of the same name."""
 
     def __init__(self, where: dict[str, Cuts], widths: dict[str, tuple[int, int]]):
         self.where, self.widths = where, widths  # widths: attribute -> (narrow, full)
-        self.ready: dict[str, _Ready] = {}
+        self.run: _Run | None = None  # while it lasts, and where the module's slices are in it
+        self.numbers: list[tuple[str, int]] = []
+        self.casts = False  # whether autocast would cast them
 
     def __reduce__(self) -> tuple[Any, ...]:  # what is gathered already is the model's own, not its copy's
         return _Shadow, (self.where, self.widths)
 
     def enter(self, module: nn.Module, args: object) -> None:
-        for name, cut in self.where.items():
-            full, ready = getattr(module, name), self._ready(name)
-            module.__dict__[name] = ready.slice if ready and ready.serves(full) else gather(full, cut)
+        if not self._served(module):
+            with _unseen():
+                for name, cut in self.where.items():
+                    full = _whole(module, name)  # a replica of DataParallel's has it as an attribute
+                    module.__dict__[name] = gather(getattr(module, name) if full is None else full, cut)
         for name, (narrow, _) in self.widths.items():
             module.__dict__[name] = narrow
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
         for name, (_, width) in self.widths.items():
             module.__dict__[name] = width
+        together = not torch.compiler.is_compiling() and self.run is not None
         for name, cut in self.where.items():
             part = module.__dict__.pop(name, None)
-            full, ready = module._buffers.get(name), self._ready(name)
+            full = None if together else module._buffers.get(name)
             if full is not None and part is not None and module.training:  # BatchNorm updated its statistics
-                if ready is None or part is not ready.slice:  # else it goes back with all the others
-                    for dim, index in cut:
-                        full.index_copy_(dim, index.to(full.device), part)
+                for dim, index in cut:
+                    full.index_copy_(dim, index.to(full.device), part)
+
+    def _served(self, module: nn.Module) -> bool:
+        """Install what was gathered for the whole model, if there is such, and it is what the module needs now: of the
+        same values, and in a type that its operations take now."""
+        if torch.compiler.is_compiling() or self.run is None:
+            return False
+        slices, whole, versions, cast = self.run
+        parameters, buffers, attributes = module._parameters, module._buffers, module.__dict__
+        right = not self.casts or _autocast_dtype(whole[0].device) == cast
+        for name, number in self.numbers:
+            full = whole[number]
+            right = right and parameters.get(name, buffers.get(name)) is full and full._version == versions[number]
+            attributes[name] = slices[number]
+        if not right:
+            self.run = None  # nor does it go back with the others
+        return right
 
 
-    def _ready(self, name: str) -> "_Ready | None":
-        return None if torch.compiler.is_compiling() else self.ready.get(name)
+class _Plan(NamedTuple):
+    """What is gathered for a forward of the whole model: with autocast more than without."""
 
-
-class _Ready(NamedTuple):
-    """A slice that was gathered for the forward of the whole model."""
-
-    full: Tensor  # what it was taken of, and the version of its values
-    version: int
-    slice: Tensor
-    gathering: "_Gathering"
-
-    def serves(self, full: Tensor) -> bool:
-        """Whether it is what a module needs now: in that forward, or again in its backward (activation checkpointing),
-        and not where a part of the model runs alone; and in a type that the module's operations take now."""
-        again = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
-        cast = self.slice.dtype != full.dtype and self.slice.dtype != _autocast_dtype(full.device)
-        same = full is self.full and full._version == self.version
-        return same and (self.gathering.running or again) and not cast
+    pack: Pack
+    places: list[tuple[nn.Module, str, bool]]  # of each tensor; whether autocast would cast it
+    shadows: list[tuple[_Shadow, list[tuple[str, int]], bool]]  # with the names and numbers of their tensors
+    statistics: list[tuple[int, nn.Module, _Shadow]]  # the numbers of buffers
 
 
 class _Gathering:
     """Around the forward of the whole model: gathers for all its shadows at once, where `Pack` can.
 
+    The slices are there as long as that forward runs. What runs again in a backward (activation checkpointing) gathers
+    its own: kept slices would keep autograd's graph, whose nodes belong to the stream they were made on, and a graph of
+    CUDA could not hold the next step.
+
     Under autocast convolutions and linears get their weights in the type they compute in, whole ones too: autocast has
     nothing left to cast.
     """
 
-    def __init__(self, model: nn.Module, impl: str):
-        self.model, self.impl = model, impl
-        self.items: list[tuple[nn.Module, str, _Shadow]] = []
-        self.packs: dict[bool, Pack] = {}  # whether whole tensors are among them, to be cast
-        self.running = False
-        self.statistics: list[tuple[int, Tensor]] = []  # BatchNorm's, that go back after this forward
-        self.gathered: tuple[Tensor, ...] | None = None
+    def __init__(self, impl: str):
+        self.impl = impl
+        self.shadows: list[tuple[nn.Module, _Shadow]] = []
+        self.plans: dict[bool, _Plan] = {}  # whether there is autocast
+        self.running: tuple[_Plan, _Run] | None = None
+        # Of forwards before, of which something is still there: their nodes, and the stream on which autograd adds up
+        self.graphs: list[tuple[weakref.ref[Any], int | None]] = []  # gradients, which is that of the oldest.
+
+    def __getstate__(self) -> dict[str, Any]:  # of a copy; what is gathered is the model's own
+        return {**vars(_Gathering(self.impl)), "shadows": self.shadows}
 
     def casts(self, module: nn.Module) -> bool:
         """Whether under autocast this module's tensors are gathered even if all channels are active."""
@@ -294,46 +321,101 @@ class _Gathering:
             names = ("groups",) if is_depthwise(module) else ("num_features",)
             widths = {key: (len(out), getattr(module, key)) for key in names if hasattr(module, key)}
         shadow = _Shadow(where, widths)
-        self.items += [(module, name, shadow) for name in where]
+        self.shadows.append((module, shadow))
         return shadow
 
     def enter(self, model: nn.Module, args: object) -> None:
-        full = [module._parameters.get(name, module._buffers.get(name)) for module, name, _ in self.items]
-        if model is not self.model or any(tensor is None for tensor in full):  # a replica of DataParallel's, say
+        self._let_go()  # an interrupt may have kept the last forward from it
+        first = next((_whole(module, name) for module, shadow in self.shadows for name in shadow.where), None)
+        if first is None or "_is_replica" in model.__dict__:  # of DataParallel's: the tensors here are not its own
             return
-        cast = _autocast_dtype(full[0].device) if full else None  # type: ignore[union-attr]
-        chosen = [
-            (module, name, shadow, tensor, self._dtype(module, tensor, cast))
-            for (module, name, shadow), tensor in zip(self.items, full, strict=True)
-            if tensor is not None and (cast is not None or shadow.where[name])
-        ]
-        pack = self.packs.get(cast is not None)
-        if pack is None:
-            pack = self.packs[cast is not None] = Pack([x[2].where[x[1]] for x in chosen], self.impl)
-        self.gathered = pack.gather([x[3] for x in chosen], [x[4] for x in chosen])
-        if self.gathered is None:
+        cast = _autocast_dtype(first.device)
+        plan = self.plans.get(cast is not None)
+        if plan is None:
+            plan = self.plans[cast is not None] = self._plan(cast is not None)
+        found = [_whole(module, name) for module, name, _ in plan.places]
+        full = [tensor for tensor in found if tensor is not None]
+        if len(full) < len(found):
             return
-        self.running, self.pack = True, pack
-        for number, ((module, name, shadow, tensor, _), part) in enumerate(zip(chosen, self.gathered, strict=True)):
-            shadow.ready[name] = _Ready(tensor, tensor._version, part, self)
-            if name in module._buffers and module.training:
-                self.statistics.append((number, tensor))
+        dtypes = [tensor.dtype for tensor in full]
+        if cast is not None:
+            dtypes = [
+                cast if casts and dtype != torch.float64 else dtype
+                for (_, _, casts), dtype in zip(plan.places, dtypes, strict=True)
+            ]
+        stream = self._stream()
+        parts = plan.pack.gather(full, dtypes)
+        if parts is None:
+            return
+        self.graphs += [(weakref.ref(part.grad_fn), stream) for part in parts if part.grad_fn is not None][:1]
+        run = _Run(parts, full, [tensor._version for tensor in full], cast)
+        self.running = plan, run
+        for shadow, numbers, casts in plan.shadows:
+            shadow.run, shadow.numbers, shadow.casts = run, numbers, casts
 
     def leave(self, model: nn.Module, args: object, output: object) -> None:
-        if model is not self.model or self.gathered is None:
-            return
-        self.pack.put_back(self.gathered, [(number, tensor, False) for number, tensor in self.statistics])
-        self.running, self.gathered, self.statistics = False, None, []
-        for module, name, shadow in self.items:
-            if name in module._buffers or not torch.is_grad_enabled():
-                shadow.ready.pop(name, None)
+        if self.running is not None and "_is_replica" not in model.__dict__:
+            plan, run = self.running
+            updated = [n for n, module, shadow in plan.statistics if shadow.run is not None and module.training]
+            plan.pack.put_back(run.slices[0], [(number, run.full[number], False) for number in updated])
+            self._let_go()
 
-    @staticmethod
-    def _dtype(module: nn.Module, tensor: Tensor, cast: torch.dtype | None) -> torch.dtype:
-        """What this tensor is wanted in."""
-        # A class of its own may compute with its weight before autocast would cast it.
-        computes = type(module) in (nn.Conv2d, nn.Linear) and tensor.dtype != torch.float64
-        return cast if computes and cast is not None else tensor.dtype
+    def _stream(self) -> int | None:
+        """The stream on which autograd will add up the gradients of this forward; None without CUDA.
+
+        Raises:
+            RepruneError: if a graph is captured and it is the default stream, which no graph can hold.
+        """
+        self.graphs = [(node, stream) for node, stream in self.graphs if node() is not None]
+        if not torch.cuda.is_initialized():
+            return None
+        stream = self.graphs[0][1] if self.graphs else torch.cuda.current_stream().stream_id
+        if stream == 0 and torch.is_grad_enabled() and capture.capturing():
+            raise RepruneError(
+                "a CUDA graph of this narrow network is captured while something of a forward on the default stream is "
+                "still there, and its gradients would be added up on that stream: delete what holds it, such as the "
+                "loss, or do what comes before the capture on another stream (reprune_triton.capture.warm_up)"
+            )
+        return stream
+
+    def _let_go(self) -> None:
+        for shadow, *_ in self.running[0].shadows if self.running is not None else ():
+            shadow.run = None
+        self.running = None
+
+    def _plan(self, autocast: bool) -> _Plan:
+        plan, cuts = _Plan(Pack([], self.impl), [], [], []), list[Cuts]()
+        for module, shadow in self.shadows:
+            # A class of its own may compute with its weight before autocast would cast it.
+            casts = autocast and type(module) in (nn.Conv2d, nn.Linear)
+            numbers = []
+            for name, cut in shadow.where.items():
+                if autocast or cut:
+                    numbers.append((name, len(cuts)))
+                    if name in module._buffers:
+                        plan.statistics.append((len(cuts), module, shadow))
+                    plan.places.append((module, name, casts))
+                    cuts.append(cut)
+            plan.shadows.append((shadow, numbers, casts))
+        return plan._replace(pack=Pack(cuts, self.impl))
+
+def _whole(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor, whatever hides it."""
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
+
+
+def _unseen() -> contextlib.AbstractContextManager[None]:
+    """For activation checkpointing, which counts what a forward saves: gathering tensor by tensor saves what gathering
+    for the whole model does not."""
+    hooks = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or not hooks():  # functorch allows none
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

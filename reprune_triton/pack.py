@@ -6,14 +6,14 @@ For CUDA. Elsewhere, and wherever something is in the way, `Pack.gather` says no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import availability
+from . import availability, capture
 
 if TYPE_CHECKING:
     from reprune_triton.kernels.pack import Copies
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Cut = Sequence[tuple[int, Tensor]]  # (dimension, indices)
 _ALIGNMENT = 256  # bytes, of every tensor in a buffer
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = {Tensor, torch.nn.Parameter}
 _Form = tuple[int, torch.dtype | None, tuple[int, ...]]  # a tensor's address, dtype and strides
 
 
@@ -36,6 +37,9 @@ class Room(NamedTuple):
 class Pack:
     """The same slices of the same tensors, again and again.
 
+    A CUDA graph can hold all of it, once the same has been done without one: a replay finds the tensors where they were
+    at the capture. What it reads beside them is kept as long as this pack.
+
     Args:
         cuts: for each tensor which indices are taken of which dimensions: int64, sorted. A vector has dimension 0 only.
         impl: "triton": the kernels, also interpreted; "torch": never; "auto": the kernels on CUDA.
@@ -43,8 +47,9 @@ class Pack:
 
     def __init__(self, cuts: Sequence[Cut], impl: str = "auto"):
         self.cuts, self.impl = cuts, impl
-        self._form: tuple[list[_Form], tuple[torch.dtype, ...]] | None = None
+        self._form: tuple[list[_Form], list[torch.dtype], list[bool]] | None = None
         self._copies: dict[Any, Copies] = {}
+        self._captured: list[Copies] = []  # what graphs may replay
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy has index lists of its own, and tables that point to them
         return Pack, (self.cuts, self.impl)
@@ -55,23 +60,35 @@ class Pack:
         Differentiable, once; the gradients are zero outside of the slices, and in the tensors' types. They all come
         in the end of a backward; under torch.distributed group after group, so that what is done is on its way.
         """
-        if not tensors or not self._possible(tensors) or not self._prepare(tensors, tuple(dtypes)):
+        if not tensors or not self._possible(tensors) or not self._prepare(tensors, list(dtypes)):
             return None
-        with torch.no_grad():
-            narrow = self._to_narrow()
-        parts = (_Gather.apply(self, group, narrow[group.some], *tensors[group.some]) for group in self._groups)
-        return tuple(slice for part in parts for slice in part)
+        found = _views(self._to_narrow(), self._narrow)
+        for group in self._groups if torch.is_grad_enabled() else ():
+            numbers = group.numbers
+            slices = _Gather.apply(self, group, [found[i] for i in numbers], *[tensors[i] for i in numbers])
+            for number, part in zip(numbers, slices, strict=True):
+                found[number] = part
+        return tuple(found)
 
-    def put_back(self, gathered: Sequence[Tensor], targets: Sequence[tuple[int, Tensor, bool]]) -> None:
-        """Write slices that `gather` has returned to where they come from; or zeros there.
+    def hold(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """All slices, in the tensors' types, in one buffer, for `put_back`. None: not here."""
+        if not tensors or not self._possible(tensors) or not self._prepare(tensors, [t.dtype for t in tensors]):
+            return None
+        return self._to_narrow()
 
+    def put_back(self, slice: Tensor, targets: Sequence[tuple[int, Tensor, bool]]) -> None:
+        """Write slices to where they come from; or zeros there.
+
+        slice: any that `gather` has returned, or what `hold` has.
         targets: (number of the slice, a tensor of the shape it was taken of, such as `takes` has nothing against,
             whether zeros).
         """
         if targets:
-            tensors = [tensor for _, tensor, _ in targets]
-            copies = self._back(tuple((number, zeros) for number, _, zeros in targets))
-            copies.run([_form(tensor) for tensor in tensors], _buffer(gathered[0]))
+            numbers, tensors, zeros = zip(*targets, strict=True)
+            slices = (self._narrow[number] for number in numbers)
+            rooms = (x._replace(dtype=None) if zero else x for x, zero in zip(slices, zeros, strict=True))
+            copies = self._cached(("back", numbers, zeros), rooms, numbers, "far", False)
+            copies.run(_forms(tensors), _buffer(slice))
             torch.autograd.graph.increment_version(tensors)
 
     def takes(self, tensor: Tensor) -> bool:
@@ -85,11 +102,9 @@ class Pack:
             return False
         if torch._C._len_torch_dispatch_stack():  # fake tensors, and whoever else wants to see all operations
             return False
-        if any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_inference() for tensor in tensors):
+        if not _PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_inference, tensors)):
             return False
         device = tensors[0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # a graph would replay with the tables of its capture
         if self.impl == "auto" and device.type != "cuda":
             return False
         why_not = availability.why_not(device)
@@ -98,11 +113,13 @@ class Pack:
             raise availability.refusal(message, device)
         return why_not is None
 
-    def _prepare(self, tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
+    def _prepare(self, tensors: Sequence[Tensor], dtypes: list[torch.dtype]) -> bool:
         """Make what depends on the tensors, if they are not those of the last time; False if they cannot be packed."""
-        form = [_form(tensor) for tensor in tensors], dtypes
+        form = _forms(tensors), dtypes, [tensor.requires_grad for tensor in tensors]
         if form == self._form:
             return True
+        if capture.capturing():  # what there is for other tensors goes to the device at once, or not at all
+            return False
         device = tensors[0].device
         if not all(_fits(tensor, device) for tensor in tensors) or not set(dtypes) <= set(_DTYPES):
             return False
@@ -115,55 +132,58 @@ class Pack:
         ]
         last = [_is_channels_last(t) for t in tensors]
         self._narrow, self._narrow_bytes = _rooms(narrow, last, dtypes)
-        self._groups, begin, size = [], 0, 0
-        for end, tensor in enumerate(tensors, 1):
-            size += tensor.numel() * tensor.itemsize
-            if size >= _group_bytes() or end == len(tensors):
-                some = slice(begin, end)
-                full = _rooms([tuple(t.shape) for t in tensors[some]], last[some], [t.dtype for t in tensors[some]])
-                self._groups.append(_Group(some, *full))
-                begin, size = end, 0
+        self._groups, numbers, size = [], [], 0
+        wanted = [number for number, tensor in enumerate(tensors) if tensor.requires_grad]
+        for number in wanted:
+            numbers.append(number)
+            size += tensors[number].numel() * tensors[number].itemsize
+            if size >= _group_bytes() or number == wanted[-1]:
+                own = [tensors[i] for i in numbers]
+                full = _rooms([tuple(t.shape) for t in own], [last[i] for i in numbers], [t.dtype for t in own])
+                self._groups.append(_Group(numbers, *full))
+                numbers, size = [], 0
         return True
 
-    def _to_narrow(self) -> tuple[Tensor, ...]:
-        """The slices, from the tensors."""
+    def _to_narrow(self) -> Tensor:
+        """The slices, from the tensors, side by side."""
         assert self._form is not None
         buffer = torch.empty(self._narrow_bytes, dtype=torch.uint8, device=self._device)
         copies = self._cached("gather", self._narrow, range(len(self._narrow)), "far", True)
         copies.run(self._form[0], buffer)
-        return _views(buffer, self._narrow)
+        return buffer
 
     def _to_full(self, group: _Group, narrow: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Tensors that are zero but for their slices; None where the slice is."""
         buffer = torch.zeros(group.bytes, dtype=torch.uint8, device=self._device)
-        numbers = range(group.some.start, group.some.stop)
-        copies = self._cached(("scatter", group.some.start), group.full, numbers, "near", True)
-        absent = [(0, None, self._narrow[number].strides) for number in numbers]
-        copies.run([a if t is None else _form(t) for a, t in zip(absent, narrow, strict=True)], buffer)
-        full = _views(buffer, group.full)
-        return [None if a is None else b for a, b in zip(narrow, full, strict=True)]
+        copies = self._cached(("scatter", group.numbers[0]), group.full, group.numbers, "near", True)
+        far: list[_Form] = [
+            (0, None, self._narrow[i].strides) if t is None else (t.data_ptr(), t.dtype, t.stride())
+            for i, t in zip(group.numbers, narrow, strict=True)
+        ]
+        copies.run(far, buffer)
+        return [None if a is None else b for a, b in zip(narrow, _views(buffer, group.full), strict=True)]
 
-    def _back(self, targets: tuple[tuple[int, bool], ...]) -> Copies:
-        """From the buffer to where its slices come from."""
-        rooms = [self._narrow[i]._replace(dtype=None) if zeros else self._narrow[i] for i, zeros in targets]
-        return self._cached(("back", targets), rooms, [number for number, _ in targets], "far", False)
-
-    def _cached(self, key: Any, rooms: Sequence[Room], numbers: Sequence[int], full: str, to_buffer: bool) -> Copies:
+    def _cached(self, key: Any, rooms: Iterable[Room], numbers: Sequence[int], full: str, to_buffer: bool) -> Copies:
         """Copies of the slices `numbers`, whose ends in the buffer are `rooms`."""
-        if key not in self._copies:
+        capturing, found = capture.capturing(), self._copies.get(key)
+        if found is None:
             from reprune_triton.kernels.pack import Copies, Near
 
             shapes = [self._narrow[number].shape for number in numbers]
             near = [Near(shape, x.offset, x.dtype, x.strides) for shape, x in zip(shapes, rooms, strict=True)]
             lists = [self._lists[number] for number in numbers]
-            self._copies[key] = Copies(near, lists, full, to_buffer, self._device)
-        return self._copies[key]
+            found = Copies(near, lists, full, to_buffer, self._device)
+            if not capturing:  # else nothing of it is on the device before a replay
+                self._copies[key] = found
+        if capturing and found not in self._captured:
+            self._captured.append(found)
+        return found
 
 
 class _Group(NamedTuple):
     """Tensors whose gradients come together."""
 
-    some: slice  # their numbers
+    numbers: list[int]
     full: list[Room]
     bytes: int
 
@@ -180,12 +200,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pack: Pack, group: _Group, narrow: tuple[Tensor, ...], *tensors: Tensor
+        ctx: Any, pack: Pack, group: _Group, narrow: Sequence[Tensor], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.pack, ctx.group = pack, group
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for x, t in zip(narrow, tensors, strict=True) if not t.requires_grad))
-        return narrow
+        return tuple(narrow)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -193,8 +212,8 @@ class _Gather(torch.autograd.Function):
         return None, None, None, *ctx.pack._to_full(ctx.group, grads)
 
 
-def _form(tensor: Tensor) -> _Form:
-    return tensor.data_ptr(), tensor.dtype, tensor.stride()
+def _forms(tensors: Sequence[Tensor]) -> list[_Form]:
+    return [(tensor.data_ptr(), tensor.dtype, tensor.stride()) for tensor in tensors]
 
 
 def _fits(tensor: Tensor, device: torch.device) -> bool:
@@ -222,14 +241,16 @@ def _rooms(
     return found, offset
 
 
-def _views(buffer: Tensor, rooms: Sequence[Room]) -> tuple[Tensor, ...]:
-    """Tensors in the buffer. With .data each has a version of its own: BatchNorm updates one while others are saved."""
+def _views(buffer: Tensor, rooms: Sequence[Room]) -> list[Tensor]:
+    """Tensors in the buffer, which autograd does not take for views of it: each has a version of its own, for BatchNorm
+    updates one while others are saved."""
     typed = {dtype: buffer.view(dtype) for dtype in {room.dtype for room in rooms} if dtype is not None}
-    return tuple(
-        typed[x.dtype].as_strided(x.shape, x.strides, x.offset // x.dtype.itemsize).data
-        for x in rooms
-        if x.dtype is not None
-    )
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return [
+            typed[x.dtype].as_strided(x.shape, x.strides, x.offset // x.dtype.itemsize)
+            for x in rooms
+            if x.dtype is not None
+        ]
 
 
 def _buffer(view: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """All slices of a network in one launch: the same numbers as tensor by tensor."""
 
 import copy
+import functools
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from torch.nn import functional as F
 
 from reprune_triton import channels, models
 from reprune_triton.kernels.launch import Configuration
-from reprune_triton.narrow import Narrowing, gather
+from reprune_triton.narrow import Narrowing, Slice, gather
 from reprune_triton.pack import Pack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +103,7 @@ def test_one_slice_may_change_while_others_are_saved(device):
     loss = x.square().sum()
     y.add_(1)
     loss.backward()
-    pack.put_back((x, y), [(1, b, False), (0, a.grad, True)])
+    pack.put_back(x, [(1, b, False), (0, a.grad, True)])
     assert b.tolist() == [1, 0, 1, 0, 0, 1] and a.grad.abs().max() == 0
 
 
@@ -288,6 +292,124 @@ def test_a_functional_call_and_an_exception(small):
     with pytest.raises(RuntimeError):
         model(torch.randn(4, 5, 4, 4, device=x.device))
     assert torch.equal(model(x), expected) and "weight" not in vars(model.conv1)
+
+
+class Checkpointed(Small):
+    """Some of its modules run again in the backward."""
+
+    reentrant = None
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return super().forward(x)
+        again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=self.reentrant)
+        x = F.relu(again(self.norm1, again(self.conv1, x)))
+        return self.head(F.relu(self.norm2(again(self.conv2, x))).flatten(1))
+
+
+def backwards(model, x, how):
+    """Several ways to come to gradients, or to none."""
+    checkpoint = torch.utils.checkpoint.checkpoint
+    if how == "accumulated":
+        for _ in range(2):
+            model(x).sum().backward()
+    elif how == "retained":
+        loss = model(x).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    elif how == "of two forwards":
+        (model(x) + model(-x)).sum().backward()
+    elif how == "none":
+        model(x)
+    elif how == "no grad":
+        with torch.no_grad():
+            model(x)
+    elif how == "of a part":
+        model(x)
+        model.conv1(x).sum().backward()
+    elif how == "an exception":
+        with pytest.raises(RuntimeError):
+            model(torch.randn(4, 3, 5, 5, device=x.device))
+    elif how.startswith("checkpoint"):
+        model.__class__, model.reentrant = Checkpointed, "reentrant" in how
+        whole = how.endswith("whole")
+        loss = (checkpoint(model, x, use_reentrant=False) if whole else model(x.requires_grad_())).sum()
+        loss.backward(retain_graph=not model.reentrant)
+        if not model.reentrant:
+            loss.backward()
+    elif how == "an event":
+        model(x).sum().backward()
+        model.narrowing.set({})
+
+
+@pytest.mark.parametrize("how", [
+    "accumulated", "retained", "of two forwards", "none", "no grad", "of a part", "an exception", "checkpoint",
+    "checkpoint, reentrant", "checkpoint, whole", "an event",
+])  # fmt: skip
+def test_nothing_of_a_step_is_kept_after_it(small, monkeypatch, how):
+    """Nor is anything in a cycle that only the collector finds: its nodes of autograd would add up later gradients on
+    the stream of that step."""
+    monkeypatch.setattr(Configuration, "run", lambda *_: None)  # what is computed does not matter
+    model, slices, x = copy.deepcopy(small[0]), *small[1:]
+    model.narrowing = Narrowing(model, None, "triton")
+    model.narrowing.set(slices)
+    kept = []
+
+    def look(module, args):
+        part = module.__dict__["weight"]
+        kept.append(weakref.ref(part))
+        if isinstance(part.grad_fn, torch.autograd.function.BackwardCFunction):  # nodes in C++ know no weak references
+            kept.append(weakref.ref(part.grad_fn))
+
+    for name in ("conv1", "conv2", "norm1"):
+        model.get_submodule(name).register_forward_pre_hook(look)
+    gc.collect()
+    gc.disable()
+    try:
+        backwards(model, x, how)
+        assert kept and all(thing() is None for thing in kept)
+    finally:
+        gc.enable()
+
+
+def test_an_interrupt_in_a_forward_is_forgotten_in_the_next(small):
+    """After KeyboardInterrupt torch calls no hook."""
+    model, slices, x = small
+    results = []
+    for interrupted in (False, True):
+        for impl in ("torch", "triton"):
+            twin = copy.deepcopy(model)
+            Narrowing(twin, None, impl).set(slices)
+            if interrupted:
+                handle = twin.conv2.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+                with pytest.raises(KeyboardInterrupt):
+                    twin(x)
+                handle.remove()
+                twin.load_state_dict(model.state_dict())
+            results.append(twin(x))
+            assert "weight" not in vars(twin.conv2) and twin.norm2.num_features == 6
+    assert all(torch.equal(a, results[0]) for a in results)
+
+
+def test_checkpointing_gathers_again_what_the_forward_had(small):
+    """Under autocast, with whole weights among them, in both ways, several times; and a part that ran alone."""
+    model, slices, x = small
+    slices = {"conv1": slices["conv1"], "norm1": slices["norm1"], "conv2": Slice(None, slices["conv2"].in_)}
+    with torch.no_grad():  # numbers that the interpreter need not round
+        for p in model.parameters():
+            p.copy_(p.bfloat16().float())
+    grads = []
+    for reentrant in (None, False, True):
+        twin = copy.deepcopy(model)
+        Narrowing(twin, None, "triton").set(slices)
+        twin.__class__, twin.reentrant = Checkpointed, reentrant
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = twin(x.requires_grad_()).float().square().sum() + twin.conv1(x).float().square().sum()
+        for again in (True, False):
+            loss.backward(retain_graph=again) if not reentrant else again or loss.backward()
+        grads.append([p.grad.clone() / (1 if reentrant else 2) for p in twin.parameters()])
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
 
 
 class Standardised(nn.Conv2d):
