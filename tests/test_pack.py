@@ -1,6 +1,8 @@
 """All slices of a network in one launch: the same numbers as tensor by tensor."""
 
+import contextlib
 import copy
+import ctypes
 import functools
 import gc
 import json
@@ -8,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from reprune_triton import channels, models
+from reprune_triton.errors import RepruneError
 from reprune_triton.kernels.launch import Configuration
 from reprune_triton.narrow import Narrowing, Slice, gather
 from reprune_triton.pack import Pack
@@ -132,6 +136,137 @@ def test_torch_is_left_to_it_where_the_kernels_cannot(device):
     assert Pack([cut], "triton").gather([t.int()], [torch.int32]) is None
     assert Pack([cut], "triton").gather([t.expand(2, 6)[0:1, :].expand(3, 6)], [t.dtype]) is None
     assert Pack([], "triton").gather([], []) is None
+
+
+# ---------------------------------------------------------------------- in a CUDA graph
+
+
+class Graphs:
+    """A GPU's, played: in a capture launches are noted and not done, and a replay does them, on the same addresses.
+    What was launched with is spoilt when nothing holds it any more. Nothing tells memory of the host from the device's,
+    so the copy to the device is none."""
+
+    def __init__(self, patch):
+        self.capturing, self.launches, self.run = False, [], Configuration.run
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: self.capturing)
+        patch.setattr(Configuration, "run", lambda *a: self.launch(*a))
+        patch.setattr("reprune_triton.kernels.pack._LAUNCHED", set())
+
+    def launch(self, config, programs, *arguments):
+        if not self.capturing:
+            self.run(config, programs, *arguments)
+            return
+        for argument in arguments:
+            size = argument.numel() * argument.itemsize
+            weakref.finalize(argument, ctypes.memset, argument.data_ptr(), 0xFF, size)
+        self.launches.append((config, programs, [(t.data_ptr(), t.numel(), t.dtype) for t in arguments]))
+
+    @contextlib.contextmanager
+    def capture(self):
+        self.launches, self.capturing = [], True
+        yield self.launches
+        self.capturing = False
+
+    def replay(self, launches):
+        for config, programs, arguments in launches:
+            own = []
+            for address, count, dtype in arguments:
+                memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+                own.append(torch.frombuffer(memory, dtype=dtype))
+            self.run(config, programs, *own)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU has graphs of its own")
+    return Graphs(monkeypatch)
+
+
+def test_graphs_replay_what_they_captured_whatever_came_after(graphs):
+    """Two of them in turns, each with gradients of its own and two backwards; between them steps without one, other
+    tensors, and the collector."""
+    pairs = tensors("cpu", torch.float32)[2:7:2]
+    some, cuts = [t for t, _ in pairs], [cut for _, cut in pairs]
+    statistics = torch.randn(33)
+    generator = torch.Generator().manual_seed(1)
+    pack, dtypes = Pack(cuts, "triton"), [torch.float32] * len(some)
+
+    def work(grads):
+        found = pack.gather(some, dtypes)
+        pack.put_back(found[0], [(2, statistics, False)])
+        return found, [torch.autograd.grad(found, some, own, retain_graph=True) for own in grads]
+
+    def draw():
+        return [[torch.randn(x.shape, generator=generator) for x in pack.gather(some, dtypes)] for _ in range(2)]
+
+    work(draw())
+    captured = []
+    for _ in range(2):
+        grads = draw()
+        with graphs.capture() as launches:
+            captured.append((launches, grads, *work(grads)))
+        assert len(launches) == 4
+        work(draw())
+        pack.gather([t.detach().double() for t in some], dtypes)  # other tables, of other tensors
+        gc.collect()
+        work(draw())
+    for launches, grads, found, full in captured * 2:
+        with torch.no_grad():
+            for t in (*some, *(x for own in grads for x in own)):
+                t.copy_(torch.randn(t.shape, generator=generator))
+        for own in full:
+            for t in own:
+                t.zero_()  # as the graph does
+        before = statistics.clone()
+        graphs.replay(launches)
+        for part, (t, cut) in zip(found, pairs, strict=True):
+            assert torch.equal(part, gather(t, cut))
+        for own, mine in zip(grads, full, strict=True):
+            theirs = torch.autograd.grad([gather(t, cut) for t, cut in pairs], some, own)
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        index = cuts[2][0][1]
+        assert torch.equal(statistics, before.index_copy(0, index, some[2].detach()[index]))
+
+
+def test_what_a_capture_meets_first(graphs, monkeypatch):
+    """It goes tensor by tensor, where nothing of the pack is on the device; a kernel that is not cannot come there."""
+    t, cut = torch.randn(6, requires_grad=True), [(0, torch.tensor([0, 2]))]
+    pack = Pack([cut], "triton")
+    with graphs.capture() as launches:
+        assert pack.gather([t], [t.dtype]) is None and pack.hold([t]) is None
+    found = pack.gather([t], [t.dtype])
+    with graphs.capture(), pytest.raises(RepruneError, match="do a whole training step first"):
+        pack.put_back(found[0], [(0, t, False)])
+    assert not launches
+
+
+def test_a_capture_after_steps_on_the_default_stream(small, graphs, monkeypatch):
+    """Works if nothing of them is left, and says what to do if something is: its gradients would go to that stream."""
+    stream = types.SimpleNamespace(stream_id=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(graphs, "run", lambda *_: None)
+    model, slices, x = copy.deepcopy(small[0]), *small[1:]
+    Narrowing(model, None, "triton").set(slices)
+    model(x).sum().backward()
+    loss = model(x).sum()
+    loss.backward()
+    stream.stream_id = 7
+    warm = model(x).sum()  # adds up on the stream of the loss before
+    for _ in range(2):
+        with graphs.capture(), pytest.raises(RepruneError, match="delete what holds it, such as the loss"):
+            model(x)
+    assert "weight" not in vars(model.conv1)
+    del loss, warm
+    with graphs.capture() as launches:
+        loss = model(x).sum()
+        loss.backward()
+    assert len(launches) == 3
+    with graphs.capture() as launches:  # the loss is of the stream of the capture
+        model(x)
+    assert len(launches) == 2
+    assert not copy.deepcopy(model)._forward_pre_hooks.popitem()[1].__self__.graphs
 
 
 # ---------------------------------------------------------------------- a whole network
@@ -381,7 +516,7 @@ def test_an_interrupt_in_a_forward_is_forgotten_in_the_next(small):
             twin = copy.deepcopy(model)
             Narrowing(twin, None, impl).set(slices)
             if interrupted:
-                handle = twin.conv2.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+                handle = twin.conv2.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGINT))
                 with pytest.raises(KeyboardInterrupt):
                     twin(x)
                 handle.remove()
