@@ -100,6 +100,7 @@ class Narrowing:
         self._held: tuple[Tensor, ...] = ()  # what is frozen, from before an optimizer's step until after it
         self._together = False  # whether the freezer holds it
         self._holder: Any = None  # the optimizer that steps
+        self._captured = False  # whether what is held is there only in a replay
         self._step_handles: list[Any] = []
         self.follow(optimizer if isinstance(optimizer, Optimizers) else Optimizers(optimizer, model.parameters()))
 
@@ -176,14 +177,16 @@ class Narrowing:
 
     @torch.no_grad()
     def _hold(self, optimizer: Any, *_: object) -> None:
-        if self._held:  # a step within a wrapper's
+        capturing = capture.capturing()
+        left = self._captured and (optimizer is self._holder or not capturing)  # by a capture that has failed
+        if self._held and not left:  # a step within a wrapper's
             return
         # Read at every step, not once per event: so it does not matter in which order a checkpoint is loaded.
         parameters = [p for p, _, _ in self._frozen]
         together = self._freezer.hold(parameters)
         apart = (p.index_select(dim, index.to(p.device)) for p, dim, index in self._frozen)
         self._together, self._held = together is not None, tuple(apart) if together is None else (together,)
-        self._holder = optimizer
+        self._holder, self._captured = optimizer, capturing
 
     @torch.no_grad()
     def _restore(self, optimizer: Any, *_: object) -> None:

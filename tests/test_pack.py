@@ -159,7 +159,7 @@ class Graphs:
             return
         for argument in arguments:
             size = argument.numel() * argument.itemsize
-            weakref.finalize(argument, ctypes.memset, argument.data_ptr(), 0xFF, size)
+            weakref.finalize(argument, ctypes.memset, argument.data_ptr(), 0, size)
         self.launches.append((config, programs, [(t.data_ptr(), t.numel(), t.dtype) for t in arguments]))
 
     @contextlib.contextmanager
