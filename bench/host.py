@@ -214,7 +214,7 @@ def profile(steps: dict[str, Callable[[], object]], count: int) -> None:
 
     for name, step in steps.items():
         print(f"{count} steps, {name}:")
-        profiler = cProfile.Profile()
+        profiler = cProfile.Profile(time.process_time)
         profiler.enable()
         for _ in range(count):
             step()

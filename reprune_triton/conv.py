@@ -28,6 +28,7 @@ from .norm import (
     _backward,
     _gradient,
     _wide,
+    made_up,
     measure,
     normalise,
     normalise_twice,
@@ -117,7 +118,8 @@ def choose(
         raise availability.refusal(message, x.device)
     if impl != "auto":
         return impl
-    other = "torch" if refuses(x) or x.numel() == 0 or torch.compiler.is_compiling() else "mixed"
+    plain = x.numel() == 0 or dtype == torch.float64 or torch.compiler.is_compiling() or refuses(x)
+    other = "torch" if plain and residual is None and not shared else "mixed"
     if why_not or other == "torch":
         return other
     on = torch.is_grad_enabled()
@@ -125,11 +127,13 @@ def choose(
     grads = (on and before, on and weight.requires_grad)
     prologue = 0 if norm is None else 1 + list(ACTIVATIONS).index(norm.act) + len(ACTIVATIONS) * norm.batch
     numbers = (len(x), *x.shape[2:], *weight.shape[2:], *(n for pair in moves for n in pair))
-    flags = (stats_eps is not None, residual is not None, shared, *grads)
-    case = dispatch.Case("conv", str(dtype), (*numbers, prologue, *map(int, flags)), (x.shape[1], len(weight)))
+    last = (t is not None and dispatch.is_channels_last(t) for t in (x, weight, residual))
+    flags = (stats_eps is not None, residual is not None, shared, *grads, *last)
+    form, channels = (*numbers, prologue, *map(int, flags)), (x.shape[1], len(weight))
+    case = dispatch.Case("conv", str(dtype), form, channels, dispatch.settings(dtype))
 
     def candidates() -> dispatch.Candidates:
-        return _candidates(x, dtype, weight, norm, moves, stats_eps, residual is not None, shared, grads)
+        return _candidates(x, dtype, weight, norm, moves, stats_eps, residual, shared, grads)
 
     found = dispatch.choose(x, case, candidates)
     return other if found == dispatch.UNKNOWN else found
@@ -176,28 +180,33 @@ def run(
 
 def _candidates(
     x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None,
-    has_residual: bool, shared: bool, grads: tuple[bool, bool],
+    residual: Tensor | None, shared: bool, grads: tuple[bool, bool],
 ) -> dispatch.Candidates:  # fmt: skip
     """What `dispatch` runs to compare the implementations, on numbers of its own.
 
     grads: whether a gradient goes back through x, and to the weight.
     """
     shapes, act, batch = (x.shape, weight.shape), norm and norm.act, norm is not None and norm.batch
+    has_residual = residual is not None
+    last, weight_last, residual_last = (t is not None and dispatch.is_channels_last(t) for t in (x, weight, residual))
     x = x.new_empty(0, dtype=dtype)  # what is measured later must not hold on to the activations of today
 
     def make() -> dict[str, Callable[[], list[Tensor]]]:
         draw = dispatch.numbers(x)
-        value, kernel = (draw(*shape, grad=grad) for shape, grad in zip(shapes, grads, strict=True))
-        gamma, beta = (draw(shapes[0][1], dtype=torch.float32, grad=grads[0]) for _ in range(2))
-        own = None if act is None else Norm(*_statistics(value.detach(), 1e-5)[:2], gamma, beta, act, batch)
-        residual = draw(*shapes[0], grad=grads[0]) if has_residual else None
-        inputs = [value, kernel, *(() if own is None else (gamma, beta)), *(() if residual is None else (residual,))]
+        value, kernel = draw(*shapes[0], last=last), draw(*shapes[1], last=weight_last)
+        own = None
+        if act is not None:
+            own = Norm(*_statistics(value, 1e-5)[:2], *made_up(draw, shapes[0][1], act, grads[0]), act, batch)
+        value.requires_grad_(grads[0])
+        kernel.requires_grad_(grads[1])
+        given = draw(*shapes[0], scale=1 / 8, grad=grads[0], last=residual_last) if has_residual else None
+        inputs = [value, kernel, *(() if own is None else own[2:4]), *(() if given is None else (given,))]
         inputs = [tensor for tensor in inputs if tensor.requires_grad]
         form = F.conv2d(value.detach().to("meta"), kernel.detach().to("meta"), None, *moves)
-        backs = [draw(*form.shape), *([draw(*shapes[0])] if shared else ())]
+        backs = [draw(*shape, scale=1 / 16, last=last) for shape in (form.shape, shapes[0])[: 1 + shared]]
 
         def once(how: str) -> list[Tensor]:
-            y, stats, written = run(value, kernel, own, moves, stats_eps, how, residual, shared)
+            y, stats, written = run(value, kernel, own, moves, stats_eps, how, given, shared)
             ys = [y] if written is None else [y, written]
             return dispatch.with_gradients(ys, inputs, backs, any(grads)) + list(stats or ())
 

@@ -1,9 +1,10 @@
 """Ours or PyTorch's, whichever is faster: measured once for every shape, and kept on disk.
 
 A shape is measured when a GPU first sees it: both implementations, forward and backward, on made-up numbers, a few
-milliseconds in all. The file goes by device, versions and our kernels' source, so a run that is resumed goes on with
-the same implementations, and with the same bits. An implementation of ours that gives other results than PyTorch's is
-never chosen, however fast.
+milliseconds in all. The file goes by device, versions and our sources, so a run that is resumed goes on with the same
+implementations, and with the same bits. An implementation of ours that gives other results than PyTorch's is never
+chosen, however fast. What cannot be measured, for want of memory most of all, is done by PyTorch, is not written, and
+is tried again after the next `share`, a few times at most. float64 is there to check with, and is PyTorch's.
 
 Under torch.distributed no process measures by itself, since others might not see that shape: one that is not known
 goes the way of the nearest that is. `share`, which `REPrune.step` calls in all processes, measures in the first process
@@ -20,7 +21,8 @@ import re
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +30,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import ranks
+
 WARM_UP, REPEATS = 3, 10
-TOLERANCE = 0.05  # between the results, relative in the L2 norm; 16 bits round to far less
+TRIES = 3  # to measure a case, in one process
+# A number of ours may differ from PyTorch's by so much of its own size and of the root mean square of its channel.
+# Types of 16 bits and TF32 round to a tenth of it; what is wrong is wrong by about that root mean square.
+TOLERANCE = 0.05
+LONGEST = 1 << 27  # cycles, less than a tenth of a second
+PIECE = 1 << 22  # numbers that are compared at once
 UNKNOWN = "torch"
 
 # Makes one run, forward and backward, of every implementation; a run returns all its results.
@@ -43,10 +52,11 @@ class Case(NamedTuple):
     dtype: str
     form: tuple[int, ...]  # batch, height, width and options
     channels: tuple[int, ...]
+    settings: tuple[int, ...]  # see `settings`
 
     def distance(self, other: Case) -> float:
         """How far apart the channels are, in logarithms; infinite if anything else differs."""
-        if self[:3] != other[:3] or len(self.channels) != len(other.channels):
+        if len(self.channels) != len(other.channels) or self._replace(channels=()) != other._replace(channels=()):
             return math.inf
         return sum(abs(math.log(a / b)) for a, b in zip(self.channels, other.channels, strict=True))
 
@@ -62,7 +72,9 @@ class Table:
     def __init__(self, path: Path | None, clock: Callable[[Callable[[], Any]], float]):
         self.path, self._clock = path, clock
         self.choices: dict[Case, str] = {} if path is None else _read(path)
-        self._wanted: dict[Case, Candidates] = {}
+        self._assumed: dict[Case, str] = {}  # of cases that are not measured, until `share`
+        self._wanted: dict[Case, Candidates] = {}  # those of them that could not be measured when they came
+        self._failures: Counter[Case] = Counter()
 
     def choose(self, case: Case, candidates: Callable[[], Candidates], now: Callable[[], bool]) -> str:
         """The implementation for this case.
@@ -70,33 +82,57 @@ class Table:
         candidates: asked for what is run, if it has to be measured.
         now: whether that may be done here and now; else the nearest case that is known decides.
         """
-        if case not in self.choices:
-            if not now():
-                self._wanted[case] = candidates()
-                nearest = min(self.choices, key=case.distance, default=case)
-                return self.choices[nearest] if case.distance(nearest) < math.inf and nearest != case else UNKNOWN
-            self._learn({case: self._measure(case, candidates())})
-        return self.choices[case]
+        found = self.choices.get(case) or self._assumed.get(case)
+        if found is not None and case not in self._wanted:
+            return found
+        if now():
+            self._wanted.pop(case, None)
+            self._learn(case, candidates())
+        elif found is None:
+            self._wanted[case] = candidates()
+            distance, nearest = min(
+                ((case.distance(known), name) for known, name in self.choices.items()), default=(math.inf, UNKNOWN)
+            )
+            self._assumed[case] = nearest if distance < math.inf else UNKNOWN
+        return self.choices.get(case) or self._assumed[case]
 
-    def share(self, group: dist.ProcessGroup | None) -> None:
-        """All processes of the group: measure in the first what is wanted there, and take over its table."""
+    def share(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        """All processes of the group: measure in the first what is wanted there, and take over its table. What could
+        not be measured may be tried again; without a group, that is all.
+
+        device: of this process's model.
+        """
+        if group is None:
+            self._assumed = {case: UNKNOWN for case, count in self._failures.items() if count == TRIES}
+            return
         if dist.get_rank(group) == 0:
-            self._learn({case: self._measure(case, candidates) for case, candidates in self._wanted.items()})
-        given = [self.choices]
-        dist.broadcast_object_list(given, group=group, group_src=0)
-        self.choices, self._wanted = given[0], {}
+            for case, candidates in list(self._wanted.items()):
+                self._learn(case, candidates)
+            self._wanted = {case: self._wanted[case] for case, count in self._failures.items() if count < TRIES}
+        else:
+            self._wanted = {}
+        given = self.choices, dict.fromkeys(self._failures, UNKNOWN)
+        self.choices, self._assumed = ranks.broadcast(given, group, device)
 
-    def _learn(self, found: dict[Case, str]) -> None:
-        self.choices |= found
-        if found and self.path is not None:
-            _write(self.path, _read(self.path) | found)
+    def _learn(self, case: Case, candidates: Candidates) -> None:
+        """Measure, and keep what comes of it."""
+        found = self._measure(case, candidates)
+        if found is None:
+            self._failures[case] += 1
+            self._assumed[case] = UNKNOWN
+            return
+        self._failures.pop(case, None)
+        self.choices[case] = found
+        if self.path is not None:
+            _write(self.path, _read(self.path) | {case: found})
 
     @torch.enable_grad()
-    def _measure(self, case: Case, candidates: Candidates) -> str:
+    def _measure(self, case: Case, candidates: Candidates) -> str | None:
+        """The faster one; None if it could not be found out."""
         try:
             runs = candidates()
             results = {name: run() for name, run in runs.items()}
-            wrong = [name for name in runs if not _agree(results[name], results[UNKNOWN])]
+            wrong = [name for name in runs if not agree(results[name], results[UNKNOWN])]
             del results
             if wrong:
                 warnings.warn(
@@ -115,14 +151,40 @@ class Table:
             return min(times, key=lambda name: statistics.median(times[name]))
         except Exception as error:  # out of memory, most of all; whatever it is, it must not end a training
             warnings.warn(f"{case} could not be measured, and PyTorch is taken: {error!r}", stacklevel=2)
-            return UNKNOWN
+            return None
 
 
-def _agree(mine: list[Tensor], theirs: list[Tensor]) -> bool:
-    return all(
-        bool((a.double() - b.double()).norm() <= TOLERANCE * b.double().norm())
-        for a, b in zip(mine, theirs, strict=True)
-    )
+def agree(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether every number is as near to PyTorch's as rounding leaves it; see TOLERANCE. In little memory."""
+    return all(_near(a.detach(), b.detach()) for a, b in zip(mine, theirs, strict=True))
+
+
+def _near(mine: Tensor, theirs: Tensor) -> bool:
+    if mine.shape != theirs.shape:
+        return False
+    others = [dim for dim in range(theirs.dim()) if dim != 1]  # a vector is one channel
+    zero = torch.zeros((), device=theirs.device)
+    squares = sum((_wide(b).square().sum(others, keepdim=True) for (b,) in _pieces(theirs)), zero)
+    typical = (squares * (squares.numel() / theirs.numel())).sqrt()
+    beyond = [
+        ((_wide(a) - _wide(b)).abs_() - TOLERANCE * (_wide(b).abs() + typical)).max() for a, b in _pieces(mine, theirs)
+    ]
+    return bool(torch.stack(beyond).max() <= 0)  # not where a number is none
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same parts of all of them, each with all channels."""
+    shape = tensors[0].shape
+    dim = max((dim for dim in range(len(shape)) if dim != 1), key=shape.__getitem__)
+    if tensors[0].numel() <= PIECE or shape[dim] == 1:
+        yield tensors
+        return
+    for part in zip(*(tensor.chunk(2, dim) for tensor in tensors), strict=True):
+        yield from _pieces(*part)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 # ---------------------------------------------------------------------- on disk
@@ -132,7 +194,7 @@ def _read(path: Path) -> dict[Case, str]:
     """What a file knows; nothing if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {Case(op, dtype, tuple(form), tuple(channels)): name for op, dtype, form, channels, name in found}
+        return {Case(op, dtype, *map(tuple, numbers)): name for op, dtype, *numbers, name in found}
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -158,24 +220,37 @@ def table(device: torch.device) -> Table | None:
     if device not in _TABLES:
         found = None
         if device.type == "cuda":
-            found = Table(_path(torch.cuda.get_device_name(device)), lambda run: _milliseconds(run, device))
+            found = Table(_path(torch.cuda.get_device_name(device)), Clock(device))
         _TABLES[device] = found
     return _TABLES[device]
 
 
 def share(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """`Table.share`, on a GPU."""
-    found = table(device) if group is not None else None
+    """`Table.share`, where there is a table. device: of this process's model."""
+    found = table(device)
     if found is not None:
-        found.share(group)
+        found.share(group, device)
 
 
 def choose(x: Tensor, case: Case, candidates: Callable[[], Candidates]) -> str:
     """The implementation for an operation on x, wherever that is; see `Table.choose`."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.dtype == torch.float64:
         return UNKNOWN  # torch.compile fuses by itself
     found = table(x.device)
     return UNKNOWN if found is None else found.choose(case, candidates, _now)
+
+
+def settings(dtype: torch.dtype) -> tuple[int, ...]:
+    """What else decides which code PyTorch runs for activations of this type, or how exact ours has to be."""
+    precision = torch._C._get_fp32_precision_getter
+    tf32 = [dtype == torch.float32 and precision("cuda", name) == "tf32" for name in ("conv", "matmul")]
+    deterministic = torch._C._get_cudnn_deterministic() or torch._C._get_deterministic_algorithms()
+    benchmark = torch._C._cuda_get_cudnn_benchmark_limit() if torch._C._get_cudnn_benchmark() else -1
+    return *map(int, tf32), int(torch._C._get_cudnn_enabled()), int(deterministic), benchmark
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _now() -> bool:
@@ -184,12 +259,20 @@ def _now() -> bool:
 
 
 def numbers(x: Tensor) -> Callable[..., Tensor]:
-    """Makes numbers up, on x's device and in its type, channels_last, and leaves the global generator alone."""
+    """Makes numbers up, on x's device and in its type, and leaves the global generator alone.
+
+    Their size is between 1 and 2 times `scale`, their sign is random. So normalised they stay away from zero, where an
+    activation's gradient turns on and off with the last bit.
+    """
     generator = torch.Generator(x.device).manual_seed(0)
 
-    def draw(*shape: int, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
-        found = torch.randn(*shape, generator=generator, device=x.device).to(dtype or x.dtype)
-        found = found.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else found
+    def draw(
+        *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None, grad: bool = False, last: bool = True
+    ) -> Tensor:
+        format = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
+        found = torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=format)
+        found.uniform_(-1, 1, generator=generator)
+        found.add_(torch.copysign(found.new_ones(()), found)).mul_(scale)
         return found.requires_grad_(grad)
 
     return draw
@@ -203,22 +286,40 @@ def with_gradients(ys: Sequence[Tensor], inputs: list[Tensor], backs: list[Tenso
 def _path(device: str) -> Path:
     import triton
 
-    from reprune_triton.kernels import masked_conv, norm_act
+    from reprune_triton import conv, norm
+    from reprune_triton.kernels import launch, masked_conv, norm_act
 
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (norm_act, masked_conv))
+    modules = (conv, norm, launch, masked_conv, norm_act)
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     versions = [hashlib.sha256(sources).hexdigest()[:12], f"torch{torch.__version__}", f"triton{triton.__version__}"]
-    versions.append(f"cuda{torch.version.cuda}")
+    versions.append(f"hip{torch.version.hip}" if torch.version.hip else f"cuda{torch.version.cuda}")
     name = "-".join([device, *versions, f"cudnn{torch.backends.cudnn.version()}"])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "reprune_triton" / (re.sub(r"[^\w.+-]", "_", name) + ".json")
 
 
-def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
-    """By the device's own clock."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(device):
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-    return begin.elapsed_time(end)
+class Clock:
+    """Milliseconds of one run on a device, by its own clock, and without the host.
+
+    A device with nothing to do waits for each operation that the host asks for: then the time between two events is
+    Python's. So it is kept busy until the host has asked for everything. It spins for so many cycles, and twice as
+    many from then on whenever it had begun the run before the host was through. A run that itself waits for the device
+    always does so, and its time with the host's is the right one.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._cycles = device, 1 << 20  # about half a millisecond
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self._device):
+            while True:
+                torch.cuda._sleep(self._cycles)
+                begin.record()
+                run()
+                end.record()
+                late = begin.query()
+                end.synchronize()
+                if not late or self._cycles >= LONGEST:
+                    return begin.elapsed_time(end)
+                self._cycles *= 2

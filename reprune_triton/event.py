@@ -185,7 +185,7 @@ class Event:
         failed, infinite, flat, rank = (int(x) for x in numbers[:4])
         if failed:
             failure, self._failure = self._failure, None
-            self.ranks.raise_failure(failure)
+            self.ranks.raise_failure(failure, self.device)
         if infinite or flat:
             self.request.check()
             what = "weights or scales that are not finite" if infinite else "scales that are all equal"

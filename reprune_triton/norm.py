@@ -101,11 +101,11 @@ def choose(
     if impl != "auto" or why_not:
         return "torch" if why_not else impl
     grad = torch.is_grad_enabled() and (x.requires_grad or bn.weight.requires_grad)  # type: ignore[union-attr]
-    flags = (residual is not None, list(ACTIVATIONS).index(bn.act), bn.batch, grad, stats is not None, twice)
-    case = dispatch.Case("norm_act", str(x.dtype), tuple(map(int, (len(x), *x.shape[2:], *flags))), (x.shape[1],))
-    return dispatch.choose(
-        x, case, lambda: _candidates(x, residual is not None, bn, grad, stats is not None, twice)
-    )
+    last = [t is not None and dispatch.is_channels_last(t) for t in (x, residual)]
+    flags = (residual is not None, list(ACTIVATIONS).index(bn.act), bn.batch, grad, stats is not None, twice, *last)
+    form = tuple(map(int, (len(x), *x.shape[2:], *flags)))
+    case = dispatch.Case("norm_act", str(x.dtype), form, (x.shape[1],), dispatch.settings(x.dtype))
+    return dispatch.choose(x, case, lambda: _candidates(x, residual, bn, grad, stats is not None, twice))
 
 
 def by_pytorch(x: Tensor, residual: Tensor | None, bn: BatchNorm) -> Tensor:
@@ -149,20 +149,21 @@ def _channels_last(x: MaybeTensor) -> MaybeTensor:
 
 
 def _candidates(
-    x: Tensor, has_residual: bool, bn: BatchNorm, grad: bool, has_stats: bool, twice: bool
+    x: Tensor, residual: Tensor | None, bn: BatchNorm, grad: bool, has_stats: bool, twice: bool
 ) -> dispatch.Candidates:
     """What `dispatch` runs to compare the implementations, on numbers of its own."""
-    shape, c, act, batch, eps = x.shape, x.shape[1], bn.act, bn.batch, bn.eps
+    shape, c, act, batch, eps, has_residual = x.shape, x.shape[1], bn.act, bn.batch, bn.eps, residual is not None
+    last, residual_last = (t is not None and dispatch.is_channels_last(t) for t in (x, residual))
     x = x.new_empty(0)  # what is measured later must not hold on to the activations of today
 
     def make() -> dict[str, Callable[[], list[Tensor]]]:
         draw = dispatch.numbers(x)
-        value, residual = (draw(*shape, grad=grad) for _ in range(2))
-        weight, bias = (draw(c, dtype=torch.float32, grad=grad) for _ in range(2))
+        value = draw(*shape, grad=grad, last=last)
+        given = draw(*shape, scale=1 / 8, grad=grad, last=residual_last) if has_residual else None
+        weight, bias = made_up(draw, c, act, grad)
         mean, variance = (None, None) if batch else (torch.zeros(c, device=x.device), torch.ones(c, device=x.device))
-        backs = [draw(*shape) for _ in range(1 + twice)]
-        inputs = [value, weight, bias, residual][: 4 if has_residual else 3]
-        given = residual if has_residual else None
+        backs = [draw(*shape, scale=1 / 16, last=last) for _ in range(1 + twice)]
+        inputs = [value, weight, bias, *(() if given is None else (given,))]
         own = BatchNorm(weight, bias, mean, variance, batch, 0.0, eps, act)
         stats = measure(value.detach(), eps) if has_stats else None
 
@@ -177,6 +178,14 @@ def _candidates(
         return {impl: functools.partial(run, impl) for impl in ("torch", "triton")}
 
     return make
+
+
+def made_up(draw: Callable[..., Tensor], channels: int, act: str, grad: bool) -> tuple[Tensor, Tensor]:
+    """gamma and beta, (channels,) each, for numbers of `dispatch.numbers`: none comes near where `act` bends."""
+    gamma, beta = (draw(channels, scale=scale, dtype=torch.float32) for scale in (1.0, 1 / 16))
+    if act == "relu6":
+        gamma[::2] *= 16  # beyond 6, others stay below it
+    return gamma.requires_grad_(grad), beta.requires_grad_(grad)
 
 
 def refuses(x: Tensor) -> str | None:

@@ -10,12 +10,26 @@ for; then all of them raise its error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .errors import RepruneError
+
+Value = TypeVar("Value")
+
+
+def broadcast(value: Value, group: dist.ProcessGroup | None, device: torch.device, source: int = 0) -> Value:
+    """What process `source` of the group has, in all of them.
+
+    device: of this process's own model. Without one, NCCL sends over the current device, which is the first GPU in
+        every process that has not chosen another.
+    """
+    given = [value]
+    dist.broadcast_object_list(given, group=group, group_src=source, device=device)
+    return given[0]
 
 
 class Ranks:
@@ -36,21 +50,22 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group)
 
-    def raise_failure(self, failure: BaseException | None) -> NoReturn:
+    def raise_failure(self, failure: BaseException | None, device: torch.device) -> NoReturn:
         """For all processes, when at least one of them has failed: tell each other, and raise.
+
+        device: of this process's own model.
 
         Raises:
             RepruneError: what went wrong, and in which process; the process's own error where it was this one's.
         """
         if failure is not None and self.size == 1:
             raise failure
-        found: list[str | None] = [None] * self.size
-        own = None if failure is None else f"{type(failure).__name__}: {failure}"
-        dist.all_gather_object(found, own, group=self.group)
+        first = torch.tensor(self.size if failure is None else self.rank, device=device)
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
+        text = broadcast(f"{type(failure).__name__}: {failure}", self.group, device, int(first))
         if failure is not None:
             raise failure
-        rank, text = next((rank, text) for rank, text in enumerate(found) if text is not None)
-        raise RepruneError(f"the pruning event failed in process {rank} of {self.size}: {text}")
+        raise RepruneError(f"the pruning event failed in process {int(first)} of {self.size}: {text}")
 
 
 def shares(problems: Sequence[int], cost: Sequence[int], rank: int, size: int) -> list[tuple[int, int]]:

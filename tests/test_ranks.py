@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from reprune_triton import REPrune, RepruneError, ranks, steps
+from reprune_triton import REPrune, RepruneError, dispatch, ranks, steps
 
 EVENTS = 2
 SETTINGS = {  # by name: how the pruners of this test differ
@@ -188,4 +188,31 @@ def test_one_process_alone_raises_its_own_error():
     alone = ranks.Ranks()
     assert (alone.size, alone.rank) == (1, 0)
     with pytest.raises(KeyError):
-        alone.raise_failure(KeyError("x"))
+        alone.raise_failure(KeyError("x"), torch.device("cpu"))
+
+
+def test_objects_go_over_the_models_own_device(monkeypatch):
+    """Which need not be the current one: NCCL would take that of every process that has not called set_device."""
+    device, seen = torch.device("cuda", 1), []
+    make = torch.tensor
+
+    def tensor(*arguments, device):
+        seen.append(device)
+        return make(*arguments)
+
+    def send(objects, group, group_src, device):
+        seen.append(device)
+        objects[0] = "KeyError: 'x'"
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, operation, group: tensor.fill_(1))
+    monkeypatch.setattr(dist, "broadcast_object_list", send)
+    monkeypatch.setattr(dist, "all_gather_object", lambda *_, **__: pytest.fail("which takes no device"))
+    with pytest.raises(RepruneError, match="failed in process 1 of 2: KeyError: 'x'"):
+        ranks.Ranks(dist.group.WORLD or object()).raise_failure(None, device)
+    table = dispatch.Table(None, lambda run: 0.0)
+    with pytest.raises(ValueError):  # what was sent is no table
+        table.share(object(), device)
+    assert seen == [device] * 3
