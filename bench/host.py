@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import nn
 
 from reprune_triton import channels as channel_analysis
-from reprune_triton import dispatch, fuse, models, narrow
+from reprune_triton import availability, dispatch, fuse, models, narrow
 from reprune_triton.bench import rows
 from reprune_triton.bench.step import TWO_BY_TWO
 from reprune_triton.bench.variants import Task, Variant, parse, sgd, train_step
@@ -156,10 +156,9 @@ def no_device() -> Iterator[list[str]]:
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
 
-    from reprune_triton.kernels import masked_conv, norm_act
+    from reprune_triton.kernels import probe
 
-    assert masked_conv  # has read INTERPRETED before it changes
-    if norm_act.INTERPRETED:
+    if probe.INTERPRETED:
         raise RepruneError("Triton interprets kernels in this process: unset TRITON_INTERPRET to time their launches")
 
     launches: list[str] = []
@@ -178,11 +177,12 @@ def no_device() -> Iterator[list[str]]:
     choices = dispatch.Table(None, lambda run: 0.0)
     before = driver._active, torch._C._get_mkldnn_enabled()
     driver.set_active(_Driver())
+    availability._tried.cache_clear()
     torch._C._set_mkldnn_enabled(False)  # setting its convolutions up takes longer than computing them
     try:
         with (
             mock.patch.object(triton.compiler, "compile", Empty),
-            mock.patch.object(norm_act, "INTERPRETED", True),
+            mock.patch.object(probe, "INTERPRETED", True),
             mock.patch.object(dispatch, "_now", lambda: True),
             mock.patch.object(dispatch.Table, "_measure", lambda self, case, candidates: "triton"),
             mock.patch.dict(dispatch._TABLES, {torch.device("cpu"): choices}),
@@ -191,6 +191,7 @@ def no_device() -> Iterator[list[str]]:
     finally:
         driver._active = before[0]
         torch._C._set_mkldnn_enabled(before[1])
+        availability._tried.cache_clear()
 
 
 class _Driver:
