@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from reprune_triton import channels as channel_analysis
 from reprune_triton import availability, dispatch, fuse, models, narrow
+from reprune_triton import channels as channel_analysis
 from reprune_triton.bench import rows
 from reprune_triton.bench.step import TWO_BY_TWO
 from reprune_triton.bench.variants import Task, Variant, parse, sgd, train_step
