@@ -1,7 +1,7 @@
 # Everything runs in .venv; a stamp newer than pyproject.toml means "already installed".
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo check test lint emulate bench gpu clean
 
 # The first interpreter on the path that is new enough.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
@@ -11,12 +11,24 @@ BIN := .venv/bin
 demo: .venv/.train
 	$(BIN)/python -m reprune_triton.bench demo
 
+# What takes seconds. The tests are those that neither compile nor interpret kernels.
+QUICK := data models ops_errors pool regrow sparsity guard bench_rows
+check: lint
+	$(BIN)/python -m pytest -q $(QUICK:%=tests/test_%.py)
+
 test: lint
 	$(BIN)/python -m pytest -q
 
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Compiled kernels, executed on the CPU (tests/ptxemu): make emulate ARCHS=90 SEEDS='1 2 3' ARGS='--inexact'
+ARCHS ?= 80 90
+SEEDS ?= 0
+emulate: .venv/.test
+	set -e; for arch in $(ARCHS); do for seed in $(SEEDS); do \
+	    $(BIN)/python -m pytest -q tests --emulate $$arch --seed $$seed $(ARGS); done; done
 
 # Ratios to other libraries, guarded: make bench ARGS='--json bench/results/suites.jsonl'
 bench: .venv/.test

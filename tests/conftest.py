@@ -5,13 +5,69 @@ import os
 import pytest
 import torch
 
-# Without a GPU Triton interprets the kernels. It reads this once, so it must be set before any kernel is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 # The networks here are tiny. On a busy machine several threads wait for each other ten times longer than they work.
 torch.set_num_threads(1)
 
 CUDA = torch.cuda.is_available()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("emulator", "compiled kernels, executed on the CPU (tests/ptxemu)")
+    group.addoption("--emulate", type=int, metavar="ARCH", help="run the tests of kernels in the emulator: 80 or 90")
+    group.addoption("--seed", type=int, default=0, help="of the order in which the emulator's warps run")
+    group.addoption("--inexact", action="store_true", help="the emulator rounds as carelessly as a GPU may")
+
+
+def pytest_configure(config):
+    """Triton reads this once, so it must be set before any kernel is imported."""
+    arch = config.getoption("--emulate")
+    if arch is not None:
+        os.environ.pop("TRITON_INTERPRET", None)
+        from ptxemu import driver, library
+
+        if reason := library.why_not():
+            raise pytest.UsageError(reason)
+        driver.activate(arch, config.getoption("--seed"), config.getoption("--inexact"))
+        from reprune_triton import availability
+
+        availability.why_not = lambda device: None  # tensors on the CPU are taken
+    elif not CUDA:
+        os.environ["TRITON_INTERPRET"] = "1"
+        import guard
+
+        guard.install()
+
+
+def pytest_collection_modifyitems(config, items):
+    """In the emulator only what runs kernels: tests that ask for a device or for Triton, and its own."""
+    if config.getoption("--emulate") is None:
+        return
+
+    def runs_kernels(item):
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        return "device" in item.fixturenames or "triton" in parameters or "ptxemu" in item.path.parts
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs_kernels(item)])
+    items[:] = filter(runs_kernels, items)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The emulator's own tests need a process in which kernels are compiled: see test_emulated.py."""
+    return True if collection_path.name == "ptxemu" and config.getoption("--emulate") is None else None
+
+
+@pytest.fixture(autouse=True)
+def emulator(request):
+    """In the emulator, a test fails if its kernels race, or touch memory that is not theirs or has no value yet."""
+    if request.config.getoption("--emulate") is None:
+        yield
+        return
+    from ptxemu import driver
+
+    driver.clear()
+    yield
+    found = driver.summary()
+    assert not found, f"\n{found}"
 
 
 @pytest.fixture(
@@ -21,5 +77,5 @@ CUDA = torch.cuda.is_available()
     ]
 )
 def device(request) -> str:
-    """Where the kernels run: interpreted on the CPU, or on a GPU."""
+    """Where the kernels run: interpreted or emulated on the CPU, or on a GPU."""
     return request.param

@@ -1,0 +1,25 @@
+"""A sample of `make emulate`: compiled kernels run on the CPU, where races and accesses out of bounds show."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ptxemu import library
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("tests/ptxemu", "tests/test_conv.py", "tests/test_norm.py", "tests/test_pack.py")
+SAMPLE = "found or barriers or copies or every_order or nan_goes_through or one_slice_may_change"
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not() or "")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_sample_runs_without_a_finding(arch):
+    """In a process of its own: here Triton interprets kernels."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulate", str(arch), "-k", SAMPLE]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run([*command, *FILES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
