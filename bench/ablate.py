@@ -187,7 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="folder of the data set")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--graph", action="store_true", default=None, help="replay steps from a CUDA graph")
+    parser.add_argument("--graph", action=argparse.BooleanOptionalAction, help="replay steps from a CUDA graph")
     parser.add_argument("--epochs", type=int, help="instead of the tier's")
     parser.add_argument("--note", help="kept in the rows: what a reader must know of the data or the machine")
     parser.add_argument("--budget", help="stop cleanly after this time: 90s, 9m or 2h")

@@ -72,3 +72,5 @@ def _end(graph: torch.cuda.CUDAGraph, device: int, pool: tuple[int, int]) -> Non
         return
     torch._C._cuda_releasePool(device, pool)
     _INVALID.append(graph)
+    generator = torch.cuda.default_generators[device]  # whose state takes the capture to be going on
+    generator.graphsafe_set_state(generator.clone_state())

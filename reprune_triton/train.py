@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -86,7 +87,8 @@ class Options:
     amp: str = "off"
     channels_last: bool = False
     fuse: bool = False  # BatchNorm, addition and activation in one operation
-    graph: bool = False  # replay each step from a CUDA graph, captured anew after every event; not with fp16
+    # Replay each step from a CUDA graph, captured anew after every event; default: on CUDA, but with fp16.
+    graph: bool | None = None
     workers: int = 4
     threads: int | None = None
     out: str | None = None
@@ -187,8 +189,7 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
         torch.set_num_threads(options.threads)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RepruneError("there is no CUDA device here: give --device cpu")
-    if options.graph:
-        _check_graph(device)
+    graph = _graph(options, device)
     torch.manual_seed(options.seed)
     data = load_data(
         options.data, options.data_dir, batch=options.batch, seed=options.seed, device=str(device),
@@ -201,13 +202,13 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
         model = model.to(memory_format=torch.channels_last)
     if options.fuse:
         model = fuse(model)
-    fused = options.graph or None  # only fused SGD reads the learning rate from a tensor
+    fused = graph or None  # only fused SGD reads the learning rate from a tensor
     optimizer = torch.optim.SGD(_groups(model, options), options.lr, options.momentum, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     pruner = _pruner(model, optimizer, example, options)
     run = _Run(options, model, optimizer, scaler, pruner, device)
     first, log = run.start()
-    step = _Step(model, optimizer, scaler, options, device)
+    step = _Step(model, optimizer, scaler, options, device, graph)
     epochs = options.epochs * options.stages
 
     progress = Progress(
@@ -286,9 +287,10 @@ class _Step:
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, options: Options,
-        device: torch.device,
+        device: torch.device, graph: bool,
     ):  # fmt: skip
         self.model, self.optimizer, self.scaler, self.options = model, optimizer, scaler, options
+        self.graph = graph
         self._lr, self._share = (torch.zeros((), device=device) for _ in range(2))
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
         self.forget()
@@ -300,7 +302,7 @@ class _Step:
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, share: float, lr: float) -> torch.Tensor:
         """The loss, from before the update. share: of x, where the rest is of the batch in reverse (mixup)."""
-        if not self.options.graph:
+        if not self.graph:
             for group in self.optimizer.param_groups:
                 group |= {"lr": lr}
             return self._work(x, y, share)
@@ -321,8 +323,25 @@ class _Step:
             self._warm = True
             return capture.warm_up(work)
         if self._replay is None:
-            self._replay = capture.capture(work)
+            try:
+                self._replay = capture.capture(work)
+            except Exception as error:  # nothing has been computed: the step is still to be done
+                self._go_on_without(error)
+                return self(x, y, share, lr)
         return self._replay()
+
+    def _go_on_without(self, error: Exception) -> None:
+        """Capture no more.
+
+        Raises:
+            RepruneError: if it was asked for.
+        """
+        message = f"a step of {self.options.model} cannot be captured in a CUDA graph ({error})"
+        if self.options.graph:
+            raise RepruneError(f"{message}: give --no-graph") from error
+        warnings.warn(f"{message}: the run goes on without one, as with --no-graph", stacklevel=2)
+        self.graph = False
+        self.optimizer.zero_grad()  # gradients that no replay will fill
 
     def _work(self, x: torch.Tensor, y: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
         options = self.options
@@ -343,9 +362,15 @@ class _Step:
         return loss.detach()
 
 
-def _check_graph(device: torch.device) -> None:
-    if device.type != "cuda":
+def _graph(options: Options, device: torch.device) -> bool:
+    """Whether steps are to be replayed from a CUDA graph.
+
+    Raises:
+        RepruneError: if that is asked for where there is none.
+    """
+    if options.graph and device.type != "cuda":
         raise RepruneError(f"graph needs a CUDA device; this run is on {device}")
+    return device.type == "cuda" and options.amp != "fp16" if options.graph is None else options.graph
 
 
 @torch.no_grad()
@@ -575,7 +600,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--amp", choices=AMP, help="mixed precision")
     add("--channels-last", action=argparse.BooleanOptionalAction)
     add("--fuse", action=argparse.BooleanOptionalAction, help="BatchNorm, addition and activation in one operation")
-    add("--graph", action=argparse.BooleanOptionalAction, help="replay each step from a CUDA graph")
+    add("--graph", action=argparse.BooleanOptionalAction,
+        help="replay each step from a CUDA graph (default: on CUDA, but with fp16)")  # fmt: skip
     add("--workers", type=int, help="processes that decode images, for imagenet (default 4)")
     add("--threads", type=int, help="CPU threads")
     add("--out", help="folder of the run (default runs/DATA-MODEL)")

@@ -61,6 +61,14 @@ def driver(monkeypatch):
         def replay(self):
             found.log.append("replay")
 
+    class Generator:
+        def clone_state(self):
+            return "a new state"
+
+        def graphsafe_set_state(self, state):
+            found.log.append(state)
+
+    monkeypatch.setattr(torch.cuda, "default_generators", [Generator()])
     monkeypatch.setattr(capture, "_STREAMS", {})
     monkeypatch.setattr(capture, "_INVALID", [])
     for name, value in {
@@ -99,7 +107,7 @@ def test_a_capture_that_fails_leaves_nothing_behind(driver, valid):
     with pytest.raises(ValueError if valid else RuntimeError):
         capture.capture(work)
     assert driver.current == "default" and driver.recording is None
-    told = [("ended", 0, (0, 7)), ("released", 0, (0, 7))]
+    told = [("ended", 0, (0, 7)), ("released", 0, (0, 7)), "a new state"]
     assert [entry for entry in driver.log if entry in told] == ([] if valid else told)
     assert len(capture._INVALID) == (not valid), "the graph must stay, or the allocator asks freed memory"
     driver.valid = True
@@ -114,6 +122,7 @@ def test_after_a_capture_that_fails_all_goes_on():
     before = torch.cuda.memory_allocated()
 
     def waits():
+        torch.nn.functional.dropout(x)
         x.mul_(2)
         (x + 1).sum().item()
 
@@ -122,6 +131,7 @@ def test_after_a_capture_that_fails_all_goes_on():
             capture.capture(waits)
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
         assert torch.cuda.memory_allocated() == before
+        torch.nn.functional.dropout(x)
     x.add_(1)
     replay = capture.capture(lambda: x.add_(1))
     assert x[0].item() == 2, "a capture does nothing"

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import channels, models
+from reprune_triton import capture, channels, models
+from reprune_triton.bench import graph
 from reprune_triton.errors import RepruneError
 from reprune_triton.kernels.launch import Configuration
 from reprune_triton.narrow import Narrowing, Slice, gather
@@ -267,6 +268,82 @@ def test_a_capture_after_steps_on_the_default_stream(small, graphs, monkeypatch)
         model(x)
     assert len(launches) == 2
     assert not copy.deepcopy(model)._forward_pre_hooks.popitem()[1].__self__.graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_captured_steps_are_the_same_bits(monkeypatch, dtype):
+    """As without a graph, over several replays, with an event between two captures; and with as few launches."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.manual_seed(0)
+    model, y = models.build("resnet8", num_classes=10).cuda(), torch.arange(8, device="cuda")
+    model = model.to(memory_format=torch.channels_last)
+    found = graph.prunable(model, (8, 3, 16, 16))
+    batches = [torch.randn(8, 3, 16, 16, device="cuda") for _ in range(4)]
+    states, launches = [], []
+    run = Configuration.run
+    monkeypatch.setattr(Configuration, "run", lambda *a: launches.append(capture.capturing()) or run(*a))
+    for captured in (False, True):
+        twin, x = copy.deepcopy(model), batches[0].clone()
+        optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, weight_decay=0.1, fused=True)
+        narrowing = Narrowing(twin, optimizer)
+
+        def step(twin=twin, optimizer=optimizer, x=x):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype, enabled=dtype is not None):
+                loss = F.cross_entropy(twin(x).float(), y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        losses = []
+        for every in (2, 3):
+            active = {x.name: torch.arange(0, x.n_out, every, device="cuda") for x in found.prunable}
+            narrowing.set(found.slices(active))
+            capture.warm_up(step)
+            launches.clear()
+            replay = capture.capture(step) if captured else step
+            assert not captured or launches == [True] * 5
+            for batch in batches:
+                x.copy_(batch)
+                losses.append(replay().clone())
+        states.append([*losses, *twin.state_dict().values()])
+        states[-1] += [optimizer.state[p]["momentum_buffer"] for p in twin.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_graph_captured_by_hand_after_steps_without_one():
+    """With torch alone, on a stream of its own choice: nothing of the steps is left. With a loss left, it says so."""
+    torch.manual_seed(0)
+    model, y = models.build("resnet8", num_classes=10).cuda(), torch.arange(8, device="cuda")
+    found, x = graph.prunable(model, (8, 3, 16, 16)), torch.randn(8, 3, 16, 16, device="cuda")
+    narrowing = Narrowing(model)
+    narrowing.set(found.slices({x.name: torch.arange(0, x.n_out, 2, device="cuda") for x in found.prunable}))
+
+    def step():
+        model.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        step()
+    graphed = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graphed):
+        found = step().detach()
+    graphed.replay()
+    replayed = [found.clone(), *(p.grad.clone() for p in model.parameters())]
+    loss = step()
+    for one, other in zip(replayed, [loss, *(p.grad for p in model.parameters())], strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+    with pytest.raises(RepruneError, match="delete what holds it, such as the loss"):
+        capture.capture(step)
+    del loss
+    capture.capture(step)()
 
 
 # ---------------------------------------------------------------------- a whole network

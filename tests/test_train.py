@@ -285,7 +285,7 @@ def test_a_replayed_run_is_the_same_run(tmp_path, monkeypatch):
         return work
 
     def watched(step, x, y, share):
-        if step.options.graph:
+        if step.graph:
             rates = [group["lr"] for group in step.optimizer.param_groups]
             places.add(tuple(tensor.data_ptr() for tensor in (x, y, share, *rates)))
         return work_of(step, x, y, share)
@@ -296,7 +296,7 @@ def test_a_replayed_run_is_the_same_run(tmp_path, monkeypatch):
         trainer.train(trainer.recipe(**common, graph=True))
     with pytest.raises(RepruneError, match="graph does not go with fp16"):
         trainer.recipe(**common, graph=True, amp="fp16")
-    monkeypatch.setattr(trainer, "_check_graph", lambda device: None)
+    monkeypatch.setattr(trainer, "_graph", lambda options, device: bool(options.graph))
     monkeypatch.setattr(trainer.capture, "warm_up", lambda work: work())
     monkeypatch.setattr(trainer.capture, "capture", capture)
     monkeypatch.setattr(trainer._Step, "_work", watched)
@@ -315,6 +315,82 @@ def test_a_replayed_run_is_the_same_run(tmp_path, monkeypatch):
         trainer.train(trainer.recipe(**common, out=str(tmp_path / "mixed")), crash)
     mixed = trainer.train(trainer.recipe(**common, out=str(tmp_path / "mixed"), resume=True, graph=True))
     assert mixed.log[-1]["loss"] == pytest.approx(plain.log[-1]["loss"], rel=1e-4)
+
+
+def test_where_there_are_graphs_they_are_used():
+    device, cpu = torch.device("cuda", 0), torch.device("cpu")
+    for graph, amp, where, expected in (
+        (None, "off", device, True), (None, "bf16", device, True), (None, "fp16", device, False),
+        (False, "off", device, False), (True, "bf16", device, True), (None, "off", cpu, False),
+    ):  # fmt: skip
+        assert trainer._graph(trainer.recipe(graph=graph, amp=amp), where) is expected
+
+
+class Waits(torch.nn.Module):
+    """A network that a CUDA graph cannot hold."""
+
+    capturing, captures = False, 0
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        if Waits.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return self.body(x)
+
+    @classmethod
+    def capture(cls, work):
+        cls.capturing, cls.captures = True, cls.captures + 1
+        try:
+            return work()
+        finally:
+            cls.capturing = False
+
+
+@pytest.mark.parametrize("graph", [None, True])
+def test_a_step_that_cannot_be_captured_is_done_without(monkeypatch, graph):
+    """Nothing of the run is another one's, unless the graph was asked for: then it says how to do without."""
+    build = models.build
+    monkeypatch.setattr(models, "build", lambda *args: Waits(build(*args)))
+    common = FAST | PRUNED["pruned"] | {"mixup": 0.2}
+    plain = trainer.train(trainer.recipe(**common))
+    monkeypatch.setattr(trainer, "_graph", lambda options, device: True)
+    monkeypatch.setattr(trainer.capture, "warm_up", lambda work: work())
+    monkeypatch.setattr(trainer.capture, "capture", Waits.capture)
+    monkeypatch.setattr(Waits, "captures", 0)
+    options = trainer.recipe(**common, graph=graph)
+    if graph:
+        with pytest.raises(RepruneError, match="resnet8 cannot be captured .*not permitted.*: give --no-graph"):
+            trainer.train(options)
+        return
+    with pytest.warns(UserWarning, match="the run goes on without one, as with --no-graph") as warned:
+        result = trainer.train(options)
+    assert len(warned) == 1 == Waits.captures
+    for one, other in zip(plain.log, result.log, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4) and one.get("flops") == other.get("flops")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_the_gpu_goes_on_without_a_graph(monkeypatch):
+    """Where the network waits for the device, in its forward, as it has dropped something."""
+    build = models.build
+
+    class Looks(Waits):
+        def forward(self, x):
+            y = torch.nn.functional.dropout(self.body(x), 0.1, self.training)
+            assert y.isfinite().all().item()
+            return y
+
+    monkeypatch.setattr(models, "build", lambda *args: Looks(build(*args)))
+    common = FAST | PRUNED["pruned"] | {"device": "cuda", "batch": 64}
+    plain = trainer.train(trainer.recipe(**common, graph=False))
+    with pytest.warns(UserWarning, match="the run goes on without one"):
+        result = trainer.train(trainer.recipe(**common))
+    assert plain.log[0]["loss"] == pytest.approx(result.log[0]["loss"], rel=0.1)
+    assert len(result.log) == 4 and result.accuracy > 0.3
 
 
 def test_resume_restores_the_global_generator_too(tmp_path, monkeypatch):
