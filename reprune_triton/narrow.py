@@ -217,9 +217,7 @@ class Narrowing:
 
     def _states(self, entries: Entries) -> Iterator[tuple[int, State]]:
         """What the optimizers remember of these parameters, each with its entry's number."""
-        for number, (parameter, _, _) in enumerate(entries):
-            for state in self._optimizers.states(parameter):
-                yield number, state
+        return self._optimizers.states([parameter for parameter, _, _ in entries])
 
 
 class _Run(NamedTuple):

@@ -10,17 +10,17 @@ import copy
 import functools
 import types
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import rng
+from . import capture, rng
 from .errors import RepruneError
 
-Path = tuple[Any, ...]  # where a tensor stands in a parameter's state: a name, within lists and dicts further keys
+Path = tuple[Any, ...]  # where something stands: the name of an attribute, then keys of dicts and places in lists
 Hook = Callable[..., None]  # of the optimizer that steps, and more that is not used
 
 
@@ -51,7 +51,7 @@ class Optimizers:
             raise RepruneError("the optimizer trains none of this model's parameters: give the one that does")
         self.stepped = False  # since someone has set this to False
         self.replayed = False  # a CUDA graph holds a step: it may be replayed unseen
-        self._fresh: dict[tuple[int, Path], float | None] = {}
+        self._fresh: dict[Path, float | None] = {}  # by number of the optimizer, and where it keeps it
 
     @property
     def parameters(self) -> set[nn.Parameter]:
@@ -64,7 +64,7 @@ class Optimizers:
         def noted(optimizer: Any, *_: object) -> None:
             after(optimizer)
             self.stepped = True
-            self.replayed |= torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+            self.replayed |= capture.capturing()
 
         handles: list[Any] = []
         for optimizer in self.members:
@@ -74,14 +74,16 @@ class Optimizers:
                 handles.append(_Wrapped(optimizer, before, noted))
         return handles
 
-    def states(self, parameter: nn.Parameter) -> Iterator[State]:
-        """All of this parameter's shape that is kept for it."""
-        for number, (_, states) in enumerate(self._states()):
-            for path, value in _tensors(states.get(parameter)):
-                if value.shape == parameter.shape:
-                    if (number, path) not in self._fresh:
-                        self._fresh[number, path] = self._at_first_sight(states, path)
-                    yield State(value, self._fresh[number, path])
+    def states(self, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[int, State]]:
+        """All that is kept in the shape of one of these parameters, with the number of that."""
+        kept = list(self._kept())
+        for number, parameter in enumerate(parameters):
+            for where, states in kept:
+                for path, value in _tensors(states.get(parameter)):
+                    if value.shape == parameter.shape:
+                        if where + path not in self._fresh:
+                            self._fresh[where + path] = self._at_first_sight(states, path)
+                        yield number, State(value, self._fresh[where + path])
 
     def check(self, names: Mapping[nn.Parameter, str]) -> None:
         """Raise RepruneError if something is kept for one of these parameters that cannot follow its channels."""
@@ -94,9 +96,9 @@ class Optimizers:
         An optimizer that cannot be tried (it wants more than a gradient) is taken as it comes: what is near the weight
         when it is first seen counts as a weight, all else as an average.
         """
-        for number, (optimizer, _) in enumerate(self._states()):
+        for number, optimizer in enumerate(self.members):
             if len(_optimizers(optimizer)) == 1:  # wrappers are seen at work
-                self._fresh |= {(number, path): fresh for path, fresh in _tried(optimizer, names).items()}
+                self._fresh |= {(number, *path): fresh for path, fresh in _tried(optimizer, names).items()}
 
     def carry(self, replaced: Mapping[nn.Parameter, tuple[nn.Parameter, Callable[[Tensor], Tensor]]]) -> None:
         """Train these parameters in place of the old ones, which are the keys.
@@ -109,26 +111,26 @@ class Optimizers:
         def exchanged(value: Any) -> Any:
             return new.get(value, value) if isinstance(value, nn.Parameter) else value
 
+        for _, states in list(self._kept()):
+            for old, (parameter, narrowed) in replaced.items():
+                if old in states:
+                    fit = functools.partial(_fitted, shape=old.shape, narrowed=narrowed)
+                    states[parameter] = _mapped(states.pop(old), fit)
         for optimizer in self.members:
             for group in optimizer.param_groups:
                 group["params"] = _mapped(group["params"], exchanged)
             for name, value in list(vars(optimizer).items()):
                 if name not in ("param_groups", "state") and isinstance(value, (list, tuple, dict)):
                     setattr(optimizer, name, _mapped(value, exchanged))
-        for _, states in self._states():
-            for old, (parameter, narrowed) in replaced.items():
-                if old in states:
-                    fit = functools.partial(_fitted, shape=old.shape, narrowed=narrowed)
-                    states[parameter] = _mapped(states.pop(old), fit)
 
-    def _states(self) -> Iterator[tuple[Any, dict[Any, Any]]]:
-        """What they remember, by parameter, and whose it is. Wrappers share it with what they wrap: it is of these."""
+    def _kept(self) -> Iterator[tuple[Path, dict[Any, Any]]]:
+        """Where they keep something by parameter. What a wrapper shares with an optimizer inside is that one's."""
         seen: list[Any] = []
-        for optimizer in reversed(self.members):
-            states = getattr(optimizer, "state", None)
-            if isinstance(states, dict) and not any(states is x for x in seen):
-                seen.append(states)
-                yield optimizer, states
+        for number, optimizer in reversed([*enumerate(self.members)]):
+            for where, states in _kept(optimizer):
+                if not any(states is x for x in seen):
+                    seen.append(states)
+                    yield (number, *where), states
 
     @staticmethod
     def _at_first_sight(states: Mapping[Any, Any], path: Path) -> float | None:
@@ -136,6 +138,7 @@ class Optimizers:
         pairs = [
             (value, parameter)
             for parameter, state in states.items()
+            if isinstance(parameter, nn.Parameter)
             for key, value in _tensors(state)
             if key == path and value.shape == parameter.shape
         ]
@@ -202,16 +205,33 @@ def _parameters(optimizer: Any) -> list[nn.Parameter]:
 # ---------------------------------------------------------------------- what they remember
 
 
-def _tensors(state: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """All tensors in it, also those in lists and dicts."""
-    if torch.is_tensor(state):
-        yield path, state
-    elif isinstance(state, dict):
-        for key, value in state.items():
-            yield from _tensors(value, (*path, key))
-    elif isinstance(state, (list, tuple, deque)):
-        for number, value in enumerate(state):
-            yield from _tensors(value, (*path, number))
+def _kept(optimizer: Any) -> Iterator[tuple[Path, dict[Any, Any]]]:
+    """The dicts in which an optimizer keeps something by parameter: its state, and others."""
+
+    def look(value: Any, path: Path) -> Iterator[tuple[Path, dict[Any, Any]]]:
+        if isinstance(value, dict) and path != ("param_groups",):
+            if any(isinstance(key, nn.Parameter) for key in value):
+                yield path, value
+            for key, item in value.items():
+                if isinstance(item, dict) and not isinstance(key, nn.Parameter):
+                    yield from look(item, (*path, key))
+
+    return look(vars(optimizer), ())
+
+
+def _tensors(value: Any, path: Path = (), objects: bool = False) -> Iterator[tuple[Path, Tensor]]:
+    """All tensors in it and in its lists and dicts, without what is kept there by parameter; objects: in these too."""
+    if torch.is_tensor(value):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, nn.Parameter):
+                yield from _tensors(item, (*path, key), objects)
+    elif isinstance(value, (list, tuple, deque)):
+        for number, item in enumerate(value):
+            yield from _tensors(item, (*path, number), objects)
+    elif objects and hasattr(value, "__dict__"):
+        yield from _tensors(vars(value), path, objects=False)
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -238,24 +258,27 @@ def _check(optimizer: Any, names: Mapping[nn.Parameter, str]) -> None:
     """Raise RepruneError if this optimizer keeps something for these parameters that cannot follow their channels."""
     way_out = "use SGD, AdamW or another optimizer whose state has one number for every entry of its parameter"
     own = set(_parameters(optimizer))
-    total, states = sum(p.numel() for p in own), getattr(optimizer, "state", None)
-    for parameter, state in states.items() if isinstance(states, dict) else ():
-        for path, value in _tensors(state):
-            of = "all parameters together" if value.numel() >= total > parameter.numel() else names.get(parameter)
+    total = sum(p.numel() for p in own)
+    kept = [(where, *item) for where, states in _kept(optimizer) for item in states.items()]
+    for where, parameter, state in kept:
+        for path, value in _tensors(state, objects=True) if isinstance(parameter, nn.Parameter) else ():
+            together = value.numel() >= total > parameter.numel()
+            of = names.get(parameter, "all parameters together" if together else "")
             plain = type(value) in (Tensor, nn.Parameter) and (value.is_floating_point() or value.is_complex())
             if of and value.numel() > 1 and not (plain and value.shape == parameter.shape):
+                name = ".".join(map(str, (*where[where[0] == "state" :], *path)))
                 form = "" if plain else f" of {type(value).__name__} {value.dtype}".replace("torch.", "")
                 raise RepruneError(
-                    f"{type(optimizer).__name__} keeps a state {'.'.join(map(str, path))} {tuple(value.shape)}{form} "
-                    f"for {of} {tuple(parameter.shape)}, which cannot follow its channels: {way_out}"
+                    f"{type(optimizer).__name__} keeps a state {name} {tuple(value.shape)}{form} for {of} "
+                    f"{tuple(parameter.shape)}, which cannot follow its channels: {way_out}"
                 )
     shapes = {tuple(p.shape): name for p, name in names.items() if p.dim() > 1}
-    for path, value in _tensors({k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}):
-        of = "all parameters together" if value.numel() == total else shapes.get(tuple(value.shape))
-        if of and value not in own:
+    for path, value in _tensors({key: item for key, item in vars(optimizer).items() if key != "param_groups"}):
+        what = "all parameters together" if value.numel() == total else shapes.get(tuple(value.shape))
+        if what and value not in own:
             raise RepruneError(
-                f"{type(optimizer).__name__} keeps a tensor for {of} in its attribute {path[0]}, outside of its state, "
-                f"which cannot follow the channels: {way_out}"
+                f"{type(optimizer).__name__} keeps a tensor for {what} in {'.'.join(map(str, path))}, and not by "
+                f"parameter, which cannot follow channels: {way_out}"
             )
 
 
@@ -275,22 +298,35 @@ def _tried(optimizer: Any, names: Mapping[nn.Parameter, str]) -> dict[Path, floa
 
     The twin makes two steps with a gradient of zero: what is the weight then is a weight; what is one number and stays
     it is that number, a step size say; all else is an average, zero. Then a step with another gradient, as some states
-    appear only then.
+    appear only then; and one as a channel makes it that has come back.
     """
     found: dict[Path, float | None] = {}
     with rng.kept(p.device for p in names), contextlib.suppress(_NoTwin):
         twin, alike = _twin(optimizer, names)
+
+        def step(parameter: nn.Parameter, factor: float) -> dict[Path, Tensor]:
+            """What is there in the parameter's shape after a step with a gradient of so many weights."""
+            parameter.grad = parameter.detach() * factor
+            _step(twin, parameter)
+            _check(twin, alike)
+            states = ((where, _tensors(kept.get(parameter))) for where, kept in _kept(twin))
+            return {where + path: x for where, tensors in states for path, x in tensors if x.shape == parameter.shape}
+
         for parameter in sorted(alike, key=Tensor.numel):  # the smallest first: a refusal comes soon
-            seen = []
-            for factor in (0.0, 0.0, 1e-2):
-                parameter.grad = parameter.detach() * factor
-                _step(twin, parameter)
-                _check(twin, alike)
-                seen.append({path: value.clone() for path, value in _tensors(twin.state.get(parameter))})
+            before = {path: value.clone() for path, value in step(parameter, 0.0).items()}
+            for path, value in step(parameter, 0.0).items():
+                found.setdefault(path, _fresh(value, before.get(path), parameter))
+            for path, value in step(parameter, 1e-2).items():
+                fresh = found.get(path, 0.0)
+                value.copy_(parameter.detach()) if fresh is None else value.fill_(fresh)
+            was_finite = parameter.isfinite().all()
+            step(parameter, 1e-2)
+            if was_finite and not parameter.isfinite().all():
+                raise RepruneError(
+                    f"{type(optimizer).__name__} makes NaN of {alike[parameter]} when its averages are set to zero, as "
+                    "those of pruned channels are: use SGD, AdamW or another optimizer"
+                )
             parameter.grad = None
-            for path, value in seen[1].items():
-                if value.shape == parameter.shape and path not in found:
-                    found[path] = _fresh(value, seen[0].get(path), parameter)
     return found
 
 
@@ -319,7 +355,7 @@ def _twin(optimizer: Any, names: Mapping[nn.Parameter, str]) -> tuple[Any, dict[
             for p in group["params"]:
                 key = p.shape, p.dtype, p.device
                 if key not in own:
-                    values = torch.linspace(0.5, 1.5, p.numel(), dtype=p.dtype, device=p.device)
+                    values = torch.linspace(-1.5, 1.5, p.numel(), dtype=p.dtype, device=p.device)
                     own[key] = nn.Parameter(values.view(p.shape))
                 memo[id(p)] = memo[id(own[key])] = own[key]
                 if p in names:

@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 from reprune_triton import REPrune, RepruneError
+from reprune_triton.narrow import Narrowing, Slice
 from reprune_triton.optimizers import Optimizers
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -87,6 +88,17 @@ def leaves(state):
     if isinstance(state, (list, tuple)):
         return [x for value in state for x in leaves(value)]
     return [state] if torch.is_tensor(state) else []
+
+
+def kept_for(optimizer, p):
+    """All tensors that it keeps for this parameter, wherever."""
+
+    def look(value):
+        if not isinstance(value, dict):
+            return []
+        return leaves(value.get(p)) + [x for key, item in value.items() if isinstance(key, str) for x in look(item)]
+
+    return look({key: value for key, value in vars(optimizer).items() if key != "param_groups"})
 
 
 # ---------------------------------------------------------------------- optimizers as people write them
@@ -268,6 +280,39 @@ class ScheduleFree(Rule):
             p.lerp_(self.state[p]["z"], 1 - 1 / 0.9)
 
 
+class Elsewhere(Rule):
+    """Keeps first weights and averages by parameter, but not in the state of the parameter."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        first = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+        self.averages, self.state["all"] = {}, {"count": 0, "first": first}
+
+    def update(self, p, state):
+        self.state["all"]["count"] += 1
+        average = self.averages.setdefault(p, torch.zeros_like(p))
+        average.mul_(0.9).add_(p.grad + 0.1 * p)
+        p.sub_(average, alpha=0.02).lerp_(self.state["all"]["first"][p], 0.01)
+
+
+class OnesFirst(Rule):
+    """Its average begins at one."""
+
+    def update(self, p, state):
+        square = state.setdefault("square", torch.ones_like(p))
+        square.lerp_(p.grad.square(), 0.1)
+        p.sub_(p.grad / (square + 1e-8).sqrt(), alpha=0.02)
+
+
+class Divides(Rule):
+    """Divides by an average that is never zero."""
+
+    def update(self, p, state):
+        square = state.setdefault("square", torch.ones_like(p))
+        p.sub_(p.grad / square.sqrt(), alpha=0.02)
+        square.mul_(0.9).addcmul_(p.grad, p.grad, value=0.1)
+
+
 class DualAverages(Rule):
     """Weights are the first ones less a sum of all gradients."""
 
@@ -296,6 +341,17 @@ class Eightbit(Rule):
 class Matrices(Rule):
     def update(self, p, state):
         state["factors"] = [torch.eye(n) for n in p.shape]
+        super().update(p, state)
+
+
+class Projector:
+    def __init__(self, p):
+        self.basis = torch.eye(p.shape[0])
+
+
+class Objects(Rule):
+    def update(self, p, state):
+        state["projector"] = Projector(p)
         super().update(p, state)
 
 
@@ -340,6 +396,8 @@ WRAPPERS = {
     "other names": lambda p: OtherNames(p),
     "schedule free": lambda p: ScheduleFree(p),
     "dual averages": lambda p: DualAverages(p),
+    "elsewhere": lambda p: Elsewhere(p),
+    "ones first": lambda p: OnesFirst(p),
 }
 
 
@@ -359,13 +417,13 @@ def check_all(model, optimizer, given=None):
     kept = 0
     for member in members:
         for name, p, dim, index in pruned(pruner):
-            for value in leaves(getattr(member, "state", {}).get(p, {})):
+            for value in kept_for(member, p):
                 if value.shape == p.shape:
                     left = value.index_select(dim, index)
                     assert torch.equal(left, p.detach().index_select(dim, index)) or left.abs().max() == 0, name
                     kept += 1
     assert kept
-    old = {name: [x.clone() for m in members for x in leaves(getattr(m, "state", {}).get(p, {}))]
+    old = {name: [x.clone() for m in members for x in kept_for(m, p)]
            for name, p in model.named_parameters()}  # fmt: skip
     expected = model.eval()(X)
     slim = pruner.finalize()
@@ -373,11 +431,11 @@ def check_all(model, optimizer, given=None):
     own = {id(p) for p in slim.parameters()}
     for member in members:
         assert {id(p) for group in member.param_groups for p in group["params"]} <= own
-        assert {id(p) for p in getattr(member, "state", {})} <= own
+        assert {id(p) for p in getattr(member, "state", {}) if p != "all"} <= own
     assert {id(p) for m in members for group in m.param_groups for p in group["params"]} == own
     active = pruner.active
     for name, p in slim.named_parameters():
-        now = [x for m in members for x in leaves(getattr(m, "state", {}).get(p, {}))]
+        now = [x for m in members for x in kept_for(m, p)]
         assert len(now) == len(old[name])
         for value, wide in zip(now, old[name], strict=True):
             rows = {"conv1": active["conv1"], "bn1": active["conv1"]}.get(name.split(".")[0])
@@ -474,6 +532,24 @@ def test_channels_come_back_without_a_past(name):
     assert back > 10
 
 
+@pytest.mark.parametrize("make", [
+    ScheduleFree, OtherNames, sgd, lambda p: torch.optim.Rprop(p, 0.02), lambda p: Decaying(sgd(list(p))),
+])  # fmt: skip
+def test_the_kernels_put_back_what_the_reference_does(make):
+    found = []
+    for impl in ("torch", "triton"):
+        model = network()
+        optimizer = make(model.parameters())
+        narrowing = Narrowing(model, optimizer, impl)
+        train(model, optimizer)
+        part = Slice(torch.arange(0, 8, 2))
+        narrowing.set({"conv1": part, "bn1": part, "conv2": Slice(in_=torch.arange(0, 8, 2))})
+        train(model, optimizer)
+        states = [x for p in model.parameters() for y in narrowing._optimizers.members for x in kept_for(y, p)]
+        found.append([*model.parameters(), *states])
+    assert len(found[0]) > 8 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
 def test_the_fast_iterate_of_frozen_weights_is_the_weight():
     model = network()
     optimizer = ScheduleFree(model.parameters())
@@ -490,17 +566,27 @@ def test_the_fast_iterate_of_frozen_weights_is_the_weight():
     (Factored, r"Factored keeps a state row \(4,\) for fc.weight \(4, 8\), which cannot follow .*: use SGD, AdamW"),
     (Eightbit, r"Eightbit keeps a state average \(8,\) of Tensor int8 for \w+.\w+ \(8,\)"),
     (Matrices, r"Matrices keeps a state factors.0 \(8, 8\) for \w+.\w+ \(8,\)"),
-    (OneForAll, r"OneForAll keeps a state direction \(\d+,\) for all parameters together"),
-    (Beside, r"Beside keeps a tensor for \w+.weight in its attribute slow, outside of its state"),
+    (Divides, r"Divides makes NaN of \w+.\w+ when its averages are set to zero"),
+    (Objects, r"Objects keeps a state projector.basis \(\d, \d\) for"),
+    (OneForAll, r"OneForAll keeps a state direction \(\d+,\) for conv1.weight"),
+    (Beside, r"Beside keeps a tensor for \w+.weight in slow.0.\d, and not by parameter"),
     (lambda p: Duck(Factored(p)), "Factored keeps a state row"),
     (lambda p: [Matrices(p)], "Matrices keeps a state"),
-    (torch.optim.LBFGS, "LBFGS keeps a state .* for all parameters together"),
+    (torch.optim.LBFGS, r"LBFGS keeps a state \w+ \(\d+,\) for conv1.weight"),
     (torch.optim.Adafactor, "Adafactor keeps a state"),
 ])  # fmt: skip
 def test_a_state_that_cannot_follow_channels_is_refused_before_the_training(make, message):
     model = network()
     with pytest.raises(RepruneError, match=message):
         pruner_of(model, make(model.parameters()))
+
+
+@pytest.mark.parametrize("make", [OneForAll, torch.optim.LBFGS])
+def test_a_state_for_all_parameters_is_refused_wherever_it_is_kept(make):
+    model = network()
+    parameters = [model.fc.bias, *(p for p in model.parameters() if p is not model.fc.bias)]
+    with pytest.raises(RepruneError, match=f"{make.__name__} keeps a state .* for all parameters together"):
+        pruner_of(model, make(parameters))
 
 
 @pytest.mark.parametrize("compact", ["off", "auto"])
