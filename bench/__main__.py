@@ -19,6 +19,8 @@ COMMANDS = {
     "host": "time what the host does in a training step, with nothing left for a device to do",
     "hours": "add up a whole training from measured steps and events",
     "roofline": "estimate the least time of a training step from bytes and FLOPs",
+    "dispatch": "compare dispatch's choices with times of CUDA graphs",
+    "smoke": "check every kernel on the shapes of a network",
     "gpu": "run the tests, sanitizers and benchmarks that need a GPU, one after the other",
 }
 

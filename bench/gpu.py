@@ -1,11 +1,17 @@
-"""Everything that needs a GPU, in one go, from a bare checkout: tests, determinism, sanitizers, benchmarks.
+"""Everything that needs a GPU, in one go, from a bare checkout: kernels, benchmarks, tests, determinism, sanitizers.
 
-Each part is a process with a time limit of its own. One that fails or runs out of time does not stop the others.
+Each part is a process with a time limit of its own. One that fails, hangs or breaks the device does not stop the
+others, and what it has measured by then is on disk. The parts come in the order of what they are worth: the machine may
+be taken away. With --first they are only those that decide what to build next.
+
+A first run compiles and measures much that later ones find in caches, and every process needs 5 to 8 s until it has
+PyTorch and a CUDA context. That is what the limits are for; those that must be had add up to less than nine minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -19,9 +25,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -33,14 +39,17 @@ from reprune_triton.errors import RepruneError
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = (sys.executable, "-m", "reprune_triton.bench")
+MINUTES, FIRST_MINUTES = 9.0, 1.5
 LEAST = 5.0  # seconds with which a part is still begun
 GRACE = 10.0  # seconds that a part has to say its last words
-MARGIN = 30.0  # seconds between the time a benchmark is told and its limit: for its start and the last variant
+MARGIN = 15.0  # seconds between the time a benchmark is told and its limit: for its start and the last variant
+HEAD, TAIL = 200_000, 100_000  # characters of a part's output that are kept, of its begin and of its end
 NO_TESTS = 5  # pytest's exit code
-ResultRow = dict[str, str | float]
+GOOD = ("measured", "held", "right")  # results of a row
+NO_GRAPH = "a CUDA graph needs CUDA"
 
 # (n_out, n_in, kh, kw). The small ones reach every kernel, with one warp and with several.
-TINY = ((9, 1, 3, 3), (12, 1, 1, 1))
+TINY_SHAPES = ((9, 1, 3, 3), (12, 1, 1, 1))
 SMALL = (
     (40, 4, 3, 3), (33, 3, 1, 1), (70, 3, 3, 3), (130, 2, 5, 5), (90, 2, 2, 2), (100, 3, 1, 1), (520, 2, 1, 1),
     (1, 2, 3, 3),
@@ -51,7 +60,44 @@ RESNET18 = (
 )  # fmt: skip
 
 
-FINAL = "dense dense-graph compact compact-graph compact-fused-graph dense-compile compact-compile"
+class Sizes(NamedTuple):
+    """All in which a run and its rehearsal differ."""
+
+    device: str
+    model: str
+    step: str  # options of the benchmarks
+    sparsity: str
+    event: str
+    scaling: str
+    smoke: str
+    dispatch: str
+    hours: str
+    tests: str  # options of pytest
+    bits: str
+    patience: float  # by which the limits are multiplied
+    environment: tuple[tuple[str, str], ...] = ()
+    # What is measured in the time that is left.
+    more_sparsities: str = ""
+    more_networks: tuple[tuple[str, str], ...] = ()  # and their sparsities
+    more_linkages: tuple[str, ...] = ()
+
+
+REAL = Sizes(
+    device="cuda", model="resnet50", step="--batch 256 --warmup 10 --steps 10 --runs 3", sparsity="0.51",
+    event="--layers prunable --channels 8 --repeat 3", smoke="--batch 32", dispatch="--batch 256",
+    scaling="--d 1 9 --sizes 64 256 1024 --counts 64 1024 4096 --seconds 0.2", hours="", tests="-n 8", bits="full",
+    patience=1.0, more_sparsities="0.3 0.75", more_networks=(("mobilenet_v2", "0.65"), ("resnet18", "0.61")),
+    more_linkages=tuple(linkage for linkage in ops.LINKAGES if linkage != "ward"),
+)  # fmt: skip
+TINY = Sizes(
+    device="cpu", model="resnet8", step="--batch 4 --size 16 --warmup 1 --steps 2 --runs 1", sparsity="0.5",
+    event="--layers resnet --inputs 1 --repeat 1 --impl triton",
+    smoke="--batch 1 --size 8 --shapes 1 --family norms copies",
+    dispatch="--batch 2 --size 8 --shapes 1 --operation norm_act",
+    scaling="--d 1 --sizes 8 --problems 1 --size 8 --counts 1 --seconds 0.1 --impl triton",
+    hours="--epochs 4 --until 2 --every 1 --images 64 --gpus 1", tests="tests/test_dispatch.py -n 1", bits="tiny",
+    patience=8.0, environment=(("TRITON_INTERPRET", "1"),),
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -67,13 +113,20 @@ class Part(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="log.txt, parts.jsonl and the rows of the benchmarks go here")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default: 9)")
+    parser.add_argument(
+        "--minutes", type=float, help=f"for all parts together (default: {MINUTES:g}, with --first {FIRST_MINUTES:g})"
+    )
+    parser.add_argument(
+        "--first", action="store_true", help="only what decides what to build next, the most important first"
+    )
     parser.add_argument("--commit", help="for the rows, where git cannot tell")
     parser.add_argument(
         "--tiny", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter: a rehearsal"
     )
     parser.add_argument("--bits", choices=("tiny", "small", "full"), help="only print hashes of some fixed choices")
-    parser.add_argument("--compile", action="store_true", help="only compile the kernels of training")
+    parser.add_argument(
+        "--compile", choices=("bench", "all"), help="only compile the kernels, those of benchmarks or of tests too"
+    )
     parser.add_argument("--twice", action="store_true", help="with --bits: in two fresh processes, and compare")
 
 
@@ -82,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
         same_bits(args.bits) if args.twice else print_bits(args.bits)
         return
     if args.compile:
-        compile_all()
+        compile_all(args.compile)
         return
     if not args.out:
         raise RepruneError("--out DIR is needed: the log and the rows go there.")
@@ -90,133 +143,229 @@ def run(args: argparse.Namespace) -> None:
         raise RepruneError("there is no CUDA device here. --tiny runs a rehearsal on the CPU.")
     out = Path(args.out).resolve()  # the parts run in the root of the checkout
     out.mkdir(parents=True, exist_ok=True)
-    results = run_parts(tiny_parts(out) if args.tiny else parts(out), out, args.minutes)
-    if args.commit:
-        fill_in_commit(out, args.commit)
-    failed = [str(result["part"]) for result in results if result["result"] == "failed"]
+    sizes, minutes = TINY if args.tiny else REAL, args.minutes or (FIRST_MINUTES if args.first else MINUTES)
+    some = (first if args.first else parts)(out, sizes)
+    with stopped_by_sigterm():
+        results = run_parts(some, out, minutes, args.commit)
+    failed = [str(result["part"]) for result in results if result["result"] in ("failed", "interrupted")]
     if failed:
         raise RepruneError(f"{len(failed)} of {len(results)} parts failed: {', '.join(failed)}. See {out / 'log.txt'}.")
 
 
-def parts(out: Path) -> list[Part]:
-    # Some modules of tests need packages that such a machine may not have.
-    options = "-m gpu -q -rf --durations 15 -p no:cacheprovider -W default --continue-on-collection-errors"
-    found = [
-        Part("compile", (*BENCH, "gpu", "--compile"), 90),  # else tests and steps would spend their time on it
-        Part("tests", (sys.executable, "-m", "pytest", *options.split()), 240),
-        Part("same bits", (*BENCH, "gpu", "--bits", "full", "--twice"), 90),
-    ]
+class Benchmarks:
+    """Parts that are benchmarks of this project, at these sizes."""
 
-    def step(model: str, name: str, variants: str, sparsity: str, seconds: int, needs: float = 50) -> Part:
+    def __init__(self, out: Path, sizes: Sizes):
+        self._out, self._sizes = out, sizes
+
+    def __call__(
+        self, name: str, command: str, options: str, limit: float, needs: float = LEAST, skip: str = "",
+        rows_in: str = "",
+    ) -> Part:  # fmt: skip
+        """rows_in: the name of a file of rows; default: the command's."""
+        sizes, words = self._sizes, [command, *options.split()]
+        file = ("--json", str(self._out / f"{rows_in or command}.jsonl"))
+        limit *= sizes.patience
+        return Part(name, (*BENCH, *words, *file), limit, needs, sizes.environment, skip)
+
+    def smoke(self, limit: float) -> Part:
+        sizes = self._sizes
+        return self("smoke", "smoke", f"--model {sizes.model} --device {sizes.device} {sizes.smoke}", limit)
+
+    def step(
+        self, name: str, variants: str, limit: float, needs: float = 20, model: str = "", sparsity: str = ""
+    ) -> Part:
         """The dense variants, and narrow ones at 0, have their turn beside every other sparsity."""
-        options = "--device cuda --batch 256 --warmup 10 --steps 10 --runs 3 --seconds {seconds} --variants " + variants
-        command = (*BENCH, "step", *f"--model {model} --sparsity {sparsity} {options}".split())
-        return Part(f"step {model}{name}", (*command, "--json", str(out / "step.jsonl")), seconds + MARGIN, needs)
+        sizes = self._sizes
+        shares = f"--sparsity {sparsity or sizes.sparsity} --device {sizes.device}"
+        options = f"--model {model or sizes.model} {shares} {sizes.step} --seconds {{seconds}} --variants {variants}"
+        words = variants.split()
+        skip = NO_GRAPH if sizes.device == "cpu" and any(word.endswith("-graph") for word in words) else ""
+        if sizes.device == "cpu" and any(word.endswith(("-compile", "-max-autotune")) for word in words):
+            skip = "torch.compile on a CPU takes minutes"
+        return self(name, "step", options, limit, needs, skip)
 
-    two_by_two = "dense dense-fused narrow narrow-fused"
-    found.append(step("resnet50", "", two_by_two, "0 0.51 0.3 0.75", 85))
-    places = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
-    sanitizer = next((place for place in places if place and Path(place).exists()), None)
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        options = f"--tool {tool} --error-exitcode 1 --target-processes application-only"
-        command = (sanitizer or "", *options.split(), *BENCH, "gpu", "--bits", "small")
-        skip = "" if sanitizer else "compute-sanitizer not found"
-        found.append(Part(tool, command, 60, environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),), skip=skip))
+    def event(self, name: str, limit: float, more: str = "", model: str = "", needs: float = LEAST) -> Part:
+        sizes = self._sizes
+        options = f"--model {model or sizes.model} --device {sizes.device} {sizes.event} {more}"
+        skip = NO_GRAPH if sizes.device == "cpu" and "--graph" in more else ""
+        return self(name, "event", options, limit, needs, skip)
 
-    def event(model: str, layers: str, *options: str, limit: float = 60, needs: float = LEAST, skip: str = "") -> Part:
-        command = (*BENCH, *f"event --model {model} --layers {layers} --device cuda --repeat 10".split(), *options)
-        name = " ".join(("event", model, layers, *(option.removeprefix("--") for option in options)))
-        return Part(name, (*command, "--json", str(out / "event.jsonl")), limit, needs, skip=skip)
+    def dispatch(self, limit: float) -> Part:
+        sizes = self._sizes
+        return self("dispatch", "dispatch", f"--model {sizes.model} --device {sizes.device} {sizes.dispatch}", limit)
 
-    found += [
-        # Every repeat analyses the model anew, which is not timed.
-        event("resnet50", "prunable", "--channels", "8", "--repeat", "5", limit=90, skip=without_torch_pruning()),
-        event("resnet50", "resnet", "--channels", "8", limit=90),
-        step("resnet50", " final", FINAL, "0.51", 80),
-        hours(out, "resnet50"),
-        step("mobilenet_v2", "", f"{two_by_two} compact-graph", "0 0.65", 25),
-        step("resnet18", "", f"{two_by_two} compact-graph", "0 0.61", 20),
-        event("resnet18", "resnet", "--channels", "8"),
-        event("resnet56", "resnet"),
-        event("resnet50", "all", "--channels", "4", limit=100),
-        Part("scaling", (*BENCH, "scaling", "--device", "cuda", "--json", str(out / "scaling.jsonl")), 120),
+    def scaling(self, name: str, limit: float, options: str | None = None) -> Part:
+        sizes = self._sizes
+        chosen = sizes.scaling if options is None else options
+        return self(name, "scaling", f"--device {sizes.device} {chosen}", limit)
+
+    def hours(self, limit: float) -> Part:
+        """Of the steps and events that were measured before."""
+        sizes, (steps, events) = self._sizes, (self._out / f"{name}.jsonl" for name in ("step", "event"))
+        return self("hours", "hours", f"--model {sizes.model} --from {steps} --events {events} {sizes.hours}", limit)
+
+
+def first(out: Path, sizes: Sizes) -> list[Part]:
+    """Is each kernel right? How long is an event? What does a step gain? Is dispatch biased? Does a graph hold an
+    event?"""
+    bench = Benchmarks(out, sizes)
+    return [
+        compiling(sizes, "bench", 30),
+        bench.smoke(30),
+        bench.event("event", 30, "--total"),
+        bench.step("step", "dense narrow narrow-fused", 45),
+        bench.step("graph narrow-fused", "narrow-fused-graph", 30),
+        bench.dispatch(20),
+        bench.event("graph event", 20, "--graph"),
+        bench.step("step compile", "dense-compile", 60),
     ]
-    found += [event("resnet56", "resnet", "--linkage", linkage) for linkage in ops.LINKAGES if linkage != "ward"]
-    found.append(step("resnet50", " tuned", "dense dense-max-autotune compact-max-autotune", "0.51", 150, needs=120))
-    found.append(event("resnet50", "resnet", limit=200, needs=100))  # every channel of SciPy's
+
+
+def parts(out: Path, sizes: Sizes) -> list[Part]:
+    """All, in order; the limits of those down to "same bits" add up to less than MINUTES."""
+    bench, model = Benchmarks(out, sizes), sizes.model
+    two_by_two = "dense dense-fused narrow narrow-fused"
+    found = [
+        compiling(sizes, "all", 50),  # else all others would spend their time on it
+        bench.smoke(30),
+        bench.step("step", two_by_two, 95, sparsity=f"0 {sizes.sparsity}"),
+        bench.event("event", 45),
+        bench.event("graph event", 20, "--graph"),
+        bench.step("graph narrow-fused", "dense-graph dense-fused-graph narrow-fused-graph", 30),
+        bench.step("graph narrow", "dense-graph narrow-graph", 25),
+        bench.step("graph compact", "dense-graph compact-graph compact-fused-graph", 25),
+        bench.step("step compile", "dense-compile compact-compile", 60),
+        bench.dispatch(20),
+        bench.scaling("scaling", 25),
+        bench.hours(10),
+        testing(sizes, 75),
+        Part("same bits", (*BENCH, "gpu", "--bits", sizes.bits, "--twice"), 25 * sizes.patience,
+             environment=sizes.environment),
+        *[sanitizing(sizes, tool, 60) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")],
+    ]  # fmt: skip
+    if sizes.more_sparsities:
+        shares = f"0 {sizes.more_sparsities}"
+        found.append(bench.step("step, other sparsities", two_by_two, 120, needs=60, sparsity=shares))
+    for other, share in sizes.more_networks:
+        found.append(bench.step(f"step {other}", two_by_two, 60, needs=40, model=other, sparsity=f"0 {share}"))
+        found.append(bench.event(f"event {other}", 40, model=other, needs=20))
+    for linkage in sizes.more_linkages:
+        found.append(bench.event(f"event {linkage}", 40, f"--linkage {linkage} --total", needs=20))
+    if sizes.more_networks:
+        found += [
+            bench.event("event, all layers", 100, "--layers all --channels 4", needs=40),
+            bench.step(f"step {model} compact", "dense compact compact-fused", 60, needs=40),
+            bench.step(f"step {model} tuned", "dense-max-autotune compact-max-autotune", 150, needs=120),
+            bench.scaling("scaling, all sizes", 120, ""),
+        ]
     return found
 
 
-def hours(out: Path, model: str, *options: str) -> Part:
-    """Of the steps and events that were measured before."""
-    command = (*BENCH, "hours", "--model", model, "--from", str(out / "step.jsonl"), *options)
-    where = ("--events", str(out / "event.jsonl"), "--json", str(out / "hours.jsonl"))
-    return Part("hours", (*command, *where), 30)
+def compiling(sizes: Sizes, what: str, limit: float) -> Part:
+    skip = "the interpreter compiles nothing" if sizes.device == "cpu" else ""
+    return Part("compile", (*BENCH, "gpu", "--compile", what), limit * sizes.patience, skip=skip)
 
 
-def tiny_parts(out: Path) -> list[Part]:
-    interpreted, event_rows, scaling_rows = ("--impl", "triton"), str(out / "event.jsonl"), str(out / "scaling.jsonl")
-    event = (*BENCH, *"event --model resnet8 --layers resnet --inputs 1 --repeat 1".split(), *interpreted)
-    sizes = "--sizes 8 16 --problems 1 --size 8 --counts 1 2 --d 1 --seconds 0.2".split()
-    found = [
-        Part("tests", (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--collect-only", "tests/test_train.py"), 60),
-        Part("same bits", (*BENCH, "gpu", "--bits", "tiny", "--twice"), 60),
-        Part("memcheck", (), 60, skip="nothing to check in the interpreter"),
-        Part("event resnet8", (*event, "--algorithm", "reciprocal", "--json", event_rows), 60),
-        Part("scaling", (*BENCH, "scaling", *sizes, *interpreted, "--json", scaling_rows), 60),
-        Part("event resnet8 average", (*event, "--linkage", "average", "--json", event_rows), 60),
-        # A pruner takes all inputs, which are too many for the interpreter.
-        Part(
-            "event resnet8 prunable",
-            (*BENCH, *"event --model resnet8 --repeat 1 --impl reference --json".split(), event_rows),
-            60, skip=without_torch_pruning(),
-        ),
-        Part(
-            "step resnet8",
-            (*BENCH, *"step --model resnet8 --device cpu --batch 4 --size 16 --sparsity 0.5".split(),
-             *"--warmup 1 --steps 2 --runs 1 --json".split(), str(out / "step.jsonl")), 60,
-        ),
-        hours(out, "resnet8", *"--epochs 4 --until 2 --every 1 --images 64 --gpus 1".split()),
-    ]  # fmt: skip
-    return [part._replace(environment=(("TRITON_INTERPRET", "1"),)) for part in found]
+def testing(sizes: Sizes, limit: float) -> Part:
+    # Some modules of tests need packages that such a machine may not have.
+    options = "-m gpu -q -rf --durations 15 -p no:cacheprovider -W default --continue-on-collection-errors"
+    words = [*options.split(), *sizes.tests.split()]
+    if not importlib.util.find_spec("xdist"):
+        at = words.index("-n")
+        del words[at : at + 2]
+    return Part("tests", (sys.executable, "-m", "pytest", *words), limit * sizes.patience)
 
 
-def without_torch_pruning() -> str:
-    """Why no pruner can be run here."""
-    return "" if importlib.util.find_spec("torch_pruning") else "torch-pruning is not installed"
+def sanitizing(sizes: Sizes, tool: str, limit: float) -> Part:
+    places = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
+    found = next((place for place in places if place and Path(place).exists()), None)
+    options = f"--tool {tool} --error-exitcode 1 --target-processes application-only"
+    skip = "" if found else "compute-sanitizer not found"
+    if sizes.device == "cpu":
+        skip = "nothing to check in the interpreter"
+    command = (found or "", *options.split(), *BENCH, "gpu", "--bits", "small")
+    return Part(tool, command, limit * sizes.patience, 30, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),), skip)
 
 
-def run_parts(some: list[Part], out: Path, minutes: float) -> list[ResultRow]:
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """As by Ctrl-C: the part that runs keeps what it has measured, and the summary is printed."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_parts(some: list[Part], out: Path, minutes: float, commit: str | None = None) -> list[dict[str, Any]]:
     """Run part after part, and say in the end how each went."""
     deadline = time.monotonic() + 60 * minutes
-    results: list[ResultRow] = []
+    results: list[dict[str, Any]] = []
+    interrupted = False
     with (out / "log.txt").open("a", encoding="utf-8") as log:
         for part in some:
             left = deadline - time.monotonic()
-            started = time.monotonic()
+            started, before, last = time.monotonic(), count_rows(out), ""
             if part.skip:
                 result, why = "skipped", part.skip
+            elif interrupted:
+                result, why = "skipped", "interrupted"
             elif left < part.needs:
                 result, why = "skipped", "no time left"
             else:
-                say(log, f"\n==== {part.name}: {' '.join(part.command)}\n")
-                result, why = execute(part, min(part.limit, left), log)
+                try:
+                    say(log, f"\n==== {part.name}: {' '.join(part.command)}\n")
+                    result, why, last = execute(part, min(part.limit, left), log)
+                except KeyboardInterrupt:
+                    result, why, interrupted = "interrupted", "", True
             seconds = time.monotonic() - started
-            say(log, f"==== {part.name}: {result}{why and f', {why}'} ({seconds:.1f} s)\n")
-            results.append({"part": part.name, "result": result, "why": why, "seconds": round(seconds, 1)})
+            if commit:
+                fill_in_commit(out, commit)
+            found = [row for file in row_files(out) for row in known_rows(file)[before.get(file, 0) :]]
+            bad = sum(row.get("result", GOOD[0]) not in GOOD for row in found)
+            notes = [why, f"{bad} of {len(found)} rows without a result" if bad else ""]
+            if "pytest" in part.command:
+                notes.append(last)
+            why = ", ".join(filter(None, notes))
+            say(log, f"==== {part.name}: {result}{why and f', {why}'} ({seconds:.1f} s, {len(found)} rows)\n")
+            results.append({"part": part.name, "result": result, "why": why, "seconds": round(seconds, 1),
+                            "limit": part.limit, "rows": len(found)})  # fmt: skip
             rows.append(out / "parts.jsonl", results[-1])
-        table = Table(title="Parts")
-        for column in ("part", "result", "why", "seconds"):
-            table.add_column(column, justify="right" if column == "seconds" else "left")
+        table = Table(title="Summary")
+        for column in ("part", "seconds", "rows", "verdict"):
+            table.add_column(column, justify="right" if column in ("seconds", "rows") else "left")
         for row in results:
-            table.add_row(*(str(row[key]) for key in ("part", "result", "why", "seconds")))
+            verdict = f"{row['result']}{row['why'] and ': '}{row['why']}"
+            table.add_row(row["part"], f"{row['seconds']:.1f}", str(row["rows"] or ""), verdict)
         for file in (None, log):
             Console(file=file, width=110).print(table)
     return results
 
 
-def execute(part: Part, limit: float, log: IO[str]) -> tuple[str, str]:
-    """passed, failed or skipped, and why."""
+def row_files(out: Path) -> list[Path]:
+    return sorted(path for path in out.glob("*.jsonl") if path.name != "parts.jsonl")
+
+
+def count_rows(out: Path) -> dict[Path, int]:
+    return {path: len(known_rows(path)) for path in row_files(out)}
+
+
+def known_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, but for a last one that was cut off."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def execute(part: Part, limit: float, log: IO[str]) -> tuple[str, str, str]:
+    """passed, failed or skipped; why; and the last line that the part has said."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | dict(part.environment)
     try:
@@ -226,35 +375,59 @@ def execute(part: Part, limit: float, log: IO[str]) -> tuple[str, str]:
             stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0,
         )  # fmt: skip
     except OSError as error:
-        return "failed", str(error)
+        return "failed", str(error), ""
     assert process.stdout
-    reader = threading.Thread(target=show, args=(process.stdout, log))
+    said = collections.deque[str](maxlen=1)
+    reader = threading.Thread(target=show, args=(process.stdout, log, said))
     reader.start()
     code: int | None = None
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed so far
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+        stop(process)
+    except KeyboardInterrupt:
+        stop(process)
+        raise
     finally:  # also what it has started itself, and left behind
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         reader.join()
+    last = said[0].strip(" =\n") if said else ""
     if code is None:
-        return "failed", f"out of time after {limit:.0f} s"
+        return "failed", f"out of time after {limit:.0f} s", last
     if code == NO_TESTS and "pytest" in part.command:
-        return "skipped", "no tests"
-    return ("passed", "") if code == 0 else ("failed", f"exit code {code}")
+        return "skipped", "no tests", ""
+    return ("passed", "", last) if code == 0 else ("failed", f"exit code {code}", last)
 
 
-def show(output: IO[str], log: IO[str]) -> None:
+def stop(process: subprocess.Popen[str]) -> None:
+    """Let it say its last words: pytest what has failed so far, a benchmark nothing."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+
+
+def show(output: IO[str], log: IO[str], said: collections.deque[str]) -> None:
+    """Print and keep the begin of the output, and its end: the log must stay small. said: the last line."""
+    room, late, late_size, lost = HEAD, collections.deque[str](), 0, 0
     with output:
         for line in output:
-            say(log, line)
+            if line.strip():
+                said.append(line)
+            if room > 0:
+                say(log, line[:room])
+                room -= len(line)
+                continue
+            late.append(line[-TAIL:])
+            late_size += len(late[-1])
+            while late_size > TAIL:
+                late_size -= len(late.popleft())
+                lost += 1
+    if lost:
+        say(log, f"[{lost} lines left out]\n")
+    for line in late:
+        say(log, line)
 
 
 def say(log: IO[str], text: str) -> None:
@@ -265,35 +438,59 @@ def say(log: IO[str], text: str) -> None:
 
 def fill_in_commit(out: Path, commit: str) -> None:
     """On a machine without the repository the rows do not know it."""
-    for path in (out / f"{name}.jsonl" for name in ("event", "scaling", "step", "hours")):
-        if path.exists():
-            found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for path in row_files(out):
+        found = known_rows(path)
+        if any(not row["commit"] for row in found):
             path.unlink()
-            for row in found:
-                rows.append(path, row if row["commit"] else row | {"commit": commit})
+            rows.Draft(path).write([row if row["commit"] else row | {"commit": commit} for row in found])
 
 
-def compile_all() -> None:
-    """Into Triton's cache, where the launches of every later process find it; by all cores together."""
-    workers = min(16, os.cpu_count() or 1)
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        print(f"{sum(pool.map(compile_each, [workers] * workers, range(workers)))} kernels compiled.")
+def compile_all(what: str) -> None:
+    """Into Triton's cache, where the launches of every later process find it; by all cores together.
 
-
-def compile_each(step: int, first: int) -> int:
-    """Every `step`th kernel of training from the `first` on; how many they are.
-
-    In bfloat16 for channels in multiples of 16, as networks have them, and for any number of channels as tests do.
+    What the benchmarks launch comes first, so that a run that is cut short has lost the least.
     """
-    from reprune_triton.kernels import compiled, masked_conv, norm_act
+    count, workers = len(jobs(what)), min(16, os.cpu_count() or 1)
+    done = 0
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(compile_one, what, number) for number in range(count)]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                done += 1
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            print(f"{done} of {count} kernels compiled.", flush=True)
 
-    jobs = []
-    for dtype, channels in ((torch.bfloat16, 16), (torch.bfloat16, 17), (torch.float32, 17), (torch.float64, 17)):
-        some = [*norm_act.configurations(dtype == torch.float64), *masked_conv.configurations(dtype)]
-        jobs += [(config, dtype, channels) for config in some]
-    for job in jobs[first::step]:
-        compiled.warm(*job)
-    return len(jobs[first::step])
+
+def jobs(what: str) -> list[tuple[Any, ...]]:
+    """Arguments of `compiled.warm`: for the benchmarks, in bfloat16 and channels in multiples of 16, as networks have
+    them, but for the images'; for the tests also other types and any number of channels."""
+    from reprune_triton.kernels import launch, masked_conv, norm_act, pack
+
+    bf16, odd = torch.bfloat16, 17
+    found: list[tuple[Any, ...]] = [(config, bf16, 16, 16) for config in masked_conv.configurations(bf16)]
+    found += [(config, bf16, 16, 16) for config in norm_act.configurations()]
+    found += [(config,) for config in launch.configurations()]
+    found += [(pack.configuration(to_buffer, wide),) for wide in (False, True) for to_buffer in (True, False)]
+    found += [(config, bf16, odd, 16) for config in masked_conv.configurations(bf16) if _reads_images(config)]
+    if what == "all":
+        for dtype in (bf16, torch.float32, torch.float64):
+            some = [*norm_act.configurations(dtype == torch.float64), *masked_conv.configurations(dtype)]
+            found += [(config, dtype, odd, odd) for config in some]
+    return found
+
+
+def _reads_images(config: Any) -> bool:
+    """Can this kernel of masked_conv be launched for the first convolution of a network?"""
+    constants = dict(config.constants)
+    return not (constants["NORM"] or constants["POINTWISE"] or config.kernel.__name__ == "input_gradient_kernel")
+
+
+def compile_one(what: str, number: int) -> None:
+    from reprune_triton.kernels import compiled
+
+    compiled.warm(*jobs(what)[number])
 
 
 def print_bits(size: str) -> None:
@@ -302,7 +499,7 @@ def print_bits(size: str) -> None:
     ward = [("ward", algorithm) for algorithm in ops.ALGORITHMS]
     others = [(linkage, "auto") for linkage in ops.LINKAGES if linkage != "ward"]
     sets: dict[str, list[tuple[Sequence[tuple[int, ...]], list[tuple[str, str]]]]] = {}
-    sets |= {"tiny": [(TINY, ward[:1] + others[:1])], "small": [(SMALL, ward + others)]}
+    sets |= {"tiny": [(TINY_SHAPES, ward[:1] + others[:1])], "small": [(SMALL, ward + others)]}
     sets["full"] = [*sets["small"], (RESNET18, ward)]
     for shapes, cases in sets[size]:
         generator = torch.Generator().manual_seed(0)

@@ -99,9 +99,14 @@ def run(args: argparse.Namespace) -> None:
             dense.setdefault(row["variant"], []).append(row["ms"])
     plain = {variant: statistics.median(some) for variant, some in dense.items()}
     best = min(plain, key=plain.__getitem__, default=None)
+    left_out: list[RepruneError] = []
     for share in shares:
         for narrow in sorted({row["variant"] for row in steps if row["net"] == "narrow"}):
-            line = whole(steps, narrow, share, event_s, per_epoch, args)
+            try:
+                line = whole(steps, narrow, share, event_s, per_epoch, args)
+            except RepruneError as error:  # the others go on
+                left_out.append(error)
+                continue
             if best is not None:
                 line |= {"best_dense": best, "best_dense_hours": plain[best] * per_epoch * args.epochs / 3.6e6}
                 line["saved_of_best"] = 1 - line["hours"] / line["best_dense_hours"]
@@ -114,7 +119,11 @@ def run(args: argparse.Namespace) -> None:
             made.add_row(f"{share:g}", cut, narrow, line["final"], *cells)
             if args.json:
                 rows.append(args.json, settings | line)
+    if left_out and not made.rows:
+        raise left_out[0]
     console.print(made)
+    for why in left_out:
+        console.print(f"Left out: {why}", markup=False)
 
 
 def paper() -> str:

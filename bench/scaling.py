@@ -10,6 +10,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -62,12 +63,12 @@ def run(args: argparse.Namespace) -> None:
     notes: list[str] = []
     for title, cells in sweeps.items():
         for d in args.d:
-            found.setdefault(title, []).extend(measure(cells, d, args, notes))
+            for line in measure(cells, d, args, notes):
+                found.setdefault(title, []).append(line)
+                if args.json:
+                    rows.append(args.json, settings | {"sweep": title} | line)
     for title, lines in found.items():
         console.print(table(f"{title}; {args.linkage} on {settings['device']}, {args.threads} CPU thread(s)", lines))
-        for line in lines:
-            if args.json:
-                rows.append(args.json, settings | {"sweep": title} | line)
     for note in notes:
         console.print(note, markup=False)
     console.print(
@@ -76,10 +77,9 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def measure(cells: list[tuple[int, int]], d: int, args: argparse.Namespace, notes: list[str]) -> list[Row]:
+def measure(cells: list[tuple[int, int]], d: int, args: argparse.Namespace, notes: list[str]) -> Iterator[Row]:
     """A row for every cell (n, P) and algorithm. Cells are in order of size, and where one would take too long the
     larger ones are left out."""
-    lines: list[Row] = []
     last: dict[str, tuple[float, int]] = {}  # seconds and pairs of the cell before, by algorithm
     scipy_seconds, scipy_n = 0.0, 0
     for n, count in cells:
@@ -109,8 +109,7 @@ def measure(cells: list[tuple[int, int]], d: int, args: argparse.Namespace, note
             each, checked, near_ties = against_scipy(layer, results, args)
             scipy_seconds, scipy_n = each or 0.0, n
         for line in mine:
-            lines.append(line | {"scipy_problem_s": each, "checked": checked, "near_ties": near_ties})
-    return lines
+            yield line | {"scipy_problem_s": each, "checked": checked, "near_ties": near_ties}
 
 
 def time_cell(

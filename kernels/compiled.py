@@ -26,10 +26,12 @@ TARGETS = {
 }
 _TYPES = {  # of pointers; all others are int32
     "table_ptr": "*i64", "owner_ptr": "*i64", "height_ptr": "*fp32", "floats_ptr": "*fp32",
-    "place_ptr": "*i16", "member_ptr": "*i16",
+    "place_ptr": "*i16", "member_ptr": "*i16", "buffer_ptr": "*u8",
 }  # fmt: skip
+_TORCH = {"*i64": torch.int64, "*i32": torch.int32, "*i16": torch.int16, "*u8": torch.uint8, "*fp32": torch.float32}
 # What kernels of training read and write in the type of the activations; their other pointers are float32.
 _ACTIVATIONS = ("x", "y", "w", "residual", "grad", "other", "g", "grad_x")
+_NORM = ("mean", "rstd", "gamma", "beta")  # of masked_conv: the activations stand in for them where none is read
 _FLOATS = ("low", "high", "eps")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -78,21 +80,25 @@ def build_training(config: Configuration, target: str, dtype: str = "bf16") -> A
     return build(config, target, types, aligned)
 
 
-def warm(config: Configuration, dtype: torch.dtype = torch.bfloat16, channels: int = 16) -> Any:
-    """Compile a kernel of norm_act or masked_conv for the GPU here, into Triton's cache, where launches look first.
+def warm(config: Configuration, dtype: torch.dtype = torch.bfloat16, n_in: int = 16, n_out: int = 16) -> Any:
+    """Compile a kernel for the GPU here, into Triton's cache, where launches look first.
 
-    dtype: of the activations.
-    channels: for numbers of channels that are multiples of 16 as this one is, or are not.
+    dtype: of the activations, for a kernel of norm_act or masked_conv.
+    n_in, n_out: for numbers of channels that are multiples of 16 as these are, or are not; norm_act has n_out.
     """
+    constants, names = dict(config.constants), config.kernel.arg_names
     given: list[torch.dtype | float | int] = []
-    for name in config.kernel.arg_names:
-        if name.removesuffix("_ptr") in _ACTIVATIONS:
+    for name in names:
+        end = name.removesuffix("_ptr")
+        if "table_ptr" in names and end != name:
+            given.append(_TORCH[_TYPES.get(name, "*i32")])
+        elif end in _ACTIVATIONS or (end in _NORM and constants.get("NORM") == 0):
             given.append(dtype)
-        elif name.endswith("_ptr"):
+        elif end != name:
             given.append(torch.promote_types(dtype, torch.float32))
-        elif name not in dict(config.constants):
-            given.append(0.5 if name in _FLOATS else channels)
-    return config.kernel.warmup(*given, grid=(1,), **dict(config.constants), **config.options())
+        elif name not in constants:
+            given.append(0.5 if name in _FLOATS else n_in if name == "CI" else n_out)
+    return config.kernel.warmup(*given, grid=(1,), **constants, **config.options())
 
 
 def resources(compiled: Any) -> Resources:

@@ -75,7 +75,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Played:
         "exchangeDevice": lambda index: 0, "maybeExchangeDevice": lambda index: 0, "emptyCache": lambda: None,
         "memoryStats": lambda device: stats, "resetPeakMemoryStats": lambda device: None,
         "getCurrentStream": lambda device: (0, 0, 1), "setStream": lambda **stream: None,
-        "isCurrentStreamCapturing": lambda: played.capturing,
+        "isCurrentStreamCapturing": lambda: played.capturing, "sleep": lambda cycles: None,
     }  # fmt: skip
     for name, answer in driver.items():
         monkeypatch.setattr(torch._C, f"_cuda_{name}", answer)
@@ -91,6 +91,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Played:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda.Event, "record", record)
     monkeypatch.setattr(torch.cuda.Event, "elapsed_time", elapsed_time)
+    monkeypatch.setattr(torch.cuda.Event, "query", lambda event: False)  # has not been reached
     for name in ("wait", "synchronize"):
         monkeypatch.setattr(torch.cuda.Event, name, lambda event, stream=None: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)

@@ -7,6 +7,7 @@ import torch
 
 from reprune_triton import ops
 from reprune_triton.bench import event
+from reprune_triton.bench import scaling as scaling_bench
 from reprune_triton.bench.__main__ import main
 
 SMALL = ("--d", "1", "9", "--sizes", "8", "32", "--problems", "2", "--size", "16", "--counts", "1", "4")
@@ -82,3 +83,18 @@ def test_refused_settings(tmp_path, capsys):
     for arguments in (("--sizes", "0"), ("--seconds", "0"), ("--d", "-1")):
         assert scaling(tmp_path, *arguments)[0] == 1
     assert "must be positive" in capsys.readouterr().err
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_known(tmp_path, monkeypatch):
+    path, known, check = tmp_path / "rows", [], scaling_bench.against_scipy
+
+    def stopped(*given):
+        known.append(len(path.read_text().splitlines()) if path.exists() else 0)
+        if len(known) == 3:
+            raise KeyboardInterrupt
+        return check(*given)
+
+    monkeypatch.setattr(scaling_bench, "against_scipy", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scaling(tmp_path, *SMALL)
+    assert known == [0, 1, 2] and len(path.read_text().splitlines()) == 2
