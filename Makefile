@@ -37,7 +37,7 @@ bench: .venv/.test
 # On a machine with a GPU, from a bare checkout: nothing is installed.
 GPU_PYTHON ?= python3
 gpu:
-	@test -n "$(OUT)" || { echo "usage: make gpu OUT=DIR [ARGS='--minutes 9 --commit HASH']"; exit 1; }
+	@test -n "$(OUT)" || { echo "usage: make gpu OUT=DIR [ARGS='--first --minutes 9 --commit HASH']"; exit 1; }
 	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m reprune_triton.bench gpu --out "$(OUT)" $(ARGS)
 
 clean:
