@@ -433,28 +433,32 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-class _Detached(TorchFunctionMode):
+class _Copying(TorchFunctionMode):
     """Lets deepcopy copy tensors that autograd has made, without their past: a feature map that a model keeps, say."""
 
+    def __init__(self, tensors: bool):
+        super().__init__()
+        self.tensors = tensors  # False: no tensor is copied, the copy has the same
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+        if func is Tensor.__deepcopy__ and not (self.tensors and args[0].is_leaf):
             tensor, memo = args
-            memo[id(tensor)] = tensor.detach().clone()
+            memo[id(tensor)] = tensor.detach().clone() if self.tensors else tensor
             return memo[id(tensor)]
         return func(*args, **(kwargs or {}))
 
 
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy; memo as `copy.deepcopy` takes it."""
-    with _Detached():
-        return copy.deepcopy(model, memo)
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy."""
+    with _Copying(tensors=True):
+        return copy.deepcopy(model)
 
 
 def check_copy(model: nn.Module) -> None:
-    """Raise RepruneError if `model` cannot be copied, as `compact` does. No weight is copied for it."""
-    tensors = [tensor for module in model.modules() for _, tensor in _tensors(module)]
+    """Raise RepruneError if `model` cannot be copied, as `compact` does. No tensor is copied for it."""
     try:
-        copied(model, {id(tensor): tensor for tensor in tensors})
+        with _Copying(tensors=False):
+            copy.deepcopy(model, {id(p): p for p in model.parameters()})
     except Exception as error:
         raise RepruneError(
             f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}), which making it narrow "

@@ -61,11 +61,7 @@ class Optimizers:
     def hook(self, before: Hook, after: Hook) -> list[Any]:
         """Have these called around every step, also around one within another; the handles have `remove()`."""
 
-        def noted(optimizer: Any, *_: object) -> None:
-            after(optimizer)
-            self.stepped = True
-            self.replayed |= capture.capturing()
-
+        noted = functools.partial(self._note, after)
         handles: list[Any] = []
         for optimizer in self.members:
             if getattr(type(optimizer).step, "hooked", False):  # torch's mark of a step that calls its hooks
@@ -73,6 +69,11 @@ class Optimizers:
             else:
                 handles.append(_Wrapped(optimizer, before, noted))
         return handles
+
+    def _note(self, after: Hook, optimizer: Any, *_: object) -> None:
+        after(optimizer)
+        self.stepped = True
+        self.replayed |= capture.capturing()
 
     def states(self, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[int, State]]:
         """All that is kept in the shape of one of these parameters, with the number of that."""
@@ -216,7 +217,7 @@ def _kept(optimizer: Any) -> Iterator[tuple[Path, dict[Any, Any]]]:
                 if isinstance(item, dict) and not isinstance(key, nn.Parameter):
                     yield from look(item, (*path, key))
 
-    return look(vars(optimizer), ())
+    return look(getattr(optimizer, "__dict__", {}), ())
 
 
 def _tensors(value: Any, path: Path = (), objects: bool = False) -> Iterator[tuple[Path, Tensor]]:
@@ -258,7 +259,7 @@ def _check(optimizer: Any, names: Mapping[nn.Parameter, str]) -> None:
     """Raise RepruneError if this optimizer keeps something for these parameters that cannot follow their channels."""
     way_out = "use SGD, AdamW or another optimizer whose state has one number for every entry of its parameter"
     own = set(_parameters(optimizer))
-    total = sum(p.numel() for p in own)
+    total = sum(p.numel() for p in own) if len(own) > 1 else -1
     kept = [(where, *item) for where, states in _kept(optimizer) for item in states.items()]
     for where, parameter, state in kept:
         for path, value in _tensors(state, objects=True) if isinstance(parameter, nn.Parameter) else ():

@@ -417,7 +417,7 @@ class REPrune:
         narrow.carry_optimizers(self._optimizers, self.model, slim, slices)
         self._narrowing.close(optimizer_only=True)
         self._finished = True
-        self._warn_if_thrown_away(slim)
+        _warn_if_thrown_away(self.model, slim, self._optimizers)
         return slim
 
     def _swap_in(self) -> None:
@@ -446,27 +446,6 @@ class REPrune:
                 f"{pruned:.1%} of the prunable channels are pruned, and {asked} was asked for",
                 stacklevel=3,
             )
-
-    def _warn_if_thrown_away(self, slim: nn.Module) -> None:
-        """At the first step of the optimizer: is it the new module that was trained?"""
-
-        def gradients() -> list[tuple[int, int]]:
-            return [(id(p.grad), p.grad._version) for p in self.model.parameters() if p.grad is not None]
-
-        def look(*_: object) -> None:
-            trained = any(p.grad is not None for p in slim.parameters())
-            if not trained and gradients() != before:
-                warnings.warn(
-                    "the model from before finalize() is being trained, which changes nothing: the optimizer has the "
-                    "parameters of the module that finalize() returned. Train that one: model = pruner.finalize()",
-                    stacklevel=4,
-                )
-            if trained or gradients() != before:
-                while handles:
-                    handles.pop().remove()
-
-        before = gradients()
-        handles = self._optimizers.hook(look, lambda *_: None)
 
     # ------------------------------------------------------------------ reports
 
@@ -663,12 +642,22 @@ class REPrune:
 
     def _await_training(self) -> None:
         """From here on the next training counts."""
-        self._optimizers.stepped, self._before = False, None if self._swapped else self._norms()
+        self._optimizers.stepped = False
+        self._before = None if self._swapped else (_gradients(self.model), self._norms())
 
     def _norms(self) -> Tensor:
         """Of the prunable weights: they differ after training."""
         with torch.no_grad():
             return torch.stack(torch._foreach_norm([self._weight(x) for x in self.channels.prunable]))
+
+    def _trained_unseen(self) -> bool:
+        """Are there other weights and new gradients, and no step that could be seen? A loaded checkpoint has no new
+        gradients, a step that was skipped leaves the weights."""
+        if self._before is None or self._optimizers.stepped or self._optimizers.replayed:
+            return False
+        gradients, norms = self._before
+        now = _gradients(self.model)
+        return bool(now) and now != gradients and not torch.equal(norms, self._norms())
 
     def _check_still(self) -> None:
         """All that held at the start, and that the program may have changed since."""
@@ -685,9 +674,7 @@ class REPrune:
                 )
         self._check_trained(self._optimizers)
         self._optimizers.check(self._sliced())
-        trained = any(self._weight(x).grad is not None for x in self.channels.prunable)
-        seen = self._optimizers.stepped or self._optimizers.replayed
-        if trained and not seen and self._before is not None and not torch.equal(self._before, self._norms()):
+        if self._trained_unseen():
             raise RepruneError(
                 f"the model was trained, and not by the {type(self.optimizer).__name__} that was given as optimizer: "
                 "pruned channels were not frozen. Name the one that trains it: pruner.optimizer = optimizer"
@@ -770,6 +757,30 @@ def _average(given: Any, model: nn.Module) -> nn.Module:
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: x.shape for named in (model.named_parameters(), model.named_buffers()) for name, x in named}
+
+
+def _warn_if_thrown_away(model: nn.Module, slim: nn.Module, optimizers: Optimizers) -> None:
+    """Warn when an optimizer of `slim` steps, and `model` is what was trained."""
+    watched = [(model, slim, _gradients(model))]  # until one of them has been trained: a hook cannot remove itself
+
+    def look(*_: object) -> None:
+        for model, slim, before in watched:
+            if any(p.grad is not None for p in slim.parameters()):
+                watched.clear()
+            elif _gradients(model) != before:
+                watched.clear()
+                warnings.warn(
+                    "the model from before finalize() is being trained, which changes nothing: the optimizer has the "
+                    "parameters of the module that finalize() returned. Train that one: model = pruner.finalize()",
+                    stacklevel=4,
+                )
+
+    optimizers.hook(look, lambda *_: None)
+
+
+def _gradients(model: nn.Module) -> list[tuple[int, int]]:
+    """What changes with every backward."""
+    return [(id(p.grad), p.grad._version) for p in model.parameters() if p.grad is not None]
 
 
 def _made_of(module: nn.Module) -> tuple[nn.Module, type, tuple[str, ...]]:

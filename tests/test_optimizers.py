@@ -2,8 +2,11 @@
 with the same groups and states."""
 
 import copy
+import gc
+import pickle
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -624,6 +627,14 @@ def test_trying_an_optimizer_leaves_no_trace():
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_optimizers_and_pruners_can_be_pickled():
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    pruner = pruner_of(model, optimizer)
+    train(model, optimizer)
+    assert pickle.loads(pickle.dumps(pruner)).epoch == 0 and pickle.loads(pickle.dumps(optimizer)).state
+
+
 def test_schedulers_do_not_mind_a_wrapped_step():
     model = network()
     optimizer = Unhooked(sgd(model.parameters()))
@@ -739,6 +750,22 @@ def test_an_epoch_without_a_step_is_none_of_another_optimizer():
     for _ in range(2):
         pruner.step()
         F.cross_entropy(model(X), Y).backward()  # every step of this epoch was skipped, say
+
+
+@pytest.mark.parametrize("order", [("model", "pruner"), ("pruner", "model"), ("model",)])
+def test_a_checkpoint_that_is_taken_up_is_no_training(order):
+    model = network()
+    optimizer = sgd(model.parameters())
+    pruner = pruner_of(model, optimizer, until=1)
+    train(model, optimizer)
+    pruner.step()
+    parts = {"model": model, "pruner": pruner}
+    best = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    train(model, optimizer)
+    pruner.step()
+    for name in order:
+        parts[name].load_state_dict(best[name])
+    pruner.finalize()
 
 
 def test_layers_that_are_unfrozen_need_an_optimizer():
@@ -943,16 +970,22 @@ def test_a_result_that_is_thrown_away_is_noticed():
 
 def test_a_result_that_is_taken_is_not():
     model = network()
-    optimizer = sgd(model.parameters())
-    pruner = pruner_of(model, optimizer, until=1)
-    train(model, optimizer)
-    pruner.step()
-    slim = pruner.finalize()
-    optimizer.step()  # nothing to do, and nobody trained
-    with torch.no_grad():
-        model(X)  # a teacher, say
-    train(slim, optimizer)
-    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    optimizer, old = sgd(model.parameters()), weakref.ref(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    for _ in range(2):  # the narrow model is pruned again
+        pruner = pruner_of(model, optimizer, until=1, sparsity=0.2)
+        train(model, optimizer)
+        pruner.step()
+        slim = pruner.finalize()
+        optimizer.step()  # nothing to do, and nobody trained
+        with torch.no_grad():
+            model(X)  # a teacher, say
+        train(slim, optimizer)
+        scheduler.step()
+        model = slim
+    del pruner
+    gc.collect()
+    assert old() is None
 
 
 def test_what_is_no_optimizer_or_trains_another_model():
