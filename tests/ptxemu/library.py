@@ -34,7 +34,7 @@ def why_not() -> str | None:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"the emulator needs Linux on x86-64, not {sys.platform} on {platform.machine()}"
     if shutil.which("g++") is None:
-        return "the emulator needs g++ to be built: install it (apt install g++, dnf install gcc-c++)"
+        return "the emulator needs g++ to be built (apt install g++, or dnf install gcc-c++)"
     return None
 
 
