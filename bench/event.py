@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet50", help="a name of reprune_triton.models (default: resnet50)")
     parser.add_argument(
         "--layers", default="prunable", choices=RULES,
-        help="prunable: what the pruner would prune (needs torch-pruning); resnet: the paper's rule for ResNets, which "
+        help="prunable: what the pruner would prune; resnet: the paper's rule for ResNets, which "
         "is the same there, the first 3x3 of a BasicBlock, the first 1x1 and the 3x3 of a Bottleneck; all: every conv "
         "that is not grouped (default: prunable)",
     )  # fmt: skip
@@ -194,14 +194,8 @@ def choose(args: argparse.Namespace) -> list[ops.Layer]:
     else:
         from reprune_triton import channels
 
-        try:
-            found = channels.analyse(model, models.example_inputs(args.model)).prunable
-            names = [layer.name for layer in found if layer.norm]  # the scales share out a global sparsity
-        except ModuleNotFoundError as error:
-            raise RepruneError(
-                "--layers prunable needs torch-pruning: pip install torch-pruning. "
-                "Without it, --layers resnet names the same layers of a ResNet."
-            ) from error
+        found = channels.analyse(model, models.example_inputs(args.model)).prunable
+        names = [layer.name for layer in found if layer.norm]  # the scales share out a global sparsity
     if not names:
         raise RepruneError(f"{args.model} has no such layer; name another --model, or --layers all.")
     weights = [model.get_parameter(f"{name}.weight").detach().to(args.device) for name in names]

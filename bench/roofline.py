@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from reprune_triton import models, narrow, ops, sparsity
+from reprune_triton import chains, models, narrow, ops, sparsity
 from reprune_triton.bench import graph, rows
 from reprune_triton.channels import Channels
 from reprune_triton.errors import RepruneError
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     ceilings = H100 if args.device == "assumed" else measure(args.device)
     with torch.device("meta"):
         model = build(args.model)
-    channels = graph.prunable(model, shape)
+    channels = chains.prunable(model, shape)
     settings: dict[str, Any] = rows.environment("cpu" if ceilings.assumed else args.device) | {
         "benchmark": "roofline", "estimated": True, "model": args.model, "batch": args.batch, "size": shape[-1],
         "round_to": args.round_to, "value_bytes": args.bytes, "ceilings": ceilings._asdict(),

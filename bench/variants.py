@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reprune_triton import capture, fuse, narrow
+from reprune_triton import capture, chains, fuse, narrow
 from reprune_triton import channels as channel_analysis
 from reprune_triton.bench import device as devices
-from reprune_triton.bench import graph, roofline
+from reprune_triton.bench import roofline
 from reprune_triton.channels import Channels
 from reprune_triton.errors import RepruneError
 from reprune_triton.event import Clock
@@ -419,7 +419,7 @@ def make_task(args: argparse.Namespace, device: torch.device) -> Task:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # a narrow network would draw other numbers
     shape = (args.batch, 3, args.size, args.size)
-    channels = graph.prunable(dense, shape)
+    channels = chains.prunable(dense, shape)
     if not channels.prunable:
         raise RepruneError(f"{args.model} has no conv that can be pruned.")
     generator = torch.Generator().manual_seed(args.seed)

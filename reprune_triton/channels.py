@@ -1,25 +1,30 @@
 """Which output channels can go, who reads them, and what they cost.
 
-The dependency analysis is torch-pruning's; this is the only module that knows that library. It works on a copy of the
-model and never edits it. Its answer is then proved by running: dropping channels must give the same outputs as masking
-them (`_disagrees`).
+The dependency analysis is torch-pruning's; this is the only module that knows that library. Where it is not installed,
+`chains` does for networks of plain chains. Either works on a copy of the model and never edits it. The answer is then
+proved by running, in plain PyTorch: dropping channels must give the same outputs as masking them (`_objection`).
 """
 
+import contextlib
 import copy
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import rng
+from . import fusion, rng
 from .errors import RepruneError
 from .narrow import CHANNELWISE, Narrowing, Slice, Slices, check_whole, is_depthwise
 from .sparsity import Term
 
 PRUNABLE = "prunable"
+# What operations raise, and a network's own checks, when shapes or types do not fit; and what is none of their doing.
+_OBJECTIONS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError)
+_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError)
 _READ = ("in_channels", "in_features", "num_features", "num_parameters")  # attributes: how many channels a module reads
 
 
@@ -41,6 +46,9 @@ class Prunable:
     norm: str | None  # the BatchNorm that follows, whose scale |gamma| ranks the channels
     followers: tuple[str, ...]  # channel-wise modules and depthwise convs that lose the same channels
     readers: tuple[Reader, ...]
+
+
+Finder = Callable[[str, nn.Conv2d], Prunable | str]  # what goes with a conv's output channels, or why they cannot go
 
 
 class Cost(NamedTuple):
@@ -125,6 +133,11 @@ class Channels:
         )
 
 
+def width_of(module: nn.Module) -> int | None:
+    """How many channels or features the module reads, if it says so."""
+    return next((getattr(module, key) for key in _READ if hasattr(module, key)), None)
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """True if the module name is one of the patterns or fits one (`*` and `?` as in file names)."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -150,15 +163,25 @@ def analyse(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = ()) -
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise RepruneError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to prune")
     check_whole(model)
-    with torch.inference_mode(False), rng.kept(p.device for p in model.parameters()):
+    with torch.inference_mode(False), _as_written(), rng.kept(p.device for p in model.parameters()):
         # Autograd's graph, which the analysis follows, cannot hold tensors of inference mode.
         inputs = _mapped(example_inputs, lambda x: x.clone() if x.is_inference() else x)
         return _analyse(_twin(model), inputs, ignore)
 
 
+@contextlib.contextmanager
+def _as_written() -> Iterator[None]:
+    """What torch.compile has compiled inside the model runs without it."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
+
+
 def _twin(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model).eval()
+        return fusion.unfuse(copy.deepcopy(model)).eval()
     except Exception as error:
         raise RepruneError(
             f"{type(model).__name__} cannot be copied, which the analysis does first ({error}). Remove weight norm or "
@@ -166,20 +189,35 @@ def _twin(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _analyse(twin: nn.Module, example_inputs: Any, ignore: Sequence[str]) -> Channels:
+def _analyse(twin: nn.Module, inputs: Any, ignore: Sequence[str]) -> Channels:
     for parameter in twin.parameters():
         parameter.requires_grad_(True)  # the analysis follows autograd's graph, through frozen layers too
-    costs, calls = _costs(twin, example_inputs)
-    layers, reasons = _dependencies(twin, example_inputs, calls, ignore)
-    found = Channels(tuple(layers), reasons, ())
+    try:
+        import torch_pruning  # noqa: F401  # imported here: the rest of the package runs without it
+    except ImportError:
+        from . import chains
+
+        find = chains.finder
+    else:
+        find = _by_torch_pruning
+    return _proved(twin, inputs, unproved(twin, inputs, ignore, find))
+
+
+def unproved(
+    twin: nn.Module, inputs: Any, ignore: Sequence[str], finder: Callable[[nn.Module, Any], Finder]
+) -> Channels:
+    """What a dependency analysis says of a model, without the proof; it is run, but not changed."""
+    costs, calls = _costs(twin, inputs)
+    layers, reasons = _layers(twin, finder(twin, inputs), calls, ignore)
     out = {name: layer.name for layer in layers for name in (layer.name, *layer.followers)}
     into = {reader.name: layer.name for layer in layers for reader in layer.readers}
-    found = replace(found, costs=tuple(Cost(name, macs, out.get(name), into.get(name)) for name, macs in costs.items()))
-    return _proved(twin, example_inputs, found)
+    return Channels(
+        tuple(layers), reasons, tuple(Cost(name, macs, out.get(name), into.get(name)) for name, macs in costs.items())
+    )
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Run `model` on a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call `model` with a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
@@ -218,58 +256,77 @@ def _costs(twin: nn.Module, inputs: Any) -> tuple[dict[str, int], dict[str, int]
     return macs, calls
 
 
-def _dependencies(
-    twin: nn.Module, inputs: Any, calls: dict[str, int], ignore: Sequence[str]
+def _layers(
+    twin: nn.Module, find: Finder, calls: Mapping[str, int], ignore: Sequence[str]
 ) -> tuple[list[Prunable], dict[str, str]]:
-    import torch_pruning  # imported here: the rest of the package runs without it
-
-    names = {module: name for name, module in twin.named_modules()}
+    """The prunable convs, and the reason of every conv."""
     owners: dict[int, list[str]] = {}
     for name, module in twin.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
-    try:
-        with torch.enable_grad():
-            graph = torch_pruning.DependencyGraph().build_dependency(twin, inputs, verbose=False)
-    except Exception as error:
-        raise RepruneError(
-            f"the dependency analysis (torch-pruning) cannot follow {type(twin).__name__}'s operations: {error!r}. "
-            "Networks that shuffle or regroup channels are not supported."
-        ) from error
+
+    def sharing(name: str, keys: Sequence[str] | None = None) -> list[str]:
+        """The modules with which this one shares a parameter."""
+        own = twin.get_submodule(name)._parameters
+        return [x for key in own if keys is None or key in keys for x in owners.get(id(own[key]), []) if x != name]
+
     layers, reasons = [], {}
     for name, conv in ((n, m) for n, m in twin.named_modules() if isinstance(m, nn.Conv2d)):
-        weight = conv._parameters.get("weight")
-        shared = [other for other in owners.get(id(weight), []) if other != name]
         if matches(name, ignore):
             reasons[name] = "ignored, as asked"
         elif is_depthwise(conv):
             reasons[name] = "a depthwise convolution follows the layer it reads"
         elif conv.groups > 1:
             reasons[name] = f"a grouped convolution ({conv.groups} groups)"
-        elif weight is None:
+        elif conv._parameters.get("weight") is None:
             reasons[name] = "its weight is not a plain parameter (weight norm or another parametrization)"
-        elif shared:
+        elif shared := sharing(name, ["weight"]):
             reasons[name] = f"it shares its weight with {', '.join(shared)}"
-        elif calls.get(name, 0) != 1 or conv not in graph.module2node:
+        elif calls.get(name, 0) != 1:
             reasons[name] = f"called {calls.get(name, 0)} times in one forward, must be once"
         elif conv.out_channels == 1:
             reasons[name] = "it has one output channel only"
+        elif isinstance(layer := find(name, conv), str):
+            reasons[name] = layer
         else:
-            group = graph.get_pruning_group(
-                conv, torch_pruning.prune_conv_out_channels, idxs=list(range(conv.out_channels))
-            )
-            found = _layer(name, conv, group, names, owners, graph.is_in_channel_pruning_fn)
-            reasons[name] = found if isinstance(found, str) else PRUNABLE
-            if isinstance(found, Prunable):
-                layers.append(replace(found, norm=_norm(graph.module2node[conv], names)))
+            with_it = (*layer.followers, *(reader.name for reader in layer.readers))
+            both = next(((other, shared) for other in with_it if (shared := sharing(other))), None)
+            reasons[name] = f"{both[0]} shares a parameter with {', '.join(both[1])}" if both else PRUNABLE
+            layers += [] if both else [layer]
     return layers, reasons
 
 
+def _by_torch_pruning(twin: nn.Module, inputs: Any) -> Finder:
+    """By torch-pruning."""
+    import torch_pruning
+
+    names = {module: name for name, module in twin.named_modules()}
+    try:
+        with torch.enable_grad():
+            graph = torch_pruning.DependencyGraph().build_dependency(twin, inputs, verbose=False)
+    except _FAILURES as error:
+        raise _failure(twin, error) from error
+    except Exception as error:
+        raise RepruneError(
+            f"the dependency analysis (torch-pruning) cannot follow {type(twin).__name__}'s operations: {error!r}. "
+            "Networks that shuffle or regroup channels are not supported."
+        ) from error
+
+    def find(name: str, conv: nn.Conv2d) -> Prunable | str:
+        if conv not in graph.module2node:
+            return "torch-pruning does not see it called"
+        prune, everything = torch_pruning.prune_conv_out_channels, list(range(conv.out_channels))
+        group = graph.get_pruning_group(conv, prune, idxs=everything)
+        layer = _layer(name, conv, group, names, graph.is_in_channel_pruning_fn)
+        return layer if isinstance(layer, str) else replace(layer, norm=_norm(graph.module2node[conv], names))
+
+    return find
+
+
 def _layer(
-    name: str, conv: nn.Conv2d, group: Any, names: dict[nn.Module, str], owners: dict[int, list[str]],
-    reads: Callable[[Any], bool],
-) -> Prunable | str:  # fmt: skip
+    name: str, conv: nn.Conv2d, group: Any, names: dict[nn.Module, str], reads: Callable[[Any], bool]
+) -> Prunable | str:
     """What goes with the output channels of `conv`; a string says why they cannot go."""
     followers, readers = [], []
     for dependency, indices in group:
@@ -288,11 +345,7 @@ def _layer(
             return f"it writes only some of the channels that {target} reads (a concatenation)"
         if isinstance(module, nn.PReLU) and module.num_parameters == 1:
             continue  # one slope for all channels
-        for parameter in module._parameters.values():
-            others = [other for other in owners.get(id(parameter), []) if other != target]
-            if others:
-                return f"{target} shares a parameter with {', '.join(others)}"
-        width = next((getattr(module, key) for key in _READ if hasattr(module, key)), len(indices))
+        width = width_of(module) or len(indices)
         takes = isinstance(module, CHANNELWISE) or is_depthwise(module) or reads(dependency.handler)
         if takes and len(indices) != width:
             return f"an operation on the way to {target} moves or joins channels"
@@ -334,7 +387,7 @@ def _proved(twin: nn.Module, inputs: Any, channels: Channels) -> Channels:
         with torch.no_grad():
             call(twin.double(), _doubled(inputs))
         inputs = _doubled(inputs)
-    except Exception:  # the model casts to a type of its own
+    except _OBJECTIONS:  # the model casts to a type of its own, the device has no float64, or it does not fit there
         twin, tolerance = twin.to(dtype), 1e-2
     _randomize(twin)
     for training in (False, True):
@@ -342,14 +395,12 @@ def _proved(twin: nn.Module, inputs: Any, channels: Channels) -> Channels:
         for module in twin.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()  # narrow and masked activations cannot draw the same mask
-        guilty = set()
-        if _disagrees(twin, inputs, channels, channels.prunable, tolerance):
-            guilty = {x.name for x in channels.prunable if _disagrees(twin, inputs, channels, (x,), tolerance)}
-            guilty = guilty or {x.name for x in channels.prunable}  # together only: none can be trusted
-        why = "dropping its channels changes more than masking them would: an operation mixes channels"
-        if training:
-            why += " while training"
-        channels = channels.only(lambda layer, guilty=guilty, why=why: why if layer.name in guilty else None)  # type: ignore[misc]
+        guilty: dict[str, str] = {}
+        if together := _objection(twin, inputs, channels, channels.prunable, tolerance):
+            alone = {x.name: _objection(twin, inputs, channels, (x,), tolerance) for x in channels.prunable}
+            guilty = {name: why for name, why in alone.items() if why is not None}
+            guilty = guilty or dict.fromkeys(alone, together)  # together only: none can be trusted
+        channels = channels.only(lambda layer, guilty=guilty: guilty.get(layer.name))  # type: ignore[misc]
     return channels
 
 
@@ -371,43 +422,68 @@ def _randomize(twin: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _disagrees(
+def _objection(
     twin: nn.Module, inputs: Any, channels: Channels, layers: Sequence[Prunable], tolerance: float
-) -> bool:  # fmt: skip
-    """Drop every second channel of `layers`: are the outputs not those with these channels masked at their readers?"""
+) -> str | None:
+    """Drop every second channel of `layers`: why are the outputs not those with these channels masked at their
+    readers? None if they are."""
     active = {layer.name: torch.arange(layer.n_out) for layer in channels.prunable}
     active |= {layer.name: torch.arange(0, layer.n_out, 2) for layer in layers}
     slices = channels.slices(active)
     if not slices:
-        return False
+        return None
+    when = " while training" if twin.training else ""
     handles = []
     for layer in layers:
         for name, _ in layer.readers:
             hook = _masking(slices[name].in_)
             handles.append(twin.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        masked, again = (_outputs(call(twin, inputs)) for _ in range(2))
-    except Exception:
-        # In training BatchNorm refuses a batch of one value a channel: there is nothing to compare with.
-        return not twin.training
+        masked, again = (_attempt(twin, inputs) for _ in range(2))
     finally:
         for handle in handles:
             handle.remove()
-    narrowing = Narrowing(twin)
+    if isinstance(masked, Exception) or isinstance(again, Exception):
+        # In training BatchNorm refuses a batch of one value a channel: there is nothing to compare with.
+        return None if twin.training else f"it cannot be checked with some of its channels at zero ({masked})"
+    narrowing = Narrowing(twin, impl="torch")  # the analysis asks nothing of Triton
     narrowing.set(slices)
     try:
-        narrow = _outputs(call(twin, inputs))
-    except Exception:  # shapes no longer fit: the graph was wrong
-        return True
+        narrow = _attempt(twin, inputs)
     finally:
         narrowing.close()
+    if isinstance(narrow, Exception):  # shapes no longer fit: the graph was wrong
+        return f"the network does not run without some of its channels{when} ({narrow})"
+    why = f"dropping its channels changes more than masking them would: an operation mixes channels{when}"
     if [x.shape for x in masked] != [x.shape for x in narrow] or not masked:
-        return True
+        return why
     random = twin.training and not all(torch.equal(a, b) for a, b in zip(masked, again, strict=True))
-    return not random and any(
-        not torch.allclose(a, b, rtol=tolerance, atol=1e-3 * tolerance * float(a.abs().max()))
+    same = random or all(
+        torch.allclose(a, b, rtol=tolerance, atol=1e-3 * tolerance * float(a.abs().max()))
         for a, b in zip(masked, narrow, strict=True)
         if a.numel()
+    )
+    return None if same else why
+
+
+def _attempt(twin: nn.Module, inputs: Any) -> list[Tensor] | Exception:
+    """The outputs; or what the network objects to.
+
+    Raises:
+        RepruneError: if it fails of something else, want of memory above all.
+    """
+    try:
+        return tensors(call(twin, inputs))
+    except Exception as error:
+        if isinstance(error, _OBJECTIONS) and not isinstance(error, _FAILURES):
+            return error
+        raise _failure(twin, error) from error
+
+
+def _failure(twin: nn.Module, error: Exception) -> RepruneError:
+    return RepruneError(
+        f"the analysis runs {type(twin).__name__}, whole and with channels left out, and that failed ({error!r}). "
+        "If memory is short, give a smaller batch as example_inputs; name convs in ignore= that should stay whole."
     )
 
 
@@ -439,9 +515,10 @@ def _doubled(inputs: Any) -> Any:
     return _mapped(inputs, lambda x: x.double() if x.is_floating_point() else x)
 
 
-def _outputs(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
+    """Those in nested tuples, lists and dicts."""
     if torch.is_tensor(value):
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [tensor for item in value for tensor in _outputs(item)] if isinstance(value, (tuple, list)) else []
+    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, (tuple, list)) else []

@@ -189,13 +189,6 @@ def test_rule_for_resnets_is_what_the_analysis_finds(model):
     assert bench_event.resnet_rule(network) == [layer.name for layer in found]
 
 
-def test_without_torch_pruning_there_is_the_rule(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    assert event() == 1
-    assert "pip install torch-pruning" in capsys.readouterr().err
-    assert event("--layers", "resnet", "--channels", "1") == 0
-
-
 def test_triton_shows_its_rounds(tmp_path, capsys, monkeypatch):
     choose = bench_event.choose
     monkeypatch.setattr(bench_event, "choose", lambda args: choose(args)[:2])

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import channels, fuse, models, narrow
-from reprune_triton.bench import graph, roofline
+from reprune_triton import chains, narrow
+from reprune_triton.bench import roofline
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
 
@@ -23,42 +23,9 @@ def step_ms(model: nn.Module, shape: tuple[int, ...], level: str) -> float:
 
 
 def slim_of(model: nn.Module, shape: tuple[int, ...], share: float, round_to: int = 16) -> nn.Module:
-    found = graph.prunable(model, shape)
+    found = chains.prunable(model, shape)
     widths = roofline.widths_at(found, share, round_to)
     return narrow.compact(model, found.slices(roofline.choose(found, widths, seed=0)))
-
-
-class Other(nn.Module):
-    """Chains that end in different ways."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.left, self.right = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
-        self.grouped, self.twice = nn.Conv2d(6, 6, 1, groups=2), nn.Conv2d(6, 6, 1)
-        self.last, self.act, self.fc = nn.Conv2d(6, 4, 1), nn.PReLU(4), nn.Linear(4 * 16, 5)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)))
-        x = self.left(x) * torch.sigmoid(self.right(x))
-        x = self.twice(self.twice(self.grouped(x)))
-        return self.fc(torch.flatten(F.avg_pool2d(self.act(self.last(x)), 2), 1))
-
-
-@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet34", "resnet50", "mobilenet_v2", "other"])
-def test_chains_are_those_of_the_analysis(name):
-    torch.manual_seed(0)
-    model, size = (Other(), 8) if name == "other" else (models.build(name, 10), 32)
-    analysed = channels.analyse(model, torch.randn(2, 3, size, size))
-    found = graph.prunable(model, (4, 3, size, size))
-
-    def plain(some: channels.Channels) -> list[tuple]:
-        return [(x.name, x.n_out, x.n_in, x.area, x.norm, set(x.followers), x.readers) for x in some.prunable]
-
-    assert plain(found) == plain(analysed) and found.costs == analysed.costs
-    assert all(analysed.reasons[layer] == reason for layer, reason in found.reasons.items())
-    assert name != "other" or [x.name for x in found.prunable] == ["last"]
-    assert name == "other" or graph.prunable(fuse(model), (4, 3, size, size)) == found
 
 
 @pytest.mark.parametrize("level", roofline.LEVELS)
@@ -66,7 +33,7 @@ def test_chains_are_those_of_the_analysis(name):
 def test_flops_are_three_forwards(name, level):
     """Without the gradient of the images."""
     model, shape = on_meta(name), (4, 3, 64, 64)
-    costs = graph.prunable(model, shape).costs
+    costs = chains.prunable(model, shape).costs
     macs = sum(cost.macs for cost in costs)
     found = sum(kernel.flops for kernel in roofline.kernels(model, shape, level))
     assert found == 4 * 2 * (3 * macs - costs[0].macs)
@@ -188,7 +155,7 @@ def test_narrower_is_never_slower(name):
 
 
 def test_widths_are_rounded_up_to_whole_groups():
-    found = graph.prunable(on_meta("resnet18"), (1, 3, 32, 32))
+    found = chains.prunable(on_meta("resnet18"), (1, 3, 32, 32))
     widths = roofline.widths_at(found, 0.9, 16)
     assert [widths[f"layer{stage}.0.conv1"] for stage in (1, 2, 3, 4)] == [16, 16, 32, 64]
     assert set(roofline.widths_at(found, 0.0, 16).values()) == {64, 128, 256, 512}

@@ -10,9 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from reprune_triton import channels, models
+from reprune_triton import availability, channels, fuse, models, narrow, norm
+from reprune_triton import conv as conv_module
 from reprune_triton.errors import RepruneError
 from reprune_triton.narrow import Narrowing, compact
+from reprune_triton.pack import Pack
 
 
 def names(found):
@@ -109,6 +111,7 @@ nn.init.zeros_(REFUSED["zero head"][0].c.weight)
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_go_says_why(case):
+    pytest.importorskip("torch_pruning", reason="these are its reasons; test_chains.py has the others")
     net, reason = REFUSED[case]
     found = channels.analyse(net, torch.randn(2, 3, 8, 8))
     assert "a" not in names(found)
@@ -196,5 +199,88 @@ def test_errors_name_the_way_out():
         channels.analyse(nn.Linear(3, 3), torch.randn(1, 3))
     with pytest.raises(RepruneError, match="does not run on example_inputs"):
         channels.analyse(models.build("resnet8", num_classes=10), torch.randn(1, 4, 8, 8))
+    pytest.importorskip("torch_pruning", reason="chains end where channels are shuffled: test_chains.py")
     with pytest.raises(RepruneError, match="shuffle or regroup"):
         channels.analyse(torchvision.models.shufflenet_v2_x0_5(), torch.randn(1, 3, 64, 64))
+
+
+class Failing(nn.BatchNorm2d):
+    """Fails once the network is narrow."""
+
+    def forward(self, x):
+        if x.shape[1] < 8:
+            raise self.error
+        return super().forward(x)
+
+
+def failing(error):
+    net = Net(lambda s, x: s.b(s.f(s.a(x))), a=conv(3, 8), f=Failing(8), b=conv(8, 2))
+    net.f.error = error
+    return channels.analyse(net, torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("device-side assert"), OSError("no compiler"),
+    MemoryError(), ImportError("triton"),
+])  # fmt: skip
+def test_what_is_none_of_the_networks_doing_is_an_error_with_its_cause(error):
+    with pytest.raises(RepruneError, match="left out, and that failed .*smaller batch as example_inputs") as caught:
+        failing(error)
+    assert type(caught.value.__cause__) is type(error) and repr(error) in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("8 channels, please"), AssertionError(8)])
+def test_what_the_network_objects_to_is_the_reason(error):
+    found = failing(error)
+    assert not found.prunable and f"does not run without some of its channels ({error})" in found.reasons["a"]
+
+
+def test_what_fails_while_training_only_is_no_objection_but_want_of_memory_is():
+    """Such as BatchNorm, which refuses to train on one value a channel."""
+    for error in (ValueError("Expected more than 1 value per channel"), torch.OutOfMemoryError("CUDA out of memory")):
+        def forward(s, x, error=error):
+            if s.training:
+                raise error
+            return s.b(s.a(x))
+
+        net = Net(forward, a=conv(3, 8), b=conv(8, 2))
+        if isinstance(error, ValueError):
+            assert names(channels.analyse(net, torch.randn(2, 3, 8, 8))) == ["a"]
+        else:
+            with pytest.raises(RepruneError, match="CUDA out of memory"):
+                channels.analyse(net, torch.randn(2, 3, 8, 8))
+
+
+def test_it_runs_without_triton_whatever_the_model_is_fused_by(monkeypatch):
+    """The twin is the unfused model, and its slices are gathered tensor by tensor."""
+    net = models.build("resnet8", num_classes=10)
+    x = torch.randn(2, 3, 16, 16)
+    expected = channels.analyse(net, x)
+
+    def fail(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    def pack(cuts, impl):
+        assert impl == "torch"
+        return Pack(cuts, impl)
+
+    for module, name in ((norm, "choose"), (conv_module, "choose"), (availability, "why_not")):
+        monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(narrow, "Pack", pack)
+    for impl in ("triton", "auto"):
+        fuse(net, impl)
+        assert channels.analyse(net, x) == expected
+    with pytest.raises(RuntimeError, match="C compiler"):
+        net(x)
+
+
+def test_what_is_compiled_inside_runs_as_written():
+    """A compiler that fails, and that would see every shape of the analysis."""
+    def backend(graph, inputs):
+        raise OSError("no C++ compiler")
+
+    net = Net(lambda s, x: s.b(s.c(s.a(x))), a=conv(3, 8), c=nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), b=conv(8, 2))
+    net.c = torch.compile(net.c, backend=backend)
+    assert names(channels.analyse(net, torch.randn(2, 3, 8, 8))) == ["a"]
+    with pytest.raises(Exception, match=r"no C\+\+ compiler"), torch.no_grad():
+        net(torch.randn(2, 3, 8, 8))

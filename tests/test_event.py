@@ -340,7 +340,6 @@ def chain(device="cpu") -> nn.Sequential:
 
 
 def pruner_of(model: nn.Module, device="cpu", **options) -> REPrune:
-    pytest.importorskip("torch_pruning")
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     x = torch.randn(2, 3, 8, 8, device=device)
     model(x).sum().backward()

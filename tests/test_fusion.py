@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from reprune_triton import REPrune, fuse, fusion, models, norm, unfuse
-from reprune_triton.bench import graph
+from reprune_triton import REPrune, chains, fuse, fusion, models, norm, unfuse
 from reprune_triton.errors import RepruneError
 from reprune_triton.narrow import Narrowing, compact
 
@@ -545,7 +544,7 @@ def test_many_steps_narrow_masked_and_compact(device):
     """In float64, all through the kernels but the masked one; fifty on a GPU, a few in the interpreter."""
     start, x = tiny("bottleneck", device)
     calm(start, None)
-    found = graph.prunable(start, tuple(x.shape))
+    found = chains.prunable(start, tuple(x.shape))
     assert len(found.prunable) == 6
     active = some(found, 0.5, torch.Generator().manual_seed(0))
     slices = found.slices({name: index.to(device) for name, index in active.items()})

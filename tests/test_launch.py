@@ -65,8 +65,7 @@ print(json.dumps([[config.kernel.__name__, len(hashes), sorted({*hashes, digest(
 STEP = """
 import torchvision
 from torch import nn
-from reprune_triton import availability, fuse, narrow
-from reprune_triton.bench import graph
+from reprune_triton import availability, chains, fuse, narrow
 
 availability.why_not = lambda device: None  # so that tensors on the CPU are taken; what comes out is made of nothing
 shortcut = nn.Sequential(nn.Conv2d(16, 128, 1, bias=False), nn.BatchNorm2d(128))
@@ -77,7 +76,7 @@ model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.
 fuse(model, "triton")
 optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
 narrowing = narrow.Narrowing(model, optimizer, impl="triton")
-found = graph.prunable(model, (2, 16, 16, 16))
+found = chains.prunable(model, (2, 16, 16, 16))
 for channels, batch in ((256, 2), (16, 3)):
     narrowing.set(found.slices({x.name: torch.arange(min(x.n_out, channels)) for x in found.prunable}))
     optimizer.zero_grad()

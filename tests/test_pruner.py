@@ -631,8 +631,6 @@ class TestErrors:
 )
 def test_the_kernels_prune_like_the_reference(device):
     """Two events, the second over active filters and inputs; tie="index", so that only the clustering decides."""
-    pytest.importorskip("torch_pruning")
-
     def pruned(impl):
         torch.manual_seed(0)
         layers = []

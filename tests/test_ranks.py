@@ -139,7 +139,6 @@ def diverged(rank: int, size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo and Triton's interpreter, where there is no GPU")
 def test_processes_find_what_one_alone_finds_and_fail_together(size, tmp_path):
-    pytest.importorskip("torch_pruning")
     torch.save({name: found(*pruned(name)) for name in SETTINGS}, tmp_path / "expected")
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=work, args=(rank, size, str(tmp_path))) for rank in range(size)]

@@ -458,8 +458,6 @@ def test_the_imagenet_recipe_on_folders(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("amp, graph", [("off", 0), ("bf16", 0), ("fp16", 0), ("off", 1), ("bf16", 1)])
 def test_a_run_on_the_gpu_can_be_resumed(tmp_path, amp, graph):
-    pytest.importorskip("torch_pruning")
-
     def crash(record):
         if record["epoch"] == 2:
             raise Crash
@@ -476,7 +474,6 @@ def test_a_run_on_the_gpu_can_be_resumed(tmp_path, amp, graph):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mixup", [0.0, 0.2])
 def test_a_replayed_run_on_the_gpu_is_the_same_run(mixup):
-    pytest.importorskip("torch_pruning")
     common = FAST | PRUNED["pruned"] | {"device": "cuda", "mixup": mixup, "batch": 64}
     plain, graph = (trainer.train(trainer.recipe(**common, graph=graph)) for graph in (False, True))
     for one, other in zip(plain.log, graph.log, strict=True):
