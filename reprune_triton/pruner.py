@@ -259,10 +259,11 @@ class REPrune:
         else:
             scores["l1"] = lambda: rows(lambda x: x.abs().sum(1))
             scores["random"] = lambda: self._bits([seed for seed, _ in seeds])
+        watched = [p.to(self._pool.device) for _, p in self._watched()]
         return event.Request(
             layers, self._pool, self._widths(extra), seeds, config.linkage, config.impl, config.tie, config.select,
             scores=scores.get(config.tie if config.select == "coverage" else config.select), regrow=extra > 0,
-            regrow_by=config.regrow_by, watched=[p for _, p in self._watched()], check=self._check_watched,
+            regrow_by=config.regrow_by, watched=watched, check=self._check_watched,
         )  # fmt: skip
 
     def _apply(self, outcome: event.Outcome) -> None:
@@ -326,14 +327,15 @@ class REPrune:
     # ------------------------------------------------------------------ what an event reads
 
     def _device(self) -> torch.device:
-        """Where the prunable convs are."""
-        found = {self._weight(x).device for x in self.channels.prunable}
+        """Where events run: with the prunable convs if that is on CUDA; else on the CPU, as MPS has no float64."""
+        found = {self._parameter(x.name).device for x in self.channels.prunable}
         if len(found) > 1:
             raise RepruneError(
                 f"the prunable convs are on {', '.join(sorted(map(str, found)))}: one event works on one device. "
                 "Keep them together, or name those of the other devices in ignore=."
             )
-        return found.pop()
+        device = found.pop()
+        return device if device.type == "cuda" else torch.device("cpu")
 
     def _follow(self) -> None:
         """Keep what an event reads where the model is, should it have been moved since the last one."""
@@ -359,18 +361,23 @@ class REPrune:
         self._pruned = {name: row[width:] for name, row, width in zip(names, rows, widths, strict=True)}
 
     def _narrow(self) -> None:
-        self._narrowing.set(self.channels.slices(self.active), self.channels.frozen(self._pruned))
+        home = self._parameter(self.channels.prunable[0].name).device
+        active, pruned = ({name: index.to(home) for name, index in x.items()} for x in (self.active, self._pruned))
+        self._narrowing.set(self.channels.slices(active), self.channels.frozen(pruned))
+
+    def _parameter(self, name: str) -> Tensor:
+        return self.model.get_submodule(name)._parameters["weight"]  # type: ignore[return-value]
 
     def _weight(self, layer: Prunable) -> Tensor:
-        return self.model.get_submodule(layer.name)._parameters["weight"]  # type: ignore[return-value]
+        return self._parameter(layer.name).to(self._pool.device)
 
     def _scales(self) -> sparsity.Scales:
         return sparsity.Scales(self._pool, self._gammas(), self._mask)
 
     def _gammas(self) -> Tensor:
         """|gamma| of every prunable layer: (T,)."""
-        gammas = (self.model.get_submodule(x.norm)._parameters["weight"] for x in self.channels.prunable if x.norm)
-        return torch.cat(list(gammas)).detach().abs()  # type: ignore[arg-type]
+        gammas = [self._parameter(x.norm) for x in self.channels.prunable if x.norm]
+        return torch.cat(gammas).detach().abs().to(self._pool.device)
 
     def _bits(self, seeds: Sequence[int]) -> Tensor:
         """Random bits of every filter (T,), by a seed for each layer."""
@@ -648,7 +655,7 @@ class REPrune:
     def _norms(self) -> Tensor:
         """Of the prunable weights: they differ after training."""
         with torch.no_grad():
-            return torch.stack(torch._foreach_norm([self._weight(x) for x in self.channels.prunable]))
+            return torch.stack(torch._foreach_norm([self._parameter(x.name) for x in self.channels.prunable]))
 
     def _trained_unseen(self) -> bool:
         """Are there other weights and new gradients, and no step that could be seen? A loaded checkpoint has no new

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -73,12 +74,14 @@ def kept(devices: Iterable[torch.device]) -> Iterator[None]:
     NumPy's and Python's."""
     own, numpys, pythons = torch.get_rng_state(), np.random.get_state(), random.getstate()
     others = {device: torch.get_device_module(device) for device in set(devices) if device.type != "cpu"}
-    states = {device: module.get_rng_state(device) for device, module in others.items()}
+    # On MPS, of which there is one, they take no device.
+    where = {device: (device,) * len(signature(module.get_rng_state).parameters) for device, module in others.items()}
+    states = {device: module.get_rng_state(*where[device]) for device, module in others.items()}
     try:
         yield
     finally:
         for device, module in others.items():
-            module.set_rng_state(states[device], device)
+            module.set_rng_state(states[device], *where[device])
         torch.set_rng_state(own)
         np.random.set_state(numpys)
         random.setstate(pythons)
