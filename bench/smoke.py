@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import grad as conv_gradients
 
-from reprune_triton import models, narrow, ops, steps
+from reprune_triton import chains, models, narrow, ops, steps
 from reprune_triton.bench import device as devices
-from reprune_triton.bench import event, graph, roofline, rows
+from reprune_triton.bench import event, roofline, rows
 from reprune_triton.conv import _by_constants
 from reprune_triton.errors import RepruneError
 from reprune_triton.pack import Pack
@@ -156,7 +156,7 @@ def convolutions(args: argparse.Namespace) -> list[Conv]:
     shape = (args.batch, 3, args.size, args.size)
     with torch.device("meta"):
         model = roofline.build(args.model)
-    channels = graph.prunable(model, shape)
+    channels = chains.prunable(model, shape)
     widths = roofline.widths_at(channels, SPARSITY, ROUND_TO)
     slim = narrow.compact(model, channels.slices(roofline.choose(channels, widths, args.seed)))
     found: dict[Conv, None] = {}
@@ -364,7 +364,7 @@ def clustering(args: argparse.Namespace) -> Iterator[Check]:
     generator = torch.Generator().manual_seed(args.seed)
     with torch.device("meta"):
         model = roofline.build(args.model)
-    prunable = graph.prunable(model, (1, 3, args.size, args.size)).prunable
+    prunable = chains.prunable(model, (1, 3, args.size, args.size)).prunable
     shapes = list(dict.fromkeys(tuple(model.get_submodule(x.name).weight.shape) for x in prunable))  # type: ignore[arg-type]
     sizes = list(dict.fromkeys((n, min(m, args.columns), kh, kw) for n, m, kh, kw in shapes))[: args.shapes]
     sizes += [] if args.shapes else [(2048, 2, 1, 1), (130, 2, 5, 5)]

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import capture, channels, models
-from reprune_triton.bench import graph
+from reprune_triton import capture, chains, channels, models
 from reprune_triton.errors import RepruneError
 from reprune_triton.kernels.launch import Configuration
 from reprune_triton.narrow import Narrowing, Slice, gather
@@ -279,7 +278,7 @@ def test_captured_steps_are_the_same_bits(monkeypatch, dtype):
     torch.manual_seed(0)
     model, y = models.build("resnet8", num_classes=10).cuda(), torch.arange(8, device="cuda")
     model = model.to(memory_format=torch.channels_last)
-    found = graph.prunable(model, (8, 3, 16, 16))
+    found = chains.prunable(model, (8, 3, 16, 16))
     batches = [torch.randn(8, 3, 16, 16, device="cuda") for _ in range(4)]
     states, launches = [], []
     run = Configuration.run
@@ -320,7 +319,7 @@ def test_a_graph_captured_by_hand_after_steps_without_one():
     """With torch alone, on a stream of its own choice: nothing of the steps is left. With a loss left, it says so."""
     torch.manual_seed(0)
     model, y = models.build("resnet8", num_classes=10).cuda(), torch.arange(8, device="cuda")
-    found, x = graph.prunable(model, (8, 3, 16, 16)), torch.randn(8, 3, 16, 16, device="cuda")
+    found, x = chains.prunable(model, (8, 3, 16, 16)), torch.randn(8, 3, 16, 16, device="cuda")
     narrowing = Narrowing(model)
     narrowing.set(found.slices({x.name: torch.arange(0, x.n_out, 2, device="cuda") for x in found.prunable}))
 
