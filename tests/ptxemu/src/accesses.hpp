@@ -2,277 +2,237 @@
 #pragma once
 #include "numbers.hpp"
 
+// What a lane has loaded goes to its registers: zeros where that was out of bounds.
+static inline void deliver(Warp &w, const Details &x, int lane, const u8 *bytes) {
+  for (int i = 0; i < x.n; i++) {
+    if (x.sizes[i] < 0) continue;
+    u64 value = 0;
+    if (bytes) memcpy(&value, bytes + i * x.size, x.size);
+    put(w.registers, x.regs[i], x.sizes[i], lane, x.sign ? extend(value, x.size) : value);
+  }
+}
+// What a lane stores.
+static inline void collect(const Warp &w, const Details &x, int lane, u8 *bytes) {
+  for (int i = 0; i < x.n; i++) {
+    u64 value = get(w.registers, x.regs[i], x.sizes[i], lane);
+    memcpy(bytes + i * x.size, &value, x.size);
+  }
+}
+// Lanes of the mask, beginning with a random one: which of several stores to one place is the last is not defined.
+static inline void in_random_order(u32 mask, const std::function<void(int)> &run) {
+  int start = draw() & 31;
+  for (int i = 0; i < 32; i++) {
+    int lane = (i + start) & 31;
+    if (mask >> lane & 1) run(lane);
+  }
+}
+
 static void h_ld_global(Warp &w, const Instruction &in) {
   const Details &x = *in.details;
+  const u32 n = x.size * x.n, mask = w.mask;
   u64 a[32];
-  u32 n = x.size * x.n;
-  u32 m = w.mask;
   for (int l = 0; l < 32; l++) a[l] = address(w, x.to, l);
   if (launch->options.count) count_global(w, a, n, w.pc);
-  int f = __builtin_ctz(m);
-  bool uni = true;
-  for (int l = 0; l < 32; l++)
-    if ((m >> l & 1) && a[l] != a[f]) {
-      uni = false;
-      break;
+  const int first = __builtin_ctz(mask), last = 31 - __builtin_clz(mask);
+  bool uniform = true;
+  for (int l = first; l <= last && uniform; l++) uniform = !(mask >> l & 1) || a[l] == a[first];
+  const u8 *bytes = nullptr;
+  for (int l = first; l <= last; l++) {
+    if (!(mask >> l & 1)) continue;
+    if (!uniform || l == first || l == last) {  // of many lanes that read one place, two are enough for the checks
+      Region *region;
+      bytes = global_at(w, x, l, a[l], n, false, region);
+      if (bytes) touch_global(region, a[l], n, w, l, w.pc, READ, false);
+      if (bytes && region->hooked) check_poison(w, l, region, a[l], n);
     }
-  if (uni) {
-    Region *r;
-    u8 *p = global_at(w, x, f, a[f], n, false, r);
-    if (p) {
-      touch_global(r, a[f], n, w, f, w.pc, READ, false);
-      int g = 31 - __builtin_clz(m);
-      if (g != f) touch_global(r, a[f], n, w, g, w.pc, READ, false);
-    }
-    if (p && r->hooked) check_poison(w, f, r, a[f], n);
-    for (int i = 0; i < x.n; i++) {
-      if (x.sizes[i] < 0) continue;
-      u64 v = 0;
-      if (p) memcpy(&v, p + i * x.size, x.size);
-      if (x.sign) v = extend(v, x.size);
-      for (int l = 0; l < 32; l++)
-        if (m >> l & 1) put(w.registers, x.regs[i], x.sizes[i], l, v);
-    }
-    return;
+    deliver(w, x, l, bytes);
   }
-  for (int l = 0; l < 32; l++)
-    if (m >> l & 1) {
-      Region *r;
-      u8 *p = global_at(w, x, l, a[l], n, false, r);
-      if (p) touch_global(r, a[l], n, w, l, w.pc, READ, false);
-      if (p && r->hooked) check_poison(w, l, r, a[l], n);
-      for (int i = 0; i < x.n; i++) {
-        if (x.sizes[i] < 0) continue;
-        u64 v = 0;
-        if (p) memcpy(&v, p + i * x.size, x.size);
-        if (x.sign) v = extend(v, x.size);
-        put(w.registers, x.regs[i], x.sizes[i], l, v);
-      }
-    }
 }
 static void h_st_global(Warp &w, const Instruction &in) {
   const Details &x = *in.details;
+  const u32 n = x.size * x.n;
   u64 a[32];
-  u32 n = x.size * x.n;
-  u32 m = w.mask;
-  u8 buf[16];
   for (int l = 0; l < 32; l++) a[l] = address(w, x.to, l);
   if (launch->options.count) count_global(w, a, n, w.pc);
-  int start = draw() & 31;
-  for (int q = 0; q < 32; q++) {
-    int l = (q + start) & 31;
-    if (!(m >> l & 1)) continue;
-    Region *r;
-    u8 *p = global_at(w, x, l, a[l], n, true, r);
-    if (!p) continue;
-    for (int i = 0; i < x.n; i++) {
-      u64 v = get(w.registers, x.regs[i], x.sizes[i], l);
-      memcpy(buf + i * x.size, &v, x.size);
-    }
-    touch_global(r, a[l], n, w, l, w.pc, WRITE, memcmp(p, buf, n) != 0);
-    memcpy(p, buf, n);
-  }
+  in_random_order(w.mask, [&](int l) {
+    Region *region;
+    u8 bytes[32], *to = global_at(w, x, l, a[l], n, true, region);
+    if (!to) return;
+    collect(w, x, l, bytes);
+    touch_global(region, a[l], n, w, l, w.pc, WRITE, memcmp(to, bytes, n) != 0);
+    memcpy(to, bytes, n);
+  });
 }
 static void h_ld_shared(Warp &w, const Instruction &in) {
   const Details &x = *in.details;
+  const u32 n = x.size * x.n;
   u32 a[32];
-  u32 n = x.size * x.n;
-  u32 m = w.mask;
   for (int l = 0; l < 32; l++) a[l] = address(w, x.to, l);
   if (launch->options.count) count_shared(w, a, n, w.pc);
-  for (int l = 0; l < 32; l++)
-    if (m >> l & 1) {
-      u8 *p = shared_at(w, l, a[l], n, false);
-      if (p) {
-        touch_shared(a[l], n, w, l, w.pc, READ, false);
-        check_written(w, l, a[l], n);
-      }
-      for (int i = 0; i < x.n; i++) {
-        if (x.sizes[i] < 0) continue;
-        u64 v = 0;
-        if (p) memcpy(&v, p + i * x.size, x.size);
-        if (x.sign) v = extend(v, x.size);
-        put(w.registers, x.regs[i], x.sizes[i], l, v);
-      }
+  for (int l = 0; l < 32; l++) {
+    if (!(w.mask >> l & 1)) continue;
+    const u8 *bytes = shared_at(w, l, a[l], n, false);
+    if (bytes) {
+      touch_shared(a[l], n, w, l, w.pc, READ, false);
+      check_written(w, l, a[l], n);
     }
+    deliver(w, x, l, bytes);
+  }
+}
+// Bytes that a lane stores in shared memory, which is all there.
+static inline void store_shared(Warp &w, int lane, u32 at, u32 n, const u8 *bytes) {
+  u8 *to = launch->shared.data() + at;
+  touch_shared(at, n, w, lane, w.pc, WRITE, memcmp(to, bytes, n) != 0 || !launch->shared_written[at]);
+  memcpy(to, bytes, n);
+  memset(launch->shared_written.data() + at, 1, n);
 }
 static void h_st_shared(Warp &w, const Instruction &in) {
   const Details &x = *in.details;
+  const u32 n = x.size * x.n;
   u32 a[32];
-  u32 n = x.size * x.n;
-  u32 m = w.mask;
-  u8 buf[16];
   for (int l = 0; l < 32; l++) a[l] = address(w, x.to, l);
   if (launch->options.count) count_shared(w, a, n, w.pc);
-  int start = draw() & 31;
-  for (int q = 0; q < 32; q++) {
-    int l = (q + start) & 31;
-    if (!(m >> l & 1)) continue;
-    u8 *p = shared_at(w, l, a[l], n, true);
-    if (!p) continue;
-    for (int i = 0; i < x.n; i++) {
-      u64 v = get(w.registers, x.regs[i], x.sizes[i], l);
-      memcpy(buf + i * x.size, &v, x.size);
-    }
-    touch_shared(a[l], n, w, l, w.pc, WRITE, memcmp(p, buf, n) != 0 || !launch->shared_written[a[l]]);
-    memcpy(p, buf, n);
-    memset(launch->shared_written.data() + a[l], 1, n);
-  }
+  in_random_order(w.mask, [&](int l) {
+    u8 bytes[32];
+    if (!shared_at(w, l, a[l], n, true)) return;
+    collect(w, x, l, bytes);
+    store_shared(w, l, a[l], n, bytes);
+  });
 }
 static void h_ld_param(Warp &w, const Instruction &in) {
-  const Details &x = *in.details;
-  for (int i = 0; i < x.n; i++) {
-    u64 v = 0;
-    memcpy(&v, launch->parameters + x.to.offset + i * x.size, x.size);
-    if (x.sign) v = extend(v, x.size);
-    for (int l = 0; l < 32; l++)
-      if (w.mask >> l & 1) put(w.registers, x.regs[i], x.sizes[i], l, v);
-  }
+  for (int l = 0; l < 32; l++)
+    if (w.mask >> l & 1) deliver(w, *in.details, l, launch->parameters + in.details->to.offset);
 }
 
-enum AOp { aAdd, aMin, aMax, aExch, aCas, aAnd, aOr, aXor, aInc, aDec };
+// ---- atomics
+enum AtomicOperation { aAdd, aMin, aMax, aExch, aCas, aAnd, aOr, aXor, aInc, aDec };
 template <class T>
-static T atomic_op(int op, T o, T b, T c) {
+static T atomic_result(int op, T old, T b, T c) {
   switch (op) {
-  case aAdd: return o + b;
-  case aMin: return b < o ? b : o;
-  case aMax: return b > o ? b : o;
+  case aAdd: return old + b;
+  case aMin: return b < old ? b : old;
+  case aMax: return b > old ? b : old;
   case aExch: return b;
-  case aCas: return o == b ? c : o;
+  case aCas: return old == b ? c : old;
   }
   if constexpr (std::is_integral<T>::value) {
     switch (op) {
-    case aAnd: return o & b;
-    case aOr: return o | b;
-    case aXor: return o ^ b;
-    case aInc: return o >= b ? 0 : o + 1;
-    case aDec: return o == 0 || o > b ? b : o - 1;
+    case aAnd: return old & b;
+    case aOr: return old | b;
+    case aXor: return old ^ b;
+    case aInc: return old >= b ? 0 : old + 1;
+    case aDec: return old == 0 || old > b ? b : old - 1;
     }
   }
-  throw Fail("atomic");
+  throw Fail("atomic operation");
 }
-static void atomic_apply(const Details &x, u8 *p, u64 b, u64 c, u64 &old) {
-  u64 o = 0;
-  memcpy(&o, p, x.size);
-  old = o;
-  u64 r = 0;
-#define AT(T)                                                                                                          \
-  {                                                                                                                    \
-    T ov, bv, cv;                                                                                                      \
-    memcpy(&ov, &o, sizeof(T));                                                                                        \
-    memcpy(&bv, &b, sizeof(T));                                                                                        \
-    memcpy(&cv, &c, sizeof(T));                                                                                        \
-    T rv = atomic_op<T>(x.op, ov, bv, cv);                                                                             \
-    memcpy(&r, &rv, sizeof(T));                                                                                        \
-  }
+template <class T>
+static u64 atomic_bits(int op, u64 old, u64 b, u64 c) {
+  T values[3];
+  const u64 bits[3] = {old, b, c};
+  for (int i = 0; i < 3; i++) memcpy(&values[i], &bits[i], sizeof(T));
+  const T result = atomic_result<T>(op, values[0], values[1], values[2]);
+  u64 found = 0;
+  memcpy(&found, &result, sizeof(T));
+  return found;
+}
+static u64 atomic(const Details &x, u64 old, u64 b, u64 c) {
+  auto half = [](u64 p, u64 q) { return (u32)f2h(h2f(p) + h2f(q)); };
+  auto bhalf = [](u64 p, u64 q) { return (u32)f2bf(bf2f(p) + bf2f(q)); };
   switch (x.type) {
-  case u32_:
-  case b32: AT(u32) break;
-  case s32: AT(i32) break;
-  case u64_:
-  case b64: AT(u64) break;
-  case s64: AT(i64) break;
-  case f32: AT(float) break;
-  case f64: AT(double) break;
-  case u16_:
-  case b16: AT(u16) break;
-  case f16: r = f2h(h2f(o) + h2f(b)); break;
-  case bf16: r = f2bf(bf2f(o) + bf2f(b)); break;
-  case f16x2: r = (u32)f2h(h2f(o) + h2f(b)) | (u32)f2h(h2f(o >> 16) + h2f(b >> 16)) << 16; break;
-  case bf16x2: r = (u32)f2bf(bf2f(o) + bf2f(b)) | (u32)f2bf(bf2f(o >> 16) + bf2f(b >> 16)) << 16; break;
-  default: throw Fail("atomic type");
+  case u32_: case b32: return atomic_bits<u32>(x.op, old, b, c);
+  case u64_: case b64: return atomic_bits<u64>(x.op, old, b, c);
+  case u16_: case b16: return atomic_bits<u16>(x.op, old, b, c);
+  case s32: return atomic_bits<i32>(x.op, old, b, c);
+  case s64: return atomic_bits<i64>(x.op, old, b, c);
+  case f32: return atomic_bits<float>(x.op, old, b, c);
+  case f64: return atomic_bits<double>(x.op, old, b, c);
+  default: break;
   }
-  memcpy(p, &r, x.size);
+  if (x.op != aAdd) throw Fail("atomic operation on halves");
+  switch (x.type) {
+  case f16: return half(old, b);
+  case bf16: return bhalf(old, b);
+  case f16x2: return half(old, b) | half(old >> 16, b >> 16) << 16;
+  case bf16x2: return bhalf(old, b) | bhalf(old >> 16, b >> 16) << 16;
+  default: throw Fail("type of an atomic");
+  }
 }
 static void h_atom(Warp &w, const Instruction &in) {
   const Details &x = *in.details;
-  u32 m = w.mask;
+  const u32 n = x.size * x.n;
   u64 a[32];
-  u32 sa[32];
-  for (int l = 0; l < 32; l++) a[l] = address(w, x.to, l), sa[l] = a[l];
-  u32 n = x.size * x.n;
+  u32 in_shared[32];
+  for (int l = 0; l < 32; l++) in_shared[l] = a[l] = address(w, x.to, l);
   if (launch->options.count) {
     if (x.global) count_global(w, a, n, w.pc);
-    else count_shared(w, sa, n, w.pc);
+    else count_shared(w, in_shared, n, w.pc);
   }
-  int start = draw() & 31;
-  for (int q = 0; q < 32; q++) {
-    int l = (q + start) & 31;
-    if (!(m >> l & 1)) continue;
-    Region *r = nullptr;
-    u8 *p;
-    if (x.global) {
-      p = global_at(w, x, l, a[l], n, true, r);
-      if (p) touch_global(r, a[l], n, w, l, w.pc, ATOMIC, true);
-      if (p && r->hooked && x.op != aExch) check_poison(w, l, r, a[l], n);
-    } else {
-      p = shared_at(w, l, a[l], n, true);
-      if (p) {
-        touch_shared(a[l], n, w, l, w.pc, ATOMIC, true);
-        check_written(w, l, a[l], n);
-      }
+  in_random_order(w.mask, [&](int l) {
+    Region *region;
+    u8 *to = x.global ? global_at(w, x, l, a[l], n, true, region) : shared_at(w, l, in_shared[l], n, true);
+    if (to && x.global) {
+      touch_global(region, a[l], n, w, l, w.pc, ATOMIC, true);
+      if (region->hooked && x.op != aExch) check_poison(w, l, region, a[l], n);
+    } else if (to) {
+      touch_shared(in_shared[l], n, w, l, w.pc, ATOMIC, true);
+      check_written(w, l, in_shared[l], n);
     }
     for (int i = 0; i < x.n; i++) {
-      u64 b = get(w.registers, x.regs_b[i], x.sizes[i], l),
-          c = x.regs_c.empty() ? 0 : get(w.registers, x.regs_c[i], x.sizes[i], l), old = 0;
-      if (p) atomic_apply(x, p + i * x.size, b, c, old);
+      const u64 b = get(w.registers, x.regs_b[i], x.sizes[i], l);
+      const u64 c = x.regs_c.empty() ? 0 : get(w.registers, x.regs_c[i], x.sizes[i], l);
+      u64 old = 0;
+      if (to) {
+        memcpy(&old, to + i * x.size, x.size);
+        const u64 result = atomic(x, old, b, c);
+        memcpy(to + i * x.size, &result, x.size);
+      }
       if (x.has_destination) put(w.registers, x.regs[i], x.sizes[i], l, old);
     }
-  }
+  });
 }
 
 // ---- cp.async: lands when it is issued or when it is waited for, as the seed says
-static void land(Warp &w, const Copy &p, bool copy) {
-  for (u32 b = p.to & ~1u; b < p.to + p.bytes; b += 2) launch->shared_copied[b >> 1] = 0;
-  if (copy) { memcpy(launch->shared.data() + p.to, p.data, p.bytes); }
-  u32 pc = w.pc;
-  w.pc = p.pc;
-  touch_shared(p.to, p.bytes, w, p.thread & 31, p.pc, WRITE, true);
-  w.pc = pc;
-  memset(launch->shared_written.data() + p.to, 1, p.bytes);
+static void mark_copied(u32 at, u32 bytes, u32 by) {
+  for (u32 b = at & ~1u; b < at + bytes; b += 2) launch->shared_copied[b >> 1] = by;
+}
+static void land(Warp &w, const Copy &copy) {
+  mark_copied(copy.to, copy.bytes, 0);
+  memcpy(launch->shared.data() + copy.to, copy.data, copy.bytes);
+  touch_shared(copy.to, copy.bytes, w, copy.thread & 31, copy.pc, WRITE, true);
+  memset(launch->shared_written.data() + copy.to, 1, copy.bytes);
 }
 static void h_cpasync(Warp &w, const Instruction &in) {
   const Details &x = *in.details;
-  u32 m = w.mask;
-  u64 ga[32];
-  u32 sa[32];
-  u32 full = w.mask, read = 0;
+  const u32 n = x.size, mask = w.mask;
+  u64 from[32];
+  u32 to[32], read[32], readers = 0;  // bytes that are read; the others are zero
   for (int l = 0; l < 32; l++) {
-    sa[l] = address(w, x.to, l);
-    ga[l] = address(w, x.from, l);
-    u32 sz = x.has_mask ? ((u32 *)(w.registers + x.mask))[l] : x.size;
-    if ((m >> l & 1) && sz) read |= 1u << l;
+    to[l] = address(w, x.to, l);
+    from[l] = address(w, x.from, l);
+    read[l] = x.has_mask ? ((u32 *)(w.registers + x.mask))[l] : n;
+    if ((mask >> l & 1) && read[l]) readers |= 1u << l;
   }
-  if (launch->options.count) {
-    w.mask = read;
-    if (read) count_global(w, ga, x.size, w.pc);
-    w.mask = full;
+  if (launch->options.count && readers) {
+    w.mask = readers;
+    count_global(w, from, n, w.pc);
+    w.mask = mask;
   }
-  for (int l = 0; l < 32; l++)
-    if (m >> l & 1) {
-      u32 sz = x.has_mask ? ((u32 *)(w.registers + x.mask))[l] : x.size;
-      u8 *p = shared_at(w, l, sa[l], x.size, true);
-      if (!p) continue;
-      Copy q;
-      memset(q.data, 0, 16);
-      q.to = sa[l];
-      q.bytes = x.size;
-      q.thread = w.id * 32 + l;
-      q.pc = w.pc;
-      if (sz) {
-        Region *r;
-        u8 *g = global_at(w, x, l, ga[l], sz, false, r);
-        if (g) {
-          touch_global(r, ga[l], sz, w, l, w.pc, READ, false);
-          if (r->hooked) check_poison(w, l, r, ga[l], sz);
-          memcpy(q.data, g, sz);
-        }
-      }
-      touch_shared(sa[l], x.size, w, l, w.pc, WRITE, true);
-      for (u32 b = sa[l] & ~1u; b < sa[l] + x.size; b += 2) launch->shared_copied[b >> 1] = w.pc + 1;
-      if (draw() & 1) memcpy(p, q.data, q.bytes);
-      w.open_copies.push_back(q);
+  for (int l = 0; l < 32; l++) {
+    u8 *place = mask >> l & 1 ? shared_at(w, l, to[l], n, true) : nullptr;
+    if (!place) continue;
+    Copy copy{to[l], n, {}, w.id * 32 + l, w.pc};
+    Region *region;
+    if (const u8 *bytes = read[l] ? global_at(w, x, l, from[l], read[l], false, region) : nullptr) {
+      touch_global(region, from[l], read[l], w, l, w.pc, READ, false);
+      if (region->hooked) check_poison(w, l, region, from[l], read[l]);
+      memcpy(copy.data, bytes, read[l]);
     }
+    touch_shared(to[l], n, w, l, w.pc, WRITE, true);
+    mark_copied(to[l], n, w.pc + 1);
+    if (draw() & 1) memcpy(place, copy.data, n);
+    w.open_copies.push_back(copy);
+  }
 }
 static void h_commit(Warp &w, const Instruction &) {
   w.copy_groups.push_back(std::move(w.open_copies));
@@ -280,11 +240,11 @@ static void h_commit(Warp &w, const Instruction &) {
 }
 static void h_waitgroup(Warp &w, const Instruction &in) {
   while ((i64)w.copy_groups.size() > std::max<i64>(in.imm, 0)) {
-    for (auto &p : w.copy_groups.front()) land(w, p, true);
+    for (auto &copy : w.copy_groups.front()) land(w, copy);
     w.copy_groups.erase(w.copy_groups.begin());
   }
   if (in.imm < 0) {
-    for (auto &p : w.open_copies) land(w, p, true);
+    for (auto &copy : w.open_copies) land(w, copy);
     w.open_copies.clear();
   }
 }

@@ -2,186 +2,173 @@
 #pragma once
 #include "program.hpp"
 
+// ---- reports
+// An instruction in the PTX and in the source.
 static string where(u32 pc) {
   const Instruction &in = launch->kernel->code[pc];
-  string s = fmt("ptx:%d", in.line);
-  int l = in.location, guard = 0;
-  const char *sep = " ";
-  while (l >= 0 && guard++ < 8) {
-    const Location &q = launch->kernel->locations[l];
-    string f = launch->kernel->files.count(q.file) ? launch->kernel->files[q.file] : "?";
-    auto p = f.rfind('/');
-    s += sep + (p == string::npos ? f : f.substr(p + 1)) + fmt(":%d", q.line);
-    sep = " < ";
-    l = q.inlined_at;
+  string text = fmt("ptx:%d", in.line);
+  const char *separator = " ";
+  int at = in.location;
+  for (int depth = 0; at >= 0 && depth < 8; depth++) {
+    const Location &location = launch->kernel->locations[at];
+    auto file = launch->kernel->files.find(location.file);
+    string path = file == launch->kernel->files.end() ? "?" : file->second;
+    text += separator + path.substr(path.rfind('/') + 1) + fmt(":%d", location.line);
+    separator = " < ";
+    at = location.inlined_at;
   }
-  return s + "  `" + in.text + "`";
+  return text + "  `" + in.text + "`";
 }
-static void report(const string &kind, u32 pc, u32 opc, const std::function<string()> &text, bool two = false) {
-  string key = kind + "#" + std::to_string(pc) + "#" + std::to_string(opc);
+static string who(int thread) { return fmt("cta %u warp %d lane %d", launch->cta, thread >> 5, thread & 31); }
+
+// The first finding of a kind at an instruction (or two) is described; others are counted.
+static void report(const string &kind, u32 pc, u32 other_pc, const std::function<string()> &text, bool two = false) {
+  string key = kind + "#" + std::to_string(pc) + "#" + std::to_string(other_pc);
   auto it = launch->reports.find(key);
-  if (it != launch->reports.end()) {
-    it->second.count++;
+  if (it != launch->reports.end()) it->second.count++;
+  else launch->reports[key] = {kind, pc, other_pc, 1, text(), two};
+}
+static void report_two(const string &kind, u32 pc, u32 other_pc, const std::function<string()> &text) {
+  report(kind, pc, other_pc, [&] { return text() + where(pc) + "  against  " + where(other_pc); }, true);
+}
+static u32 cta_of(u32 epoch) {
+  u32 found = ~0u;
+  for (auto [first, cta] : launch->ctas)
+    if (first <= epoch) found = cta;
+  return found;
+}
+
+// ---- races: what a thread does to a cell, against what others did to it and no barrier is between
+enum Kind { READ, WRITE, ATOMIC };
+struct Access {
+  const Warp &warp;
+  int thread;
+  u32 pc;
+  Kind kind;
+  bool changed;       // by a write: not the same value again
+  bool shared;        // memory of the program; else global
+  u32 oldest;         // what was done in an earlier epoch is over: of the program, or of the launch
+};
+
+// Against another thread of the program, in the same epoch.
+static __attribute__((noinline)) void check_thread(const Access &a, const char *how, bool same_value, int other,
+                                                   u32 other_pc, u16 syncs, u16 collectives,
+                                                   const std::function<string()> &place) {
+  const char *kind = "race-warps";
+  if (a.thread >> 5 == other >> 5) {
+    if (syncs != a.warp.syncs) return;  // a bar.warp.sync is between
+    kind = a.pc == other_pc                    ? "race-lanes-same-instruction"
+           : collectives != a.warp.collectives ? "race-lanes-converged"
+                                               : "race-lanes";
+  }
+  report_two(string(kind) + (same_value ? "/same-value" : "") + (a.shared ? " shared-" : " global-") + how, a.pc,
+             other_pc, [&] {
+               return who(a.thread) + " at " + place() +
+                      fmt(", and thread warp %d lane %d, at ", other >> 5, other & 31);
+             });
+}
+// Against another program of the launch.
+static __attribute__((noinline)) void check_program(const Access &a, const char *how, bool same_value, u32 epoch,
+                                                    u32 other_pc, const std::function<string()> &place) {
+  report_two(string("race-ctas") + (same_value ? "/same-value" : "") + " global-" + how, a.pc, other_pc,
+             [&] { return who(a.thread) + " at " + place() + fmt(", and cta %u: ", cta_of(epoch)); });
+}
+// Of an access against the last write of these bytes.
+template <class Place>
+static inline void check_last_write(const Cell &c, u8 mask, const Access &a, const Place &place) {
+  if (c.write_epoch < a.oldest || !(c.write_mask & mask)) return;
+  const bool was_atomic = c.write_flags & W_ATOMIC;
+  if (a.kind == ATOMIC && was_atomic) return;
+  const char *how = a.kind != READ ? "write-after-write" : was_atomic ? "read-after-atomic" : "read-after-write";
+  const bool same_value = a.kind == READ ? !(c.write_flags & W_CHANGED) : !a.changed;
+  if (c.write_epoch < launch->cta_epoch)
+    check_program(a, was_atomic && a.kind == READ ? "read-after-write" : how, same_value, c.write_epoch, c.write_pc,
+                  place);
+  else if (c.write_epoch == launch->epoch && c.writer != a.thread)
+    check_thread(a, how, same_value, c.writer, c.write_pc, c.write_syncs, c.write_collectives, place);
+}
+template <class Place>
+static inline void read_cell(Cell &c, u8 mask, const Access &a, const Place &place) {
+  check_last_write(c, mask, a, place);
+  if (c.read_epoch != launch->epoch) {
+    if (c.read_epoch >= a.oldest && c.read_epoch < launch->cta_epoch)
+      c.older_read_epoch = c.read_epoch, c.older_read_pc = c.read_pc;
+    c.read_epoch = launch->epoch;
+    c.reader = c.reader2 = a.thread;
+    c.read_pc = c.read_pc2 = a.pc;
+    c.read_mask = mask;
+    c.read_syncs = a.warp.syncs;
+    c.read_collectives = a.warp.collectives;
     return;
   }
-  launch->reports[key] = {kind, pc, opc, 1, text(), two};
+  c.read_mask |= mask;
+  const bool same_warp = a.thread >> 5 == c.reader >> 5;
+  if (a.thread == c.reader) c.read_pc = a.pc;
+  else if (c.reader2 >> 5 == c.reader >> 5) c.reader2 = a.thread, c.read_pc2 = a.pc;  // rather of another warp
+  if (same_warp) c.read_syncs = a.warp.syncs, c.read_collectives = a.warp.collectives;
 }
-static string who(int tid) { return fmt("cta %u warp %d lane %d", launch->cta, tid >> 5, tid & 31); }
-static u32 cta_of_epoch(u32 e) {
-  u32 c = ~0u;
-  for (auto &p : launch->ctas)
-    if (p.first <= e) c = p.second;
-    else break;
-  return c;
-}
-
-static inline bool ordered_class(const Warp &w, int tid, int otid, u16 owb, u16 owc, u32 pc, u32 opc,
-                                 const char *&cls) {
-  if (tid >> 5 != otid >> 5) {
-    cls = "race-warps";
-    return true;
-  }
-  if (owb != w.syncs) return false;
-  cls = pc == opc ? "race-lanes-same-instruction" : owc != w.collectives ? "race-lanes-converged" : "race-lanes";
-  return true;
-}
-
-static __attribute__((noinline)) void race(const char *cls, const char *type, bool same, u32 pc, u32 opc, int tid,
-                                           int otid, const string &at, bool lo_shared) {
-  string kind = string(cls) + (same ? "/same-value" : "");
-  report(
-      kind + (lo_shared ? " shared-" : " global-") + type, pc, opc,
-      [&] {
-        return fmt("%s at %s, and thread warp %d lane %d, at ", who(tid).c_str(), at.c_str(), otid >> 5, otid & 31) +
-               where(pc) + "  against  " + where(opc);
-      },
-      true);
-}
-static __attribute__((noinline)) void cross(const char *type, bool same, u32 pc, u32 opc, int tid, u32 oe,
-                                            const string &at) {
-  report(
-      string("race-ctas") + (same ? "/same-value" : "") + " global-" + type, pc, opc,
-      [&] {
-        return fmt("%s at %s, and cta %u: ", who(tid).c_str(), at.c_str(), cta_of_epoch(oe)) + where(pc) +
-               "  against  " + where(opc);
-      },
-      true);
-}
-
-template <class At>
-static inline void touch_read(Cell &c, u8 mask, Warp &w, int tid, u32 pc, const At &at, u32 lo, bool shared) {
-  const u32 E = launch->epoch;
-  if (c.write_epoch >= lo && (c.write_mask & mask)) {
-    if (c.write_epoch >= launch->cta_epoch) {
-      if (c.write_epoch == E && c.writer != tid) {
-        const char *k;
-        if (ordered_class(w, tid, c.writer, c.write_syncs, c.write_collectives, pc, c.write_pc, k))
-          race(k, c.write_flags & W_ATOMIC ? "read-after-atomic" : "read-after-write", !(c.write_flags & W_CHANGED), pc,
-               c.write_pc, tid, c.writer, at(), shared);
-      }
-    } else cross("read-after-write", !(c.write_flags & W_CHANGED), pc, c.write_pc, tid, c.write_epoch, at());
-  }
-  if (c.read_epoch != E) {
-    if (c.read_epoch >= lo && c.read_epoch < launch->cta_epoch)
-      c.older_read_epoch = c.read_epoch, c.older_read_pc = c.read_pc;
-    c.read_epoch = E;
-    c.reader = c.reader2 = tid;
-    c.read_pc = c.read_pc2 = pc;
-    c.read_mask = mask;
-    c.read_syncs = w.syncs;
-    c.read_collectives = w.collectives;
-  } else {
-    c.read_mask |= mask;
-    if (tid != c.reader) {
-      if (c.reader2 == c.reader || ((c.reader2 >> 5) == (c.reader >> 5))) c.reader2 = tid, c.read_pc2 = pc;
-    } else c.read_pc = pc, c.read_syncs = w.syncs, c.read_collectives = w.collectives;
-    if ((tid >> 5) == (c.reader >> 5)) c.read_syncs = w.syncs, c.read_collectives = w.collectives;
-  }
-}
-template <class At>
-static inline void touch_write(Cell &c, u8 mask, Warp &w, int tid, u32 pc, bool atomic, bool changed, const At &at,
-                               u32 lo, bool shared) {
-  const u32 E = launch->epoch;
-  if (c.write_epoch >= lo && (c.write_mask & mask) && !(atomic && (c.write_flags & W_ATOMIC))) {
-    if (c.write_epoch >= launch->cta_epoch) {
-      if (c.write_epoch == E && c.writer != tid) {
-        const char *k;
-        if (ordered_class(w, tid, c.writer, c.write_syncs, c.write_collectives, pc, c.write_pc, k))
-          race(k, "write-after-write", !changed, pc, c.write_pc, tid, c.writer, at(), shared);
-      }
-    } else cross("write-after-write", !changed, pc, c.write_pc, tid, c.write_epoch, at());
-  }
-  if (c.read_epoch >= lo && (c.read_mask & mask)) {
-    if (c.read_epoch == E) {
-      int o = c.reader != tid ? c.reader : c.reader2;
-      u32 opc = c.reader != tid ? c.read_pc : c.read_pc2;
-      if (c.reader2 >> 5 != tid >> 5) o = c.reader2, opc = c.read_pc2;
-      if (o != tid) {
-        const char *k;
-        if (ordered_class(w, tid, o, c.read_syncs, c.read_collectives, pc, opc, k))
-          race(k, atomic ? "atomic-after-read" : "write-after-read", !changed, pc, opc, tid, o, at(), shared);
-      }
+template <class Place>
+static inline void write_cell(Cell &c, u8 mask, const Access &a, const Place &place) {
+  check_last_write(c, mask, a, place);
+  if (c.read_epoch >= a.oldest && (c.read_mask & mask)) {
+    if (c.read_epoch == launch->epoch) {
+      const bool second = c.reader == a.thread || c.reader2 >> 5 != a.thread >> 5;
+      const int reader = second ? c.reader2 : c.reader;
+      if (reader != a.thread)
+        check_thread(a, a.kind == ATOMIC ? "atomic-after-read" : "write-after-read", !a.changed, reader,
+                     second ? c.read_pc2 : c.read_pc, c.read_syncs, c.read_collectives, place);
     } else if (c.read_epoch < launch->cta_epoch)
-      cross("write-after-read", !changed, pc, c.read_pc, tid, c.read_epoch, at());
+      check_program(a, "write-after-read", !a.changed, c.read_epoch, c.read_pc, place);
   }
-  if (c.older_read_epoch >= lo && c.older_read_epoch < launch->cta_epoch)
-    cross("write-after-read", !changed, pc, c.older_read_pc, tid, c.older_read_epoch, at());
-  c.write_epoch = E;
-  c.write_pc = pc;
-  c.writer = tid;
+  if (c.older_read_epoch >= a.oldest && c.older_read_epoch < launch->cta_epoch)
+    check_program(a, "write-after-read", !a.changed, c.older_read_epoch, c.older_read_pc, place);
+  c.write_epoch = launch->epoch;
+  c.write_pc = a.pc;
+  c.writer = a.thread;
   c.write_mask = mask;
-  c.write_flags = (atomic ? W_ATOMIC : 0) | (changed ? W_CHANGED : 0);
-  c.write_syncs = w.syncs;
-  c.write_collectives = w.collectives;
-  c.write_fences = w.fences;
+  c.write_flags = (a.kind == ATOMIC ? W_ATOMIC : 0) | (a.changed ? W_CHANGED : 0);
+  c.write_syncs = a.warp.syncs;
+  c.write_collectives = a.warp.collectives;
+  c.write_fences = a.warp.fences;
 }
-
-static string at_global(u64 a, Region *r) {
-  return r ? fmt("global %s+%llu (of %llu bytes)", r->name.empty() ? "allocation" : r->name.c_str(),
-                 (unsigned long long)(a - r->base), (unsigned long long)r->size)
-           : fmt("global 0x%llx", (unsigned long long)a);
-}
-enum Kind { READ, WRITE, ATOMIC };
-static inline void touch_global(Region *r, u64 a, u32 n, Warp &w, int lane, u32 pc, Kind kind, bool changed) {
-  u64 off = a - r->base;
-  int sh = r->shift;
-  u32 G = 1u << sh;
-  u64 b = off, e = off + n;
-  int tid = w.id * 32 + lane;
-  auto at = [&] { return at_global(a, r); };
-  while (b < e) {
-    u64 g = b & ~(u64)(G - 1);
-    u64 stop = std::min(e, g + G);
-    u8 mask = ((1u << (stop - b)) - 1) << (b - g);
-    Cell &c = *r->cell(g);
-    if (kind == READ) touch_read(c, mask, w, tid, pc, at, launch->launch_epoch, false);
-    else touch_write(c, mask, w, tid, pc, kind == ATOMIC, changed, at, launch->launch_epoch, false);
-    b = stop;
+// All cells of the bytes begin .. begin + n - 1, each of which stands for 1 << shift of them.
+template <class CellAt, class Place>
+static inline void touch(u64 begin, u32 n, int shift, const Access &a, const CellAt &cell_at, const Place &place) {
+  const u64 end = begin + n;
+  while (begin < end) {
+    const u64 first = begin >> shift << shift, stop = std::min<u64>(end, first + (1ull << shift));
+    const u8 mask = ((1u << (stop - begin)) - 1) << (begin - first);
+    Cell &cell = cell_at(first);
+    if (a.kind == READ) read_cell(cell, mask, a, place);
+    else write_cell(cell, mask, a, place);
+    begin = stop;
   }
 }
-static inline void touch_shared(u32 off, u32 n, Warp &w, int lane, u32 pc, Kind kind, bool changed) {
-  u32 b = off, e = off + n;
-  int tid = w.id * 32 + lane;
-  auto at = [&] { return fmt("shared+%u", off); };
-  while (b < e) {
-    u32 g = b & ~1u, stop = std::min(e, g + 2);
-    u8 mask = ((1u << (stop - b)) - 1) << (b - g);
-    Cell &c = launch->shared_cells[g >> 1];
-    if (launch->shared_copied[g >> 1])
-      report(
-          "race-async", pc, launch->shared_copied[g >> 1] - 1,
-          [&] {
-            return who(tid) + " at " + at() + ", which a cp.async not yet waited for writes: " + where(pc) +
-                   "  against  " + where(launch->shared_copied[g >> 1] - 1);
-          },
-          true);
-    if (kind == READ) touch_read(c, mask, w, tid, pc, at, launch->cta_epoch, true);
-    else touch_write(c, mask, w, tid, pc, kind == ATOMIC, changed, at, launch->cta_epoch, true);
-    b = stop;
-  }
+static string name_of(const Region *r) { return r->name.empty() ? "an allocation" : r->name; }
+static string place_of(u64 address, const Region *r) {
+  return fmt("global %s+%llu (of %llu bytes)", name_of(r).c_str(), (unsigned long long)(address - r->base),
+             (unsigned long long)r->size);
+}
+static inline void touch_global(Region *r, u64 address, u32 n, Warp &w, int lane, u32 pc, Kind kind, bool changed) {
+  const Access access{w, w.id * 32 + lane, pc, kind, changed, false, launch->launch_epoch};
+  touch(address - r->base, n, r->shift, access, [&](u64 offset) -> Cell & { return *r->cell(offset); },
+        [&] { return place_of(address, r); });
+}
+static inline void touch_shared(u32 offset, u32 n, Warp &w, int lane, u32 pc, Kind kind, bool changed) {
+  const Access access{w, w.id * 32 + lane, pc, kind, changed, true, launch->cta_epoch};
+  auto place = [&] { return fmt("shared+%u", offset); };
+  auto cell = [&](u64 at) -> Cell & {
+    if (u32 copied = launch->shared_copied[at >> 1])
+      report_two("race-async", pc, copied - 1, [&] {
+        return who(access.thread) + " at " + place() + ", which a cp.async not yet waited for writes: ";
+      });
+    return launch->shared_cells[at >> 1];
+  };
+  touch(offset, n, 1, access, cell, place);
 }
 
-// where the bytes are, or null (reported)
+// ---- bounds, alignment, and memory that nothing wrote
+// Where the bytes are; null, and a report, outside of all tensors.
 static inline u8 *global_at(Warp &w, const Details &x, int lane, u64 a, u32 n, bool store, Region *&r) {
   r = x.last;
   if (!(r && a >= r->base && a + n <= r->base + r->size)) {
@@ -190,13 +177,12 @@ static inline u8 *global_at(Warp &w, const Details &x, int lane, u64 a, u32 n, b
   }
   if (__builtin_expect(!r, 0)) {
     report(store ? "oob-global-write" : "oob-global-read", w.pc, 0, [&] {
-      Region *q = nearest_region(a);
-      string s = q ? a >= q->base
-                         ? fmt("%lld bytes behind the begin of %s of %llu bytes", (long long)(a - q->base),
-                               q->name.empty() ? "an allocation" : q->name.c_str(), (unsigned long long)q->size)
-                         : fmt("%lld bytes before %s of %llu bytes", (long long)(q->base - a),
-                               q->name.empty() ? "an allocation" : q->name.c_str(), (unsigned long long)q->size)
-                   : "nothing is registered";
+      Region *near = nearest_region(a);
+      string s = "nothing is registered";
+      if (near)
+        s = fmt("%lld bytes %s %s of %llu bytes", std::llabs((long long)(a - near->base)),
+                a >= near->base ? "behind the begin of" : "before", name_of(near).c_str(),
+                (unsigned long long)near->size);
       return who(w.id * 32 + lane) +
              fmt(" %s %u bytes at 0x%llx, ", store ? "writes" : "reads", n, (unsigned long long)a) + s + ": " +
              where(w.pc);
@@ -244,7 +230,7 @@ static inline void check_poison(Warp &w, int lane, Region *r, u64 a, u32 n) {
   }
   if (bad)
     report("uninit-global", w.pc, 0,
-           [&] { return who(w.id * 32 + lane) + " reads " + at_global(a, r) + ", never written: " + where(w.pc); });
+           [&] { return who(w.id * 32 + lane) + " reads " + place_of(a, r) + ", never written: " + where(w.pc); });
 }
 // What an address operand is in a lane.
 static inline u64 address(const Warp &w, const Address &a, int lane) {
@@ -252,66 +238,48 @@ static inline u64 address(const Warp &w, const Address &a, int lane) {
   return a.offset + (a.size == 4 ? ((const u32 *)(w.registers + a.reg))[lane] : 0);
 }
 
-static void count_global(Warp &w, const u64 *a, u32 n, u32 pc) {
-  u64 seen[256];
-  int ns = 0;
+// ---- costs
+// Sectors of 32 bytes that a warp's access of n bytes each touches.
+static void count_global(Warp &w, const u64 *addresses, u32 n, u32 pc) {
+  std::unordered_set<u64> sectors;
   for (int l = 0; l < 32; l++)
     if (w.mask >> l & 1)
-      for (u64 s = a[l] >> 5; s <= (a[l] + n - 1) >> 5; s++) {
-        bool f = false;
-        for (int i = ns - 1; i >= 0; i--)
-          if (seen[i] == s) {
-            f = true;
-            break;
-          }
-        if (!f && ns < 256) seen[ns++] = s;
-      }
-  launch->kernel->n_sectors[pc] += ns;
-  launch->kernel->n_requests[pc] += 1;
+      for (u64 sector = addresses[l] >> 5; sector <= (addresses[l] + n - 1) >> 5; sector++) sectors.insert(sector);
+  launch->kernel->n_sectors[pc] += sectors.size();
+  launch->kernel->n_requests[pc]++;
 }
-static void count_shared(Warp &w, const u32 *a, u32 n, u32 pc) {
-  int per = n <= 4 ? 32 : n == 8 ? 16 : 8;
-  int waves = 0, ideal = 0;
-  for (int b = 0; b < 32; b += per) {
-    u32 words[32][8];
-    u8 nw[32] = {0};
-    int mx = 0;
-    bool any = false;
-    for (int l = b; l < b + per; l++)
-      if (w.mask >> l & 1) {
-        any = true;
-        for (u32 q = a[l] >> 2; q <= (a[l] + n - 1) >> 2; q++) {
-          int k = q & 31;
-          bool f = false;
-          for (int i = 0; i < nw[k] && i < 8; i++)
-            if (words[k][i] == q) f = true;
-          if (!f) {
-            if (nw[k] < 8) words[k][nw[k]] = q;
-            nw[k]++;
-            mx = std::max<int>(mx, nw[k]);
-          }
+// Turns that a warp's access to shared memory takes: 32 banks of 4 bytes, each of which answers for one word at a time.
+// 8 bytes each are half a warp at a time, 16 bytes a quarter.
+static void count_shared(Warp &w, const u32 *addresses, u32 n, u32 pc) {
+  const int lanes = n <= 4 ? 32 : n == 8 ? 16 : 8;
+  for (int begin = 0; begin < 32; begin += lanes) {
+    std::unordered_set<u32> words[32];
+    size_t turns = 0;
+    for (int l = begin; l < begin + lanes; l++)
+      if (w.mask >> l & 1)
+        for (u32 word = addresses[l] >> 2; word <= (addresses[l] + n - 1) >> 2; word++) {
+          words[word & 31].insert(word);
+          turns = std::max(turns, words[word & 31].size());
         }
-      }
-    waves += mx;
-    ideal += any;
+    launch->kernel->n_conflicts[pc] += turns ? turns - 1 : 0;
+    launch->kernel->n_requests[pc] += turns;
   }
-  launch->kernel->n_conflicts[pc] += waves - ideal;
-  launch->kernel->n_requests[pc] += waves;
 }
 
-static inline void put(u8 *R, u32 off, int size, int l, u64 v) {
+// ---- registers: lane l of the one at `at`
+static inline void put(u8 *R, u32 at, int size, int l, u64 v) {
   switch (size) {
-  case 2: ((u16 *)(R + off))[l] = v; break;
-  case 4: ((u32 *)(R + off))[l] = v; break;
-  case 8: ((u64 *)(R + off))[l] = v; break;
-  default: ((u8 *)(R + off))[l] = v;
+  case 2: ((u16 *)(R + at))[l] = v; break;
+  case 4: ((u32 *)(R + at))[l] = v; break;
+  case 8: ((u64 *)(R + at))[l] = v; break;
+  default: ((u8 *)(R + at))[l] = v;
   }
 }
-static inline u64 get(const u8 *R, u32 off, int size, int l) {
+static inline u64 get(const u8 *R, u32 at, int size, int l) {
   switch (size) {
-  case 2: return ((const u16 *)(R + off))[l];
-  case 4: return ((const u32 *)(R + off))[l];
-  case 8: return ((const u64 *)(R + off))[l];
+  case 2: return ((const u16 *)(R + at))[l];
+  case 4: return ((const u32 *)(R + at))[l];
+  case 8: return ((const u64 *)(R + at))[l];
   }
   return 0;
 }

@@ -2,30 +2,32 @@
 #pragma once
 #include "accesses.hpp"
 
-// ---- matrices
+// ---- 8 x 8 matrices of halves, whose rows the lanes of a quarter address
+static void count_rows(Warp &w, int matrix, const u32 *addresses) {
+  const u32 mask = w.mask;
+  w.mask = 0xffu << (8 * matrix);
+  if (launch->options.count) count_shared(w, addresses, 16, w.pc);
+  w.mask = mask;
+}
 static void h_ldmatrix(Warp &w, const Instruction &in) {
   const Details &x = *in.details;
   u32 a[32];
   for (int l = 0; l < 32; l++) a[l] = address(w, x.to, l);
   for (int i = 0; i < x.n; i++) {
-    u16 mat[8][8];
-    u32 keep = w.mask;
-    w.mask = 0xffu << (8 * i);
-    if (launch->options.count) { count_shared(w, a, 16, w.pc); }
-    w.mask = keep;
+    u16 matrix[8][8] = {};
+    count_rows(w, i, a);
     for (int r = 0; r < 8; r++) {
-      int l = 8 * i + r;
-      u8 *p = shared_at(w, l, a[l], 16, false);
-      if (p) {
-        touch_shared(a[l], 16, w, l, w.pc, READ, false);
-        check_written(w, l, a[l], 16);
-        memcpy(mat[r], p, 16);
-      } else memset(mat[r], 0, 16);
+      const int l = 8 * i + r;
+      const u8 *bytes = shared_at(w, l, a[l], 16, false);
+      if (!bytes) continue;
+      touch_shared(a[l], 16, w, l, w.pc, READ, false);
+      check_written(w, l, a[l], 16);
+      memcpy(matrix[r], bytes, 16);
     }
-    u32 *d = (u32 *)(w.registers + x.regs[i]);
+    u32 *to = (u32 *)(w.registers + x.regs[i]);
     for (int l = 0; l < 32; l++) {
-      int r = l >> 2, c = 2 * (l & 3);
-      d[l] = x.transposed ? mat[c][r] | (u32)mat[c + 1][r] << 16 : mat[r][c] | (u32)mat[r][c + 1] << 16;
+      const int r = l >> 2, c = 2 * (l & 3);
+      to[l] = x.transposed ? matrix[c][r] | (u32)matrix[c + 1][r] << 16 : matrix[r][c] | (u32)matrix[r][c + 1] << 16;
     }
   }
 }
@@ -34,28 +36,22 @@ static void h_stmatrix(Warp &w, const Instruction &in) {
   u32 a[32];
   for (int l = 0; l < 32; l++) a[l] = address(w, x.to, l);
   for (int i = 0; i < x.n; i++) {
-    u16 mat[8][8];
-    u32 keep = w.mask;
-    w.mask = 0xffu << (8 * i);
-    if (launch->options.count) count_shared(w, a, 16, w.pc);
-    w.mask = keep;
-    const u32 *d = (u32 *)(w.registers + x.regs[i]);
+    u16 matrix[8][8];
+    count_rows(w, i, a);
+    const u32 *from = (u32 *)(w.registers + x.regs[i]);
     for (int l = 0; l < 32; l++) {
-      int r = l >> 2, c = 2 * (l & 3);
-      if (x.transposed) mat[c][r] = d[l], mat[c + 1][r] = d[l] >> 16;
-      else mat[r][c] = d[l], mat[r][c + 1] = d[l] >> 16;
+      const int r = l >> 2, c = 2 * (l & 3);
+      (x.transposed ? matrix[c][r] : matrix[r][c]) = from[l];
+      (x.transposed ? matrix[c + 1][r] : matrix[r][c + 1]) = from[l] >> 16;
     }
     for (int r = 0; r < 8; r++) {
-      int l = 8 * i + r;
-      u8 *p = shared_at(w, l, a[l], 16, true);
-      if (p) {
-        touch_shared(a[l], 16, w, l, w.pc, WRITE, memcmp(p, mat[r], 16) != 0 || !launch->shared_written[a[l]]);
-        memcpy(p, mat[r], 16);
-        memset(launch->shared_written.data() + a[l], 1, 16);
-      }
+      const int l = 8 * i + r;
+      if (shared_at(w, l, a[l], 16, true)) store_shared(w, l, a[l], 16, (const u8 *)matrix[r]);
     }
   }
 }
+
+// ---- mma: lane l has row l / 4 and two columns of every 8 x 8 part
 static void h_mma(Warp &w, const Instruction &in) {
   const Details &x = *in.details;
   if (x.type == f64) {
@@ -74,7 +70,6 @@ static void h_mma(Warp &w, const Instruction &in) {
     return;
   }
   float A[16][16], BT[8][16];
-  int kernel = x.k;
   if (x.type == b32) {
     for (int l = 0; l < 32; l++) {
       int g = l >> 2, t = l & 3;
@@ -104,7 +99,7 @@ static void h_mma(Warp &w, const Instruction &in) {
   for (int r = 0; r < 16; r++)
     for (int c = 0; c < 8; c++) {
       double s = 0;
-      for (int k = 0; k < kernel; k++) s += (double)A[r][k] * (double)BT[c][k];
+      for (int k = 0; k < x.k; k++) s += (double)A[r][k] * (double)BT[c][k];
       int l = (r & 7) * 4 + c / 2, j = (c & 1) + 2 * (r >> 3);
       s += (double)((float *)(w.registers + x.regs_d[j]))[l];
       D[r][c] = canon((float)s);
@@ -137,28 +132,20 @@ static void wg_read(Warp &w, u32 a) {  // 16 bytes
     return;
   }
   check_written(w, 0, a, 16);
-  {
-    for (u32 g = a >> 1; g < (a >> 1) + 8; g++) {
-      Cell &c = launch->shared_cells[g];
-      if (c.write_epoch >= launch->cta_epoch && w.fence_epoch < c.write_epoch &&
-          launch->warps[c.writer >> 5].fences == c.write_fences) {
-        report(
-            "proxy-fence-missing", w.pc, c.write_pc,
-            [&] {
-              return who(w.id * 32) + fmt(" reads shared+%u through the asynchronous proxy: ", a) + where(w.pc) +
-                     "  against  " + where(c.write_pc);
-            },
-            true);
-        break;
-      }
-    }
-    touch_shared(a, 16, w, 0, w.pc, READ, false);
-    w.open_reads.push_back({a, w.pc, launch->epoch});
+  for (u32 i = a >> 1; i < (a >> 1) + 8; i++) {
+    const Cell &c = launch->shared_cells[i];
+    const bool fenced = w.fence_epoch >= c.write_epoch || launch->warps[c.writer >> 5].fences != c.write_fences;
+    if (c.write_epoch < launch->cta_epoch || fenced) continue;
+    report_two("proxy-fence-missing", w.pc, c.write_pc,
+               [&] { return who(w.id * 32) + fmt(" reads shared+%u through the asynchronous proxy: ", a); });
+    break;
   }
+  touch_shared(a, 16, w, 0, w.pc, READ, false);
+  w.open_reads.push_back({a, w.pc, launch->epoch});
 }
 static void h_wgmma(Warp &w, const Instruction &in) {
   const Details &x = *in.details;
-  int N = x.n, kernel = x.k, es = x.size, R = w.id & 3;
+  int N = x.n, es = x.size, R = w.id & 3;
   static thread_local float A[16][16], B[16][256];
   u8 *S = launch->shared.data();
   auto val = [&](u32 a) -> float {
@@ -176,7 +163,7 @@ static void h_wgmma(Warp &w, const Instruction &in) {
     u64 d = ((u64 *)(w.registers + x.matrix_a))[0];
     std::map<u32, char> seen;
     for (int r = 0; r < 16; r++)
-      for (int k = 0; k < kernel; k++) {
+      for (int k = 0; k < x.k; k++) {
         u32 a = wg_address(d, x.transposed, 16 * R + r, k * es, es);
         seen[a & ~15u] = 1;
         A[r][k] = val(a);
@@ -199,7 +186,7 @@ static void h_wgmma(Warp &w, const Instruction &in) {
     u64 d = ((u64 *)(w.registers + x.matrix_b))[0];
     vector<char> seen(launch->shared_bytes / 16 + 2, 0);
     for (int c = 0; c < N; c++)
-      for (int k = 0; k < kernel; k++) {
+      for (int k = 0; k < x.k; k++) {
         u32 a = wg_address(d, x.mode, c, k * es, es);
         if (a / 16 < seen.size()) seen[a / 16] = 1;
         else wg_read(w, a & ~15u);
@@ -212,7 +199,7 @@ static void h_wgmma(Warp &w, const Instruction &in) {
   static thread_local double D[256];
   for (int r = 0; r < 16; r++) {
     for (int c = 0; c < N; c++) D[c] = 0;
-    for (int k = 0; k < kernel; k++) {
+    for (int k = 0; k < x.k; k++) {
       double a = A[r][k];
       for (int c = 0; c < N; c++) D[c] += a * (double)B[k][c];
     }
@@ -233,15 +220,10 @@ static void h_wgwait(Warp &w, const Instruction &in) {
       for (u32 g = q.at >> 1; g < (q.at >> 1) + 8; g++) {
         Cell &c = launch->shared_cells[g];
         if (c.write_epoch > q.epoch) {
-          report(
-              "race-wgmma", q.pc, c.write_pc,
-              [&] {
-                return who(w.id * 32) +
-                       fmt(": shared+%u is written by warp %d before the wgmma that reads it is waited for: ", q.at,
-                           c.writer >> 5) +
-                       where(q.pc) + "  against  " + where(c.write_pc);
-              },
-              true);
+          report_two("race-wgmma", q.pc, c.write_pc, [&] {
+            return who(w.id * 32) + fmt(": shared+%u is written by warp %d before the wgmma that reads it has ended: ",
+                                        q.at, c.writer >> 5);
+          });
           break;
         }
       }

@@ -8,9 +8,10 @@ enum Type {
   f32x2
 };
 static const std::unordered_map<string, Type> TYPES = {
-    {"b8", b8},   {"b16", b16}, {"b32", b32},   {"b64", b64}, {"b128", b128}, {"u8", u8_},   {"u16", u16_},
-    {"u32", u32_}, {"u64", u64_}, {"s8", s8},     {"s16", s16}, {"s32", s32},   {"s64", s64},  {"f16", f16},
-    {"bf16", bf16}, {"f32", f32}, {"f64", f64},   {"pred", pred}, {"f16x2", f16x2}, {"bf16x2", bf16x2}, {"f32x2", f32x2}};
+    {"b8", b8},     {"b16", b16},   {"b32", b32},   {"b64", b64},       {"b128", b128},     {"u8", u8_},
+    {"u16", u16_},  {"u32", u32_},  {"u64", u64_},  {"s8", s8},         {"s16", s16},       {"s32", s32},
+    {"s64", s64},   {"f16", f16},   {"bf16", bf16}, {"f32", f32},       {"f64", f64},       {"pred", pred},
+    {"f16x2", f16x2}, {"bf16x2", bf16x2}, {"f32x2", f32x2}};
 static int bytes_of(Type t) {
   switch (t) {
   case b8: case u8_: case s8: return 1;
