@@ -11,6 +11,7 @@ table stays the same when only the buffer is a new one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ NOTHING = -1  # the kind of a source that is zero everywhere
 KINDS = table.KINDS | {torch.float64: 3}
 ROWS, COLUMNS = 8, 64  # of a tile; with twice as many the 64-bit offsets spill
 
-_LAUNCHED: set[tuple[torch.device, Configuration]] = set()  # so it is on the device
+_LAUNCHED: set[tuple[torch.device, bool, bool]] = set()  # in which form the kernel is on the device
 
 
 @triton.jit
@@ -109,12 +110,14 @@ def copy_kernel(
     write(target, tl.load(row_ptr + TARGET + KIND), at, value, inside, WIDE)
 
 
+@functools.cache
 def configuration(to_buffer: bool, wide: bool) -> Configuration:
     flags = (("TO_BUFFER", int(to_buffer)), ("WIDE", int(wide)))
     return Configuration(copy_kernel, (*flags, ("ROWS", ROWS), ("COLUMNS", COLUMNS)), 4)
 
 
-Form = tuple[int, torch.dtype | None, tuple[int, ...]]  # a tensor's address, dtype (None: zeros) and strides
+# Addresses (or offsets), dtypes (None: zeros, or nothing) and strides of tensors.
+Forms = tuple[Sequence[int], Sequence[torch.dtype | None], Sequence[Sequence[int]]]
 
 
 class Near(NamedTuple):
@@ -149,19 +152,21 @@ class Copies:
         self._owner = self._to_device(table.owners(range(len(tiles)), [0] * len(tiles), tiles))
         self._rows = np.zeros((len(near), FIELDS.value), dtype=np.int64)
         self._rows[:, COUNT_ROWS.value :] = np.array(grids).reshape(-1, 4)
+        self._filled: dict[int, tuple[Sequence[torch.dtype | None], Sequence[Sequence[int]]]] = {}
         ends = (SOURCE.value, TARGET.value)
         self._far, self._near = ends if to_buffer else ends[::-1]
-        self._fill(self._near, [(part.offset, part.dtype, part.strides) for part in near])
+        self._rows[:, self._near + ADDRESS.value] = [part.offset for part in near]
+        self._fill(self._near, [part.dtype for part in near], [part.strides for part in near])
         indexed = self._near if full == "near" else self._far
         # A vector's dimension 0 runs along the columns.
         placed = [(None, x[0]) if len(part.shape) == 1 else x for part, x in zip(near, lists, strict=True)]
         addresses = [[0 if index is None else index.data_ptr() for index in pair] for pair in placed]
         self._rows[:, indexed + OUT.value : indexed + INTO.value + 1] = np.array(addresses).reshape(-1, 2)
         self._wide = any(part.dtype == torch.float64 for part in near)
-        self._known: list[Form] = []
+        self._known: Forms = [], [], []
         self._table: Tensor | None = None
 
-    def run(self, far: list[Form], buffer: Tensor) -> None:
+    def run(self, far: Forms, buffer: Tensor) -> None:
         """Launch. The table goes to the device anew if these are not the tensors of the last time.
 
         far: the other ends; the full tensors have more than what is copied.
@@ -171,22 +176,24 @@ class Copies:
         """
         capturing, found = capture.capturing(), self._table
         if far != self._known or found is None:
-            self._fill(self._far, far)
-            self._wide = self._wide or any(dtype == torch.float64 for _, dtype, _ in far)
+            addresses, dtypes, strides = far
+            self._rows[:, self._far + ADDRESS.value] = addresses
+            self._fill(self._far, dtypes, strides)
+            self._wide = self._wide or torch.float64 in dtypes
             found = self._to_device(self._rows)
             if not capturing:  # else it is there in a replay only
                 self._table, self._known = found, far
         elif capturing:
             self._captured.append(found)
-        config = configuration(self._to_buffer, self._wide)
+        kernel = self._device, self._to_buffer, self._wide
         if not capturing:
-            _LAUNCHED.add((self._device, config))
-        elif (self._device, config) not in _LAUNCHED:
+            _LAUNCHED.add(kernel)
+        elif kernel not in _LAUNCHED:
             raise RepruneError(
                 "a CUDA graph of a narrow network is captured that has not done the same without one: do a whole "
                 "training step first, on the stream of the capture (reprune_triton.capture.warm_up)"
             )
-        config.run(len(self._owner), found, self._owner, buffer)
+        configuration(self._to_buffer, self._wide).run(len(self._owner), found, self._owner, buffer)
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:
         """Integers, on the device; the host does not wait. While a graph is captured, it is in a replay that they go
@@ -197,12 +204,13 @@ class Copies:
             self._captured.append(host)
         return host.to(self._device, non_blocking=True)
 
-    def _fill(self, end: int, sides: Sequence[tuple[int, torch.dtype | None, Sequence[int]]]) -> None:
-        """Write one end of all copies into the table."""
-        rows = self._rows
-        rows[:, end + ADDRESS.value] = [address for address, *_ in sides]
-        rows[:, end + KIND.value] = [NOTHING if dtype is None else KINDS[dtype] for _, dtype, _ in sides]
-        rows[:, end + STRIDE_OUT.value : end + STRIDE_IN.value + 1] = [_strides(strides) for *_, strides in sides]
+    def _fill(self, end: int, dtypes: Sequence[torch.dtype | None], strides: Sequence[Sequence[int]]) -> None:
+        """Write one end of all copies into the table, but for the addresses."""
+        if self._filled.get(end) != (dtypes, strides):
+            rows = self._rows
+            rows[:, end + KIND.value] = [NOTHING if dtype is None else KINDS[dtype] for dtype in dtypes]
+            rows[:, end + STRIDE_OUT.value : end + STRIDE_IN.value + 1] = [_strides(each) for each in strides]
+            self._filled[end] = dtypes, strides
 
 
 def _index(index: Tensor | None) -> Tensor | None:

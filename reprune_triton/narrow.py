@@ -190,7 +190,7 @@ class Narrowing:
 
     @torch.no_grad()
     def _restore(self, optimizer: Any, *_: object) -> None:
-        states = list(self._states(self._frozen))
+        states = self._states(self._frozen)
         if self._together:
             targets: list[tuple[int, Tensor, bool]] = [(i, p, False) for i, (p, _, _) in enumerate(self._frozen)]
             quick = [self._freezer.takes(tensor) and fresh in (None, 0.0) for _, (tensor, fresh) in states]
@@ -215,7 +215,7 @@ class Narrowing:
             else:
                 tensor.index_fill_(dim, index.to(tensor.device), fresh)
 
-    def _states(self, entries: Entries) -> Iterator[tuple[int, State]]:
+    def _states(self, entries: Entries) -> list[tuple[int, State]]:
         """What the optimizers remember of these parameters, each with its entry's number."""
         return self._optimizers.states([parameter for parameter, _, _ in entries])
 
@@ -282,7 +282,7 @@ class _Plan(NamedTuple):
     """What is gathered for a forward of the whole model: with autocast more than without."""
 
     pack: Pack
-    places: list[tuple[nn.Module, str, bool]]  # of each tensor; whether autocast would cast it
+    places: list[tuple[Mapping[str, Tensor | None], str, bool]]  # of each tensor; whether autocast would cast it
     shadows: list[tuple[_Shadow, list[tuple[str, int]], bool]]  # with the names and numbers of their tensors
     statistics: list[tuple[int, nn.Module, _Shadow]]  # the numbers of buffers
 
@@ -334,7 +334,7 @@ class _Gathering:
         plan = self.plans.get(cast is not None)
         if plan is None:
             plan = self.plans[cast is not None] = self._plan(cast is not None)
-        found = [_whole(module, name) for module, name, _ in plan.places]
+        found = [tensors.get(name) for tensors, name, _ in plan.places]
         full = [tensor for tensor in found if tensor is not None]
         if len(full) < len(found):
             return
@@ -348,7 +348,9 @@ class _Gathering:
         parts = plan.pack.gather(full, dtypes)
         if parts is None:
             return
-        self.graphs += [(weakref.ref(part.grad_fn), stream) for part in parts if part.grad_fn is not None][:1]
+        part = next((part for part in parts if part.grad_fn is not None), None)
+        if part is not None:
+            self.graphs.append((weakref.ref(part.grad_fn), stream))
         run = _Run(parts, full, [tensor._version for tensor in full], cast)
         self.running = plan, run
         for shadow, numbers, casts in plan.shadows:
@@ -395,10 +397,12 @@ class _Gathering:
                     numbers.append((name, len(cuts)))
                     if name in module._buffers:
                         plan.statistics.append((len(cuts), module, shadow))
-                    plan.places.append((module, name, casts))
+                    tensors = module._buffers if name in module._buffers else module._parameters
+                    plan.places.append((tensors, name, casts))
                     cuts.append(cut)
             plan.shadows.append((shadow, numbers, casts))
         return plan._replace(pack=Pack(cuts, self.impl))
+
 
 def _whole(module: nn.Module, name: str) -> Tensor | None:
     """The tensor, whatever hides it."""

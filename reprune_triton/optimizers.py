@@ -8,6 +8,7 @@ what a state means is tried before the training, on a twin of the optimizer with
 import contextlib
 import copy
 import functools
+import operator
 import types
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ class Optimizers:
         self.stepped = False  # since someone has set this to False
         self.replayed = False  # a CUDA graph holds a step: it may be replayed unseen
         self._fresh: dict[Path, float | None] = {}  # by number of the optimizer, and where it keeps it
+        self._known: tuple[list[Any], list[tuple[int, State]]] = [], []  # `states` of these parameters and values
 
     @property
     def parameters(self) -> set[nn.Parameter]:
@@ -75,16 +77,28 @@ class Optimizers:
         self.stepped = True
         self.replayed |= capture.capturing()
 
-    def states(self, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[int, State]]:
+    def states(self, parameters: Sequence[nn.Parameter]) -> list[tuple[int, State]]:
         """All that is kept in the shape of one of these parameters, with the number of that."""
-        kept = list(self._kept())
+        kept, objects, simple = list(self._kept()), list[Any](parameters), True
+        for _, states in kept:
+            for parameter in parameters:
+                state = states.get(parameter, {})
+                simple = simple and type(state) is dict
+                objects += state.values() if type(state) is dict else ()
+        before, found = self._known  # the same as in the step before, as a rule, and asked for in every step
+        if simple and len(objects) == len(before) and all(map(operator.is_, objects, before)):
+            return found
+        found = []
         for number, parameter in enumerate(parameters):
             for where, states in kept:
                 for path, value in _tensors(states.get(parameter)):
                     if value.shape == parameter.shape:
                         if where + path not in self._fresh:
                             self._fresh[where + path] = self._at_first_sight(states, path)
-                        yield number, State(value, self._fresh[where + path])
+                        found.append((number, State(value, self._fresh[where + path])))
+        simple = simple and not any(isinstance(x, (list, tuple, dict, deque)) for x in objects)
+        self._known = (objects, found) if simple else ([], [])
+        return found
 
     def check(self, names: Mapping[nn.Parameter, str]) -> None:
         """Raise RepruneError if something is kept for one of these parameters that cannot follow its channels."""
@@ -97,6 +111,7 @@ class Optimizers:
         An optimizer that cannot be tried (it wants more than a gradient) is taken as it comes: what is near the weight
         when it is first seen counts as a weight, all else as an average.
         """
+        self._known = [], []
         for number, optimizer in enumerate(self.members):
             if len(_optimizers(optimizer)) == 1:  # wrappers are seen at work
                 self._fresh |= {(number, *path): fresh for path, fresh in _tried(optimizer, names).items()}
@@ -112,6 +127,7 @@ class Optimizers:
         def exchanged(value: Any) -> Any:
             return new.get(value, value) if isinstance(value, nn.Parameter) else value
 
+        self._known = [], []
         for _, states in list(self._kept()):
             for old, (parameter, narrowed) in replaced.items():
                 if old in states:

@@ -22,7 +22,8 @@ Cut = Sequence[tuple[int, Tensor]]  # (dimension, indices)
 _ALIGNMENT = 256  # bytes, of every tensor in a buffer
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = {Tensor, torch.nn.Parameter}
-_Form = tuple[int, torch.dtype | None, tuple[int, ...]]  # a tensor's address, dtype and strides
+# Addresses, dtypes (None: no tensor) and strides of tensors.
+_Forms = tuple[list[int], list[torch.dtype | None], list[tuple[int, ...]]]
 
 
 class Room(NamedTuple):
@@ -47,7 +48,7 @@ class Pack:
 
     def __init__(self, cuts: Sequence[Cut], impl: str = "auto"):
         self.cuts, self.impl = cuts, impl
-        self._form: tuple[list[_Form], list[torch.dtype], list[bool]] | None = None
+        self._form: tuple[_Forms, list[torch.dtype], list[bool]] | None = None
         self._copies: dict[Any, Copies] = {}
         self._captured: list[Copies] = []  # what graphs may replay
 
@@ -156,11 +157,10 @@ class Pack:
         """Tensors that are zero but for their slices; None where the slice is."""
         buffer = torch.zeros(group.bytes, dtype=torch.uint8, device=self._device)
         copies = self._cached(("scatter", group.numbers[0]), group.full, group.numbers, "near", True)
-        far: list[_Form] = [
-            (0, None, self._narrow[i].strides) if t is None else (t.data_ptr(), t.dtype, t.stride())
-            for i, t in zip(group.numbers, narrow, strict=True)
-        ]
-        copies.run(far, buffer)
+        rooms = [self._narrow[number] for number in group.numbers]
+        strides = [room.strides if t is None else t.stride() for room, t in zip(rooms, narrow, strict=True)]
+        addresses = [0 if t is None else t.data_ptr() for t in narrow]
+        copies.run((addresses, [None if t is None else t.dtype for t in narrow], strides), buffer)
         return [None if a is None else b for a, b in zip(narrow, _views(buffer, group.full), strict=True)]
 
     def _cached(self, key: Any, rooms: Iterable[Room], numbers: Sequence[int], full: str, to_buffer: bool) -> Copies:
@@ -212,8 +212,8 @@ class _Gather(torch.autograd.Function):
         return None, None, None, *ctx.pack._to_full(ctx.group, grads)
 
 
-def _forms(tensors: Sequence[Tensor]) -> list[_Form]:
-    return [(tensor.data_ptr(), tensor.dtype, tensor.stride()) for tensor in tensors]
+def _forms(tensors: Sequence[Tensor]) -> _Forms:
+    return [t.data_ptr() for t in tensors], [t.dtype for t in tensors], [t.stride() for t in tensors]
 
 
 def _fits(tensor: Tensor, device: torch.device) -> bool:
