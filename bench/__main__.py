@@ -27,6 +27,9 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m reprune_triton.bench", description="Benchmarks of reprune_triton.")
+    parser.add_argument(
+        "--wait", action="store_true", help="import all that is needed, and begin when a line is read"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     given = sys.argv[1:] if arguments is None else arguments
     wanted = next((word for word in given if not word.startswith("-")), None)
@@ -37,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     parsed = parser.parse_args(given)
+    if parsed.wait and not sys.stdin.readline():
+        return 1  # who asked for it is gone
     try:
         parsed.run(parsed)
     except RepruneError as error:

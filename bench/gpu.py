@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -39,6 +40,7 @@ from reprune_triton.errors import RepruneError
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = (sys.executable, "-m", "reprune_triton.bench")
+WAITING = (*BENCH, "--wait")  # imports what it needs, and begins when a line is written to it
 MINUTES, FIRST_MINUTES = 9.0, 1.5
 LEAST = 5.0  # seconds with which a part is still begun
 GRACE = 10.0  # seconds that a part has to say its last words
@@ -166,7 +168,7 @@ class Benchmarks:
         sizes, words = self._sizes, [command, *options.split()]
         file = ("--json", str(self._out / f"{rows_in or command}.jsonl"))
         limit *= sizes.patience
-        return Part(name, (*BENCH, *words, *file), limit, needs, sizes.environment, skip)
+        return Part(name, (*WAITING, *words, *file), limit, needs, sizes.environment, skip)
 
     def smoke(self, limit: float) -> Part:
         sizes = self._sizes
@@ -306,10 +308,11 @@ def run_parts(some: list[Part], out: Path, minutes: float, commit: str | None = 
     """Run part after part, and say in the end how each went."""
     deadline = time.monotonic() + 60 * minutes
     results: list[dict[str, Any]] = []
-    interrupted = False
+    interrupted, ahead = False, dict[str, Process]()  # the benchmark whose turn is next, by its part
     with (out / "log.txt").open("a", encoding="utf-8") as log:
-        for part in some:
+        for number, part in enumerate(some):
             left = deadline - time.monotonic()
+            process = ahead.pop(part.name, None)
             started, before, last = time.monotonic(), count_rows(out), ""
             if part.skip:
                 result, why = "skipped", part.skip
@@ -320,9 +323,18 @@ def run_parts(some: list[Part], out: Path, minutes: float, commit: str | None = 
             else:
                 try:
                     say(log, f"\n==== {part.name}: {' '.join(part.command)}\n")
-                    result, why, last = execute(part, min(part.limit, left), log)
+                    limit = min(part.limit, left)
+                    process = process or Process(part, limit)
+                    for following in [other for other in some[number + 1 :] if not other.skip][:1]:
+                        if following.command[: len(WAITING)] == WAITING:
+                            ahead[following.name] = Process(following, min(following.limit, left))
+                    result, why, last = execute(part, process, limit, log)
+                except OSError as error:
+                    result, why = "failed", str(error)
                 except KeyboardInterrupt:
                     result, why, interrupted = "interrupted", "", True
+            if process is not None:
+                process.close()
             seconds = time.monotonic() - started
             if commit:
                 fill_in_commit(out, commit)
@@ -336,6 +348,8 @@ def run_parts(some: list[Part], out: Path, minutes: float, commit: str | None = 
             results.append({"part": part.name, "result": result, "why": why, "seconds": round(seconds, 1),
                             "limit": part.limit, "rows": len(found)})  # fmt: skip
             rows.append(out / "parts.jsonl", results[-1])
+        for process in ahead.values():
+            process.close()
         table = Table(title="Summary")
         for column in ("part", "seconds", "rows", "verdict"):
             table.add_column(column, justify="right" if column in ("seconds", "rows") else "left")
@@ -364,48 +378,71 @@ def known_rows(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def execute(part: Part, limit: float, log: IO[str]) -> tuple[str, str, str]:
-    """passed, failed or skipped; why; and the last line that the part has said."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | dict(part.environment)
-    try:
-        process = subprocess.Popen(
+class Process:
+    """A part that has been started. If it is one of WAITING it does nothing that takes the device before `finish`."""
+
+    def __init__(self, part: Part, limit: float):
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | dict(part.environment)
+        self._popen = subprocess.Popen(
             [word.replace("{seconds}", f"{max(1.0, limit - MARGIN):.0f}") for word in part.command],
-            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0,
         )  # fmt: skip
-    except OSError as error:
-        return "failed", str(error), ""
-    assert process.stdout
-    said = collections.deque[str](maxlen=1)
-    reader = threading.Thread(target=show, args=(process.stdout, log, said))
-    reader.start()
-    code: int | None = None
-    try:
-        code = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        stop(process)
-    except KeyboardInterrupt:
-        stop(process)
-        raise
-    finally:  # also what it has started itself, and left behind
+        self._ended = False
+
+    def finish(self, limit: float, log: IO[str]) -> tuple[int | None, str]:
+        """Let it begin, and show what it says: its exit code, None if it took longer; and its last line."""
+        process, said = self._popen, collections.deque[str](maxlen=1)
+        assert process.stdin and process.stdout
+        with contextlib.suppress(BrokenPipeError), process.stdin as begin:
+            begin.write("\n")
+        reader = threading.Thread(target=show, args=(process.stdout, log, said))
+        reader.start()
+        code: int | None = None
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            self._stop()
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        finally:
+            self.kill()
+            reader.join()
+        return code, said[0].strip(" =\n") if said else ""
+
+    def _stop(self) -> None:
+        """Let it say its last words: pytest what has failed so far, a benchmark nothing."""
+        os.killpg(self._popen.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(GRACE)
+
+    def kill(self) -> None:
+        """Also what it has started itself, and left behind."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        reader.join()
-    last = said[0].strip(" =\n") if said else ""
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+        self._ended = True
+
+    def close(self) -> None:
+        """Whether it has begun or not."""
+        if not self._ended:
+            self.kill()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            assert pipe
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+def execute(part: Part, process: Process, limit: float, log: IO[str]) -> tuple[str, str, str]:
+    """passed, failed or skipped; why; and the last line that the part has said."""
+    code, last = process.finish(limit, log)
     if code is None:
         return "failed", f"out of time after {limit:.0f} s", last
     if code == NO_TESTS and "pytest" in part.command:
         return "skipped", "no tests", ""
     return ("passed", "", last) if code == 0 else ("failed", f"exit code {code}", last)
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    """Let it say its last words: pytest what has failed so far, a benchmark nothing."""
-    os.killpg(process.pid, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
 
 
 def show(output: IO[str], log: IO[str], said: collections.deque[str]) -> None:
@@ -450,28 +487,33 @@ def compile_all(what: str) -> None:
 
     What the benchmarks launch comes first, so that a run that is cut short has lost the least.
     """
-    count, workers = len(jobs(what)), min(16, os.cpu_count() or 1)
-    done = 0
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(compile_one, what, number) for number in range(count)]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                done += 1
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            print(f"{done} of {count} kernels compiled.", flush=True)
+    count, done, failed = len(jobs(what)), 0, list[str]()
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(16, os.cpu_count() or 1), multiprocessing.get_context("spawn"), signal.signal,
+        (signal.SIGINT, signal.SIG_IGN),  # what is being compiled is finished
+    )  # fmt: skip
+    try:
+        for future in concurrent.futures.as_completed([pool.submit(compile_one, what, n) for n in range(count)]):
+            error = future.exception()
+            done += error is None
+            failed += [] if error is None else [f"{type(error).__name__}: {error}"[:1000]]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        print(f"{done} of {count} kernels compiled.", flush=True)
+    if failed:
+        raise RepruneError("\n".join(dict.fromkeys(failed)))
 
 
+@functools.cache
 def jobs(what: str) -> list[tuple[Any, ...]]:
     """Arguments of `compiled.warm`: for the benchmarks, in bfloat16 and channels in multiples of 16, as networks have
     them, but for the images'; for the tests also other types and any number of channels."""
     from reprune_triton.kernels import launch, masked_conv, norm_act, pack
 
     bf16, odd = torch.bfloat16, 17
-    found: list[tuple[Any, ...]] = [(config, bf16, 16, 16) for config in masked_conv.configurations(bf16)]
+    found: list[tuple[Any, ...]] = [(config,) for config in launch.configurations()]  # some of them take longest
+    found += [(config, bf16, 16, 16) for config in masked_conv.configurations(bf16)]
     found += [(config, bf16, 16, 16) for config in norm_act.configurations()]
-    found += [(config,) for config in launch.configurations()]
     found += [(pack.configuration(to_buffer, wide),) for wide in (False, True) for to_buffer in (True, False)]
     found += [(config, bf16, odd, 16) for config in masked_conv.configurations(bf16) if _reads_images(config)]
     if what == "all":

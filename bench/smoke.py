@@ -11,6 +11,7 @@ one of them breaks it for no other.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import subprocess
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -374,14 +376,18 @@ def clustering(args: argparse.Namespace) -> Iterator[Check]:
     ]
     seeds = [(number, number + 1) for number in range(len(layers))]
 
-    def clustered(layer: ops.Layer, algorithm: str) -> Found:
-        keep = (layer.n + 1) // 2
-        ((merges, clusters),) = ops.cluster_network([layer], [keep], "ward", "triton", algorithm)
+    @functools.cache
+    def wanted(name: str) -> tuple[Any, list[Any]]:
+        """The points of a layer, and their linkage matrices by the reference."""
+        (layer,) = (layer for layer in layers if layer.name == name)
         on_cpu = layer._replace(weight=layer.weight.cpu())
-        (wanted,) = ops.ward_network([on_cpu], "ward", "reference")
-        everything = torch.arange(layer.columns).numpy()
-        points = on_cpu.points().double().numpy()
-        event.check_same(layer.name, points, list(wanted.to_scipy()), everything, merges, clusters)
+        (merges,) = ops.ward_network([on_cpu], "ward", "reference")
+        return on_cpu.points().double().numpy(), list(merges.to_scipy())
+
+    def clustered(layer: ops.Layer, algorithm: str) -> Found:
+        (found,) = ops.cluster_network([layer], [(layer.n + 1) // 2], "ward", "triton", algorithm)
+        points, theirs = wanted(layer.name)
+        event.check_same(layer.name, points, theirs, np.arange(layer.columns), *found)
         return 0.0, 0.0
 
     def magnitude(layer: ops.Layer) -> Found:
@@ -391,8 +397,8 @@ def clustering(args: argparse.Namespace) -> Iterator[Check]:
     def cut(layer: ops.Layer) -> Found:
         (merges,) = ops.ward_network([layer], "ward", "triton")
         keep = (layer.n + 1) // 2
-        ours, wanted = (ops.cut(merges, keep, impl) for impl in ("triton", "reference"))
-        return differ((ours.labels, wanted.labels), *[(torch.tensor(ours.h), torch.tensor(wanted.h))])
+        ours, other = (ops.cut(merges, keep, impl) for impl in ("triton", "reference"))
+        return differ((ours.labels, other.labels), (torch.tensor(ours.h), torch.tensor(other.h)))
 
     def covered(layer: ops.Layer) -> Found:
         labels = ops.cluster_network([layer], [(layer.n + 1) // 2], "ward", "triton")[0][1].labels

@@ -1,5 +1,6 @@
 """The run of everything that needs a GPU: that one part's failure hides no other, and a rehearsal of the whole."""
 
+import io
 import json
 import os
 import signal
@@ -142,6 +143,34 @@ time.sleep(60)
     assert (found["result"], found["rows"]) == ("failed", 2)
     assert found["why"] == "out of time after 2 s, 1 of 2 rows without a result"
     assert [row["commit"] for row in lines(path)] == ["abc", "abc", "known"]
+
+
+def test_a_benchmark_waits_for_its_turn(tmp_path, monkeypatch):
+    """It starts while another part runs, and has imported what it needs by its turn."""
+    order, make, finish = [], gpu.Process.__init__, gpu.Process.finish
+
+    def made(self, part, limit):
+        order.append(f"{part.name} starts")
+        self.name = part.name
+        make(self, part, limit)
+
+    def begun(self, *given):
+        order.append(f"{self.name} begins")
+        return finish(self, *given)
+
+    monkeypatch.setattr(gpu.Process, "__init__", made)
+    monkeypatch.setattr(gpu.Process, "finish", begun)
+    hours = gpu.Part("hours", (*gpu.WAITING, "hours", "--from", "nothing"), 60)
+    late = hours._replace(name="late", needs=1000)
+    found = gpu.run_parts([python("one", ""), python("no", "", skip="why not"), hours, late], tmp_path, minutes=2)
+    assert order == ["one starts", "hours starts", "one begins", "late starts", "hours begins"]
+    assert [(row["part"], row["why"]) for row in found[2:]] == [("hours", "exit code 1"), ("late", "no time left")]
+    assert "nothing cannot be read" in (tmp_path / "log.txt").read_text()
+
+
+def test_one_that_waits_ends_with_who_asked_for_it(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["--wait", "hours", "--from", "nothing"]) == 1
 
 
 def test_the_log_stays_small(tmp_path, monkeypatch):
