@@ -93,7 +93,7 @@ REAL = Sizes(
 )  # fmt: skip
 TINY = Sizes(
     device="cpu", model="resnet8", step="--batch 4 --size 16 --warmup 1 --steps 2 --runs 1", sparsity="0.5",
-    event="--layers resnet --inputs 1 --repeat 1 --impl triton",
+    event="--layers prunable --channels 2 --repeat 1 --impl reference",
     smoke="--batch 1 --size 8 --shapes 1 --family norms copies",
     dispatch="--batch 2 --size 8 --shapes 1 --operation norm_act",
     scaling="--d 1 --sizes 8 --problems 1 --size 8 --counts 1 --seconds 0.1 --impl triton",

@@ -33,6 +33,7 @@ from reprune_triton.conv import _by_constants
 from reprune_triton.errors import RepruneError
 from reprune_triton.pack import Pack
 
+OPTIONS = ("model", "batch", "size", "device", "shapes", "columns", "seed", "json")  # what a family's process is given
 ROUNDING = 2
 ONE_MORE = {torch.bfloat16: 2**-7, torch.float32: 2**-13}  # relative to the largest number
 SPARSITY, ROUND_TO = 0.51, 16
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     if len(families) == 1:
         bad = check(families[0], args)
     else:
-        given = {key: value for key, value in vars(args).items() if key not in ("family", "command", "run")}
+        given = {key: getattr(args, key) for key in OPTIONS}
         options = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
         command = [sys.executable, "-m", "reprune_triton.bench", "smoke", *options, "--family"]
         processes = {family: subprocess.Popen([*command, family]) for family in families}

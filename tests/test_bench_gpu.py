@@ -109,7 +109,8 @@ def test_rehearsal(tmp_path, capfd, monkeypatch):
     found = {name: lines(out / f"{name}.jsonl") for name in ("smoke", "event", "scaling", "step", "hours", "dispatch")}
     assert all(row["commit"] for some in found.values() for row in some)
     assert all(row["result"] == "right" for row in found["smoke"])
-    assert all(row["checked"] and row["impl"] == "triton" for row in found["event"])
+    assert all(row["checked"] and row["extrapolated"] for row in found["event"])
+    assert "stage_apply_s" in found["event"][-1], "of a pruner"
     assert {row["algorithm"] for row in found["scaling"]} == {"auto", "chain", "reciprocal"}
     assert {row["variant"] for row in found["step"]} == {"dense", "dense-fused", "narrow", "narrow-fused"}
     assert [row["measured_on_cpu"] for row in found["hours"]] == [True, True]
