@@ -10,7 +10,6 @@ report and in what `cover` counts.
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,18 +45,67 @@ class Configuration(NamedTuple):
     max_registers: int | None = None  # per thread, on NVIDIA
     stages: int = 1  # of pipelined loads; in clustering none are: one copy of the state is all a barrier protects
 
+    def __hash__(self) -> int:
+        return hash((id(self.kernel), self.constants, self.warps))  # Triton hashes a kernel's source
+
     def options(self) -> dict[str, int]:
         nvidia = torch.version.hip is None
         limit = {"maxnreg": self.max_registers} if nvidia and self.max_registers is not None else {}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
     def run(self, programs: int, *arguments: Tensor | int | float) -> None:
-        """Launch on the device of the first argument, a tensor; Triton takes it to be the current one."""
+        """Launch on the device of the first argument, a tensor; Triton takes it to be the current one. Tensors come
+        before numbers."""
         assert isinstance(arguments[0], Tensor)
-        device = arguments[0].device
-        if programs:
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                self.kernel[(programs,)](*arguments, **dict(self.constants), **self.options())
+        index = arguments[0].get_device()
+        if not programs:
+            return
+        if index < 0 or index == torch._C._cuda_getDevice():
+            self._launch(programs, arguments, index)
+        else:
+            with torch.cuda.device(index):
+                self._launch(programs, arguments, index)
+
+    def _launch(self, programs: int, arguments: tuple[Any, ...], index: int) -> None:
+        """Triton takes longer to look for its binary than to launch it. Here it looks once for all launches with the
+        same numbers, and with tensors of the same types that are all aligned as PyTorch allocates them."""
+        addresses, types = 0, []
+        for argument in arguments:
+            if not isinstance(argument, Tensor):
+                break
+            addresses |= argument.data_ptr()
+            types.append(argument.dtype)
+        key = self, index, tuple(types), arguments[len(types) :]
+        binary, constants, cache = _BINARIES.get(key, _NONE) if addresses % 16 == 0 else _NONE
+        if binary is None or self.kernel.device_caches[_current(index)][0] is not cache:
+            self._launch_first(programs, arguments, index, key if addresses % 16 == 0 else None)
+            return
+        hooks, grid, given = triton.knobs.runtime, (programs, 1, 1), (*arguments, *constants)
+        stream = triton.runtime.driver.active.get_current_stream(_current(index))
+        metadata = binary.launch_metadata(grid, stream, *given)
+        binary.run(
+            *grid, stream, binary.function, binary.packed_metadata, metadata, hooks.launch_enter_hook,
+            hooks.launch_exit_hook, *given,
+        )  # fmt: skip
+
+    def _launch_first(self, programs: int, arguments: tuple[Any, ...], index: int, key: Any) -> None:
+        constants = dict(self.constants)
+        binary = self.kernel[(programs,)](*arguments, **constants, **self.options())
+        if key is not None and isinstance(binary, triton.compiler.CompiledKernel):  # not interpreted
+            rest = tuple(constants[name] for name in self.kernel.arg_names[len(arguments) :])
+            _BINARIES[key] = binary, rest, self.kernel.device_caches[_current(index)][0]
+
+
+# By configuration, device, types and numbers: a binary, the constants that it is given, and the cache of Triton's that
+# it is in: one that Triton has emptied is another.
+_BINARIES: dict[Any, tuple[Any, tuple[int, ...], Any]] = {}
+_NONE = None, (), None
+
+
+def _current(index: int) -> int:
+    """The device that a launch goes to, by its number; index: that of a tensor."""
+    found: int = triton.runtime.driver.active.get_current_device() if index < 0 else index
+    return found
 
 
 MAGNITUDE = Configuration(magnitude.magnitude_kernel, (("BLOCK", 1024),), 4)

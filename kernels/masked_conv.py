@@ -14,6 +14,7 @@ added in a fixed order: the same bits every time. All products are accumulated i
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -261,6 +262,9 @@ class Before(NamedTuple):
     other: Tensor | None  # the gradient of another reader of y
 
 
+Pair = tuple[int, ...]  # height and width
+
+
 class Geometry(NamedTuple):
     """Height and width of input, output and kernel, and how it moves, in the order of the kernels' arguments."""
 
@@ -287,6 +291,11 @@ def geometry(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Geometry:
     """Of (height, width) each; P or Q is less than 1 where the kernel does not fit."""
+    return _geometry(tuple(size), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
     P, Q = (
         (s + 2 * pad - dil * (k - 1) - 1) // step + 1
         for s, k, step, pad, dil in zip(size, kernel, stride, padding, dilation, strict=True)
@@ -320,13 +329,20 @@ def weight_tile(filters: int, channels: int, pointwise: bool) -> Tile:
 
 def configuration(kernel: Any, flags: dict[str, int], dtype: torch.dtype, tf32: bool, tile: Tile) -> Configuration:
     """Of a kernel for activations of this type; float32 goes through TF32 or is exact."""
+    key = id(kernel), *flags.values(), dtype, tf32, tile
+    if key in _CONFIGURATIONS:
+        return _CONFIGURATIONS[key]
     tf32 = tf32 and dtype == torch.float32
     if dtype.itemsize > 2 and not tf32:
         tile = EXACT
     inner = tile.inner // 2 if tf32 else tile.inner
     precision = (("TF32", int(tf32)), ("WIDE", int(dtype == torch.float64)))
     blocks = (("BLOCK_M", tile.rows), ("BLOCK_N", tile.columns), ("BLOCK_K", inner))
-    return Configuration(kernel, (*flags.items(), *precision, *blocks), tile.warps, stages=tile.stages)
+    found = Configuration(kernel, (*flags.items(), *precision, *blocks), tile.warps, stages=tile.stages)
+    return _CONFIGURATIONS.setdefault(key, found)
+
+
+_CONFIGURATIONS: dict[Any, Configuration] = {}  # `configuration`, by its arguments
 
 
 def configurations(dtype: torch.dtype = torch.bfloat16, tf32: bool = False) -> Iterator[Configuration]:
@@ -348,7 +364,8 @@ def configurations(dtype: torch.dtype = torch.bfloat16, tf32: bool = False) -> I
 
 def uses_tf32() -> bool:
     """As PyTorch's own convolutions."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    # torch.backends.cudnn.conv.fp32_precision, which takes ten times longer to say so.
+    return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
 
 def _float(x: Tensor) -> torch.dtype:

@@ -15,8 +15,10 @@ and the same bits every time, since nothing is added up atomically.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -236,30 +238,27 @@ def configurations(wide: bool = False) -> Iterator[Configuration]:
 
 
 class _Rows:
-    """How M rows of C channels are cut up, and how a kernel is launched on them."""
+    """How the M rows of C channels of an x (B, C, H, W) are cut up, and how a kernel is launched on them."""
 
-    def __init__(self, x: Tensor):
-        self.C = x.shape[1]
-        self.M = x.numel() // self.C
-        self.wide = x.dtype == torch.float64
-        self.constants = (("WIDE", int(self.wide)), *blocks(self.C))
-        self.block_m, self.block_c = (size for _, size in blocks(self.C))
-        tiles = cdiv(self.M, self.block_m)
-        self.each = self.block_m * cdiv(tiles, CHUNKS)  # rows of a chunk
+    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+        self.C = shape[1]
+        self.M = shape.numel() // self.C
+        self.float = torch.float64 if dtype == torch.float64 else torch.float32
+        self.constants = (("WIDE", int(dtype == torch.float64)), *blocks(self.C))
+        block_m, block_c = (size for _, size in blocks(self.C))
+        self.tiles, self.blocks = cdiv(self.M, block_m), cdiv(self.C, block_c)
+        self.each = block_m * cdiv(self.tiles, CHUNKS)  # rows of a chunk
         self.chunks = cdiv(self.M, self.each)
-        self.x = x
+        self._configurations: dict[Any, Configuration] = {}
 
-    def empty(self, *shape: int) -> Tensor:
-        """For statistics, uninitialised."""
-        return self.x.new_empty(shape, dtype=torch.float64 if self.wide else torch.float32)
+    def run(self, kernel: object, flags: tuple[tuple[str, int], ...], chunks: int, *arguments: Tensor | int) -> None:
+        config = self._configurations.get((id(kernel), flags))
+        if config is None:
+            config = self._configurations[id(kernel), flags] = Configuration(kernel, (*flags, *self.constants), 4)
+        config.run(chunks * self.blocks, *arguments)
 
-    def run(self, kernel: object, flags: dict[str, int], chunks: int, *arguments: Tensor | int) -> None:
-        config = Configuration(kernel, (*flags.items(), *self.constants), 4)
-        config.run(chunks * cdiv(self.C, self.block_c), *arguments)
 
-    @property
-    def tiles(self) -> int:
-        return cdiv(self.M, self.block_m)
+_rows = functools.lru_cache(maxsize=4096)(_Rows)
 
 
 def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,9 +266,9 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
     x: (B, C, H, W), channels_last, with more than one value a channel.
     """
-    rows = _Rows(x)
-    partial = rows.empty(rows.chunks, 2, rows.C)
-    rows.run(statistics_kernel, {}, rows.chunks, x, partial, rows.M, rows.C, rows.each)
+    rows = _rows(x.shape, x.dtype)
+    partial = x.new_empty((rows.chunks, 2, rows.C), dtype=rows.float)
+    rows.run(statistics_kernel, (), rows.chunks, x, partial, rows.M, rows.C, rows.each)
     return merge(partial, rows.M, rows.each, eps)
 
 
@@ -292,8 +291,8 @@ def apply(
     x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str
 ) -> Tensor:
     """y, like x."""
-    rows, y = _Rows(x), torch.empty_like(x)
-    flags = {"ACT": ACTIVATIONS[act], "RESIDUAL": int(residual is not None)}
+    rows, y = _rows(x.shape, x.dtype), torch.empty_like(x)
+    flags = ("ACT", ACTIVATIONS[act]), ("RESIDUAL", int(residual is not None))
     rows.run(
         apply_kernel, flags, rows.tiles, x, x if residual is None else residual, y, mean, rstd, weight, bias, rows.M,
         rows.C,
@@ -311,10 +310,10 @@ def sums(
     other: another gradient of y, to be added to `grad`.
     y: what `apply` returned, if it had a residual and an activation.
     """
-    rows = _Rows(x)
+    rows = _rows(x.shape, x.dtype)
     g = torch.empty_like(x) if y is not None or other is not None else None
-    partial = rows.empty(rows.chunks, 2, rows.C)
-    flags = {"ACT": ACTIVATIONS[act], "FROM_Y": int(y is not None), "OTHER": int(other is not None)}
+    partial = x.new_empty((rows.chunks, 2, rows.C), dtype=rows.float)
+    flags = ("ACT", ACTIVATIONS[act]), ("FROM_Y", int(y is not None)), ("OTHER", int(other is not None))
     rows.run(
         sums_kernel, flags, rows.chunks, grad, grad if other is None else other, x, x if y is None else y, mean, rstd,
         weight, bias, partial, x if g is None else g, rows.M, rows.C, rows.each,
@@ -327,8 +326,8 @@ def gradient(
     batch: bool,
 ) -> Tensor:  # fmt: skip
     """dx. act: "none" if grad is behind the activation already. batch: mean and rstd are those of x."""
-    rows, grad_x = _Rows(x), torch.empty_like(x)
-    flags = {"ACT": ACTIVATIONS[act], "BATCH": int(batch)}
+    rows, grad_x = _rows(x.shape, x.dtype), torch.empty_like(x)
+    flags = ("ACT", ACTIVATIONS[act]), ("BATCH", int(batch))
     rows.run(gradient_kernel, flags, rows.tiles, grad, x, mean, rstd, weight, bias, sums, grad_x, rows.M, rows.C)
     return grad_x
 
