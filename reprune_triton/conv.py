@@ -103,7 +103,8 @@ class Output(NamedTuple):
     normalised: Tensor | None  # what the convolution read, if others read it too
 
 
-Moves = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, of height and width each
+Pair = tuple[int, ...]
+Moves = tuple[Pair, Pair, Pair]  # stride, padding and dilation, of height and width each
 
 
 def choose(
@@ -112,31 +113,62 @@ def choose(
 ) -> str:  # fmt: skip
     """For `run`, by one of norm.IMPLS: "auto" is whichever of "mixed" and "triton" is faster, by measurement."""
     dtype = x.dtype if norm is not None else _type(x)
-    why_not = _why_not(x, dtype, weight, norm, moves)
-    if impl == "triton" and why_not:
-        message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
-        raise availability.refusal(message, x.device)
-    if impl != "auto":
-        return impl
-    plain = x.numel() == 0 or dtype == torch.float64 or torch.compiler.is_compiling() or refuses(x)
-    other = "torch" if plain and residual is None and not shared else "mixed"
-    if why_not or other == "torch":
-        return other
-    on = torch.is_grad_enabled()
-    before = x.requires_grad or (norm is not None and norm.gamma.requires_grad)  # does a gradient go further back?
-    grads = (on and before, on and weight.requires_grad)
+    asked = x, dtype, weight, norm, moves, stats_eps is not None, residual, shared
+    key = _key(*asked) if impl == "auto" and not torch.compiler.is_compiling() else None
+    case = None if key is None else _CASES.get(key)
+    if case is None:
+        why_not = _why_not(x, dtype, weight, norm, moves)
+        if impl == "triton" and why_not:
+            message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
+            raise availability.refusal(message, x.device)
+        if impl != "auto":
+            return impl
+        plain = x.numel() == 0 or dtype == torch.float64 or torch.compiler.is_compiling() or refuses(x)
+        other = "torch" if plain and residual is None and not shared else "mixed"
+        if why_not or other == "torch":
+            return other
+        case = dispatch.remember(x, _CASES, key, _case(*asked))
+
+    def candidates() -> dispatch.Candidates:
+        return _candidates(x, dtype, weight, norm, moves, stats_eps, residual, shared, _differentiable(x, weight, norm))
+
+    found = dispatch.choose(x, case, candidates)
+    return "mixed" if found == dispatch.UNKNOWN else found
+
+
+_CASES: dict[Any, dispatch.Case] = {}  # that the kernels can do, by `_key`
+
+
+def _key(
+    x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, moves: Moves, has_stats: bool,
+    residual: Tensor | None, shared: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """All that decides whether the kernels can do it, and which case it is."""
+    return (
+        x.device, dtype, x.shape, dispatch.is_channels_last(x), _type(weight), weight.shape,
+        dispatch.is_channels_last(weight), *moves, has_stats, shared, *_differentiable(x, weight, norm),
+        None if norm is None else (norm.act, norm.batch, *[vector.shape for vector in norm[:4]]),
+        None if residual is None else dispatch.is_channels_last(residual), dispatch.settings(dtype),
+    )  # fmt: skip
+
+
+def _case(
+    x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, moves: Moves, has_stats: bool,
+    residual: Tensor | None, shared: bool,
+) -> dispatch.Case:  # fmt: skip
     prologue = 0 if norm is None else 1 + list(ACTIVATIONS).index(norm.act) + len(ACTIVATIONS) * norm.batch
     numbers = (len(x), *x.shape[2:], *weight.shape[2:], *(n for pair in moves for n in pair))
     last = (t is not None and dispatch.is_channels_last(t) for t in (x, weight, residual))
-    flags = (stats_eps is not None, residual is not None, shared, *grads, *last)
+    flags = (has_stats, residual is not None, shared, *_differentiable(x, weight, norm), *last)
     form, channels = (*numbers, prologue, *map(int, flags)), (x.shape[1], len(weight))
-    case = dispatch.Case("conv", str(dtype), form, channels, dispatch.settings(dtype))
+    return dispatch.Case("conv", str(dtype), form, channels, dispatch.settings(dtype))
 
-    def candidates() -> dispatch.Candidates:
-        return _candidates(x, dtype, weight, norm, moves, stats_eps, residual, shared, grads)
 
-    found = dispatch.choose(x, case, candidates)
-    return other if found == dispatch.UNKNOWN else found
+def _differentiable(x: Tensor, weight: Tensor, norm: Norm | None) -> tuple[bool, bool]:
+    """Whether a gradient goes back through x, and to the weight."""
+    on = torch.is_grad_enabled()
+    before = x.requires_grad or (norm is not None and norm.gamma.requires_grad)
+    return on and before, on and weight.requires_grad
 
 
 def run(
@@ -215,8 +247,8 @@ def _candidates(
     return make
 
 
-def _pair(name: str, size: Size) -> list[int]:
-    pair = [size, size] if isinstance(size, int) else list(size)
+def _pair(name: str, size: Size) -> Pair:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
     least = 0 if name == "padding" else 1
     if len(pair) != 2 or any(not isinstance(number, int) or number < least for number in pair):
         raise RepruneError(f"{name} must be one or two whole numbers, at least {least}; got {size!r}")

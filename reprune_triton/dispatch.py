@@ -82,7 +82,10 @@ class Table:
         candidates: asked for what is run, if it has to be measured.
         now: whether that may be done here and now; else the nearest case that is known decides.
         """
-        found = self.choices.get(case) or self._assumed.get(case)
+        found = self.choices.get(case)
+        if found is not None:
+            return found
+        found = self._assumed.get(case)
         if found is not None and case not in self._wanted:
             return found
         if now():
@@ -247,6 +250,13 @@ def settings(dtype: torch.dtype) -> tuple[int, ...]:
     deterministic = torch._C._get_cudnn_deterministic() or torch._C._get_deterministic_algorithms()
     benchmark = torch._C._cuda_get_cudnn_benchmark_limit() if torch._C._get_cudnn_benchmark() else -1
     return *map(int, tf32), int(torch._C._get_cudnn_enabled()), int(deterministic), benchmark
+
+
+def remember(x: Tensor, cases: dict[Any, Case], key: Any, case: Case) -> Case:
+    """Keep the case of an operation on x by a key that is quicker to make, where it will be asked for again."""
+    if table(x.device) is not None:
+        cases[key] = case
+    return case
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -144,7 +144,8 @@ def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, behind: nn.BatchNorm2d |
     value, before, residual = pending.take() if pending else (_whole(x), None, None)
     if pending is None and (impl == "torch" or (impl == "auto" and norm.refuses(value))):
         return nn.Conv2d.forward(self, value)
-    moves = list(self.stride), [int(n) for n in self.padding], list(self.dilation)
+    padding: Any = self.padding  # no string: see _takes_a_norm
+    moves = tuple(self.stride), tuple(padding), tuple(self.dilation)
     extra = residual, pending is not None and pending.shared
     eps = None
     if behind is not None and (behind.training or behind.running_mean is None) and not _watched(self, behind):

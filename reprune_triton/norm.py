@@ -94,18 +94,46 @@ def choose(
     for name, choice, known in (("act", bn.act, ACTIVATIONS), ("impl", impl, IMPLS)):
         if choice not in known:
             raise RepruneError(f"{name} must be one of {', '.join(known)}; got {choice!r}")
-    why_not = _why_not(x, residual, bn)
-    if impl == "triton" and why_not:
-        message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
-        raise availability.refusal(message, x.device)
-    if impl != "auto" or why_not:
-        return "torch" if why_not else impl
-    grad = torch.is_grad_enabled() and (x.requires_grad or bn.weight.requires_grad)  # type: ignore[union-attr]
+    key = case = None
+    if impl == "auto" and (residual is None or isinstance(residual, Tensor)):
+        key = _key(x, residual, bn, stats is not None, twice)
+        case = _CASES.get(key)
+    if case is None:
+        why_not = _why_not(x, residual, bn)
+        if impl == "triton" and why_not:
+            message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
+            raise availability.refusal(message, x.device)
+        if impl != "auto" or why_not:
+            return "torch" if why_not else impl
+        case = dispatch.remember(x, _CASES, key, _case(x, residual, bn, stats is not None, twice))
+    return dispatch.choose(
+        x, case, lambda: _candidates(x, residual, bn, _differentiable(x, bn), stats is not None, twice)
+    )
+
+
+_CASES: dict[Any, dispatch.Case] = {}  # that the kernels can do, by `_key`
+
+
+def _key(x: Tensor, residual: Tensor | None, bn: BatchNorm, has_stats: bool, twice: bool) -> tuple[Any, ...]:
+    """All that decides whether the kernels can do it, and which case it is."""
+    return (
+        x.device, x.dtype, x.shape, dispatch.is_channels_last(x), bn.act, bn.batch, has_stats, twice,
+        _differentiable(x, bn), *[None if v is None else v.shape for v in bn[:4]],
+        None if residual is None else (residual.shape, residual.dtype, dispatch.is_channels_last(residual)),
+        dispatch.settings(x.dtype),
+    )  # fmt: skip
+
+
+def _case(x: Tensor, residual: Tensor | None, bn: BatchNorm, has_stats: bool, twice: bool) -> dispatch.Case:
     last = [t is not None and dispatch.is_channels_last(t) for t in (x, residual)]
-    flags = (residual is not None, list(ACTIVATIONS).index(bn.act), bn.batch, grad, stats is not None, twice, *last)
+    act = list(ACTIVATIONS).index(bn.act)
+    flags = (residual is not None, act, bn.batch, _differentiable(x, bn), has_stats, twice, *last)
     form = tuple(map(int, (len(x), *x.shape[2:], *flags)))
-    case = dispatch.Case("norm_act", str(x.dtype), form, (x.shape[1],), dispatch.settings(x.dtype))
-    return dispatch.choose(x, case, lambda: _candidates(x, residual, bn, grad, stats is not None, twice))
+    return dispatch.Case("norm_act", str(x.dtype), form, (x.shape[1],), dispatch.settings(x.dtype))
+
+
+def _differentiable(x: Tensor, bn: BatchNorm) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bn.weight is not None and bn.weight.requires_grad))
 
 
 def by_pytorch(x: Tensor, residual: Tensor | None, bn: BatchNorm) -> Tensor:

@@ -390,7 +390,7 @@ def test_a_run_that_waits_for_the_device_is_timed_with_the_host(monkeypatch):
 def test_what_is_measured_agrees(device, grad):
     """The candidates of both operations, of every kind, through the kernels: no warning, and the generator is left."""
     x, weight = torch.empty(2, 5, 4, 3, device=device), torch.empty(7, 5, 1, 1, device=device)
-    kind, one = torch.float32, [1, 1]
+    kind, one = torch.float32, (1, 1)
     norm_of = norm.Norm(*torch.rand(4, 5, device=device).unbind(), "relu", True)
     batch, given = (norm.BatchNorm(*[None] * 4, training, 0.1, 1e-5, "relu6") for training in (True, False))
     given = given._replace(running_mean=weight, running_var=weight)
@@ -399,9 +399,9 @@ def test_what_is_measured_agrees(device, grad):
         norm._candidates(x, x, batch, grad, False, True),
         norm._candidates(x, x, batch._replace(act="none"), grad, True, False),
         norm._candidates(x, None, given, grad, False, False),
-        conv._candidates(x, kind, weight, None, (one, [0, 0], one), None, None, False, (False, grad)),
-        conv._candidates(x, kind, weight, norm_of, ([2, 2], [0, 0], one), 1e-5, None, False, (grad, grad)),
-        conv._candidates(x, kind, weight, norm_of, (one, [0, 0], one), None, x, True, (grad, False)),
+        conv._candidates(x, kind, weight, None, (one, (0, 0), one), None, None, False, (False, grad)),
+        conv._candidates(x, kind, weight, norm_of, ((2, 2), (0, 0), one), 1e-5, None, False, (grad, grad)),
+        conv._candidates(x, kind, weight, norm_of, (one, (0, 0), one), None, x, True, (grad, False)),
     ):
         runs = make()
         results = [runs[name]() for name in ("torch", "triton")]
