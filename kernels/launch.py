@@ -69,42 +69,48 @@ class Configuration(NamedTuple):
     def _launch(self, programs: int, arguments: tuple[Any, ...], index: int) -> None:
         """Triton takes longer to look for its binary than to launch it. Here it looks once for all launches with the
         same numbers, and with tensors of the same types that are all aligned as PyTorch allocates them."""
-        addresses, types = 0, []
-        for argument in arguments:
-            if not isinstance(argument, Tensor):
-                break
-            addresses |= argument.data_ptr()
-            types.append(argument.dtype)
-        key = self, index, tuple(types), arguments[len(types) :]
+        count, addresses = _pointers(self.kernel), 0
+        tensors = arguments[:count]
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        key = self, index, tuple([tensor.dtype for tensor in tensors]), arguments[count:]
         binary, constants, cache = _BINARIES.get(key, _NONE) if addresses % 16 == 0 else _NONE
-        if binary is None or self.kernel.device_caches[_current(index)][0] is not cache:
-            self._launch_first(programs, arguments, index, key if addresses % 16 == 0 else None)
+        driver = triton.runtime.driver.active if binary is not None else None
+        device = driver.get_current_device() if driver is not None and index < 0 else index
+        if driver is None or self.kernel.device_caches[device][0] is not cache:
+            self._launch_first(programs, arguments, key if addresses % 16 == 0 else None)
             return
-        hooks, grid, given = triton.knobs.runtime, (programs, 1, 1), (*arguments, *constants)
-        stream = triton.runtime.driver.active.get_current_stream(_current(index))
+        hooks, grid, given = triton.knobs.runtime, (programs, 1, 1), arguments + constants
+        stream = driver.get_current_stream(device)
         metadata = binary.launch_metadata(grid, stream, *given)
         binary.run(
             *grid, stream, binary.function, binary.packed_metadata, metadata, hooks.launch_enter_hook,
             hooks.launch_exit_hook, *given,
         )  # fmt: skip
 
-    def _launch_first(self, programs: int, arguments: tuple[Any, ...], index: int, key: Any) -> None:
+    def _launch_first(self, programs: int, arguments: tuple[Any, ...], key: Any) -> None:
         constants = dict(self.constants)
         binary = self.kernel[(programs,)](*arguments, **constants, **self.options())
         if key is not None and isinstance(binary, triton.compiler.CompiledKernel):  # not interpreted
             rest = tuple(constants[name] for name in self.kernel.arg_names[len(arguments) :])
-            _BINARIES[key] = binary, rest, self.kernel.device_caches[_current(index)][0]
+            device = triton.runtime.driver.active.get_current_device()
+            _BINARIES[key] = binary, rest, self.kernel.device_caches[device][0]
 
 
 # By configuration, device, types and numbers: a binary, the constants that it is given, and the cache of Triton's that
 # it is in: one that Triton has emptied is another.
 _BINARIES: dict[Any, tuple[Any, tuple[int, ...], Any]] = {}
-_NONE = None, (), None
+_NONE: tuple[Any, tuple[int, ...], Any] = (None, (), None)
 
 
-def _current(index: int) -> int:
-    """The device that a launch goes to, by its number; index: that of a tensor."""
-    found: int = triton.runtime.driver.active.get_current_device() if index < 0 else index
+_POINTERS: dict[int, int] = {}
+
+
+def _pointers(kernel: Any) -> int:
+    """How many of its arguments are tensors: the first."""
+    found = _POINTERS.get(id(kernel))
+    if found is None:
+        found = _POINTERS[id(kernel)] = sum(name.endswith("_ptr") for name in kernel.arg_names)
     return found
 
 

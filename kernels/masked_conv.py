@@ -262,9 +262,6 @@ class Before(NamedTuple):
     other: Tensor | None  # the gradient of another reader of y
 
 
-Pair = tuple[int, ...]  # height and width
-
-
 class Geometry(NamedTuple):
     """Height and width of input, output and kernel, and how it moves, in the order of the kernels' arguments."""
 
@@ -291,16 +288,14 @@ def geometry(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Geometry:
     """Of (height, width) each; P or Q is less than 1 where the kernel does not fit."""
-    return _geometry(tuple(size), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-
-
-@functools.lru_cache(maxsize=4096)
-def _geometry(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
     P, Q = (
         (s + 2 * pad - dil * (k - 1) - 1) // step + 1
         for s, k, step, pad, dil in zip(size, kernel, stride, padding, dilation, strict=True)
     )
     return Geometry._make((*size, P, Q, *kernel, *stride, *padding, *dilation))
+
+
+_geometry = functools.lru_cache(maxsize=4096)(geometry)  # of tuples
 
 
 def tile(rows: int, columns: int, pointwise: bool, tall: Tile = TALL) -> Tile:
@@ -385,7 +380,7 @@ def forward(
 
     x: (B, CI, H, W), channels_last. w: (CO, CI, R, S), channels_last, of the same type.
     """
-    sizes = geometry(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    sizes = _geometry(x.shape[2:], w.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
     y = empty(x, x.shape[0], w.shape[0], sizes.P, sizes.Q)
     M, CI, CO = y.numel() // w.shape[0], x.shape[1], w.shape[0]
     if stats_eps is not None and M == 1:
@@ -410,7 +405,7 @@ def input_gradient(
     before: then it is the gradient behind the activation of this BatchNorm, and with it come the sums (2, CI) that
     `norm_act.gradient` goes on with, which are also the gradients of gamma and beta.
     """
-    sizes = geometry(size, w.shape[2:], stride, padding, dilation)
+    sizes = _geometry(tuple(size), w.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
     CO, CI = w.shape[:2]
     found = empty(grad, grad.shape[0], CI, *size)
     M = found.numel() // CI
@@ -434,7 +429,7 @@ def weight_gradient(
     padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """The gradient (CO, CI, R, S), channels_last, of the weight. kernel: (R, S)."""
-    sizes = geometry(x.shape[2:], kernel, stride, padding, dilation)
+    sizes = _geometry(x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
     CI, CO = x.shape[1], grad.shape[1]
     M = grad.numel() // CO
     shape = weight_tile(CO, CI, sizes.pointwise)

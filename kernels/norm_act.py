@@ -275,16 +275,22 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 def merge(partial: Tensor, M: int, each: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """What `statistics` returns, from partial (chunks, 2, C): of `each` rows, the last of the rest of M rows."""
     chunks, _, C = partial.shape
-    constants = (("WIDE", int(partial.dtype == torch.float64)), ("CHUNKS", CHUNKS), ("BLOCK_C", 16))
+    combine, finish = _merging(partial.dtype == torch.float64)
     blocks = cdiv(C, 16)
     while chunks > CHUNKS:
         groups = cdiv(chunks, CHUNKS)
         combined = partial.new_empty(groups, 2, C)
-        Configuration(combine_kernel, constants, 4).run(groups * blocks, partial, combined, M, C, each, chunks)
+        combine.run(groups * blocks, partial, combined, M, C, each, chunks)
         partial, chunks, each = combined, groups, each * CHUNKS
     mean, rstd, unbiased = (partial.new_empty(C) for _ in range(3))
-    Configuration(merge_kernel, constants, 4).run(blocks, partial, mean, rstd, unbiased, M, C, each, chunks, eps)
+    finish.run(blocks, partial, mean, rstd, unbiased, M, C, each, chunks, eps)
     return mean, rstd, unbiased
+
+
+@functools.cache
+def _merging(wide: bool) -> tuple[Configuration, Configuration]:
+    constants = (("WIDE", int(wide)), ("CHUNKS", CHUNKS), ("BLOCK_C", 16))
+    return Configuration(combine_kernel, constants, 4), Configuration(merge_kernel, constants, 4)
 
 
 def apply(

@@ -112,9 +112,11 @@ def choose(
     residual: Tensor | None = None, shared: bool = False,
 ) -> str:  # fmt: skip
     """For `run`, by one of norm.IMPLS: "auto" is whichever of "mixed" and "triton" is faster, by measurement."""
+    if impl == "auto" and torch.compiler.is_compiling():
+        return "torch"  # torch.compile fuses by itself
     dtype = x.dtype if norm is not None else _type(x)
     asked = x, dtype, weight, norm, moves, stats_eps is not None, residual, shared
-    key = _key(*asked) if impl == "auto" and not torch.compiler.is_compiling() else None
+    key = _key(*asked) if impl == "auto" else None
     case = None if key is None else _CASES.get(key)
     if case is None:
         why_not = _why_not(x, dtype, weight, norm, moves)
@@ -123,7 +125,7 @@ def choose(
             raise availability.refusal(message, x.device)
         if impl != "auto":
             return impl
-        plain = x.numel() == 0 or dtype == torch.float64 or torch.compiler.is_compiling() or refuses(x)
+        plain = x.numel() == 0 or dtype == torch.float64 or refuses(x)
         other = "torch" if plain and residual is None and not shared else "mixed"
         if why_not or other == "torch":
             return other
@@ -267,12 +269,12 @@ def _why_not(x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, m
     """Why the kernels cannot do this, with x in this dtype; None if they can."""
     if reason := refuses(x):
         return reason
-    from reprune_triton.kernels import masked_conv
-
     if dtype != _type(weight):
         return f"x is {dtype}, and the weight {_type(weight)}"
     if x.shape[1] != weight.shape[1]:
         return f"x has {x.shape[1]} channels, and the convolution reads {weight.shape[1]}"
+    from reprune_triton.kernels import masked_conv
+
     sizes = masked_conv.geometry(x.shape[2:], weight.shape[2:], *moves)
     if 0 in (x.numel(), weight.numel()) or sizes.P < 1 or sizes.Q < 1:
         return "there is nothing to compute: x, the weight or the output is empty"
@@ -324,15 +326,21 @@ def _statistics(y: Tensor, eps: float) -> Stats:
 # ---------------------------------------------------------------------- in Triton
 
 
+@functools.cache
+def _kernels() -> Any:
+    """The module of kernels, which Triton is needed to import."""
+    from reprune_triton.kernels import masked_conv
+
+    return masked_conv
+
+
 @operator("reprune::conv")
 def _conv(
     x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     act: str, batch: bool, stride: list[int], padding: list[int], dilation: list[int], stats_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y and its mean, rstd and unbiased variance, empty without a stats_eps; `batch` is for the gradient."""
-    from reprune_triton.kernels import masked_conv
-
-    y, stats = masked_conv.forward(
+    y, stats = _kernels().forward(
         x, weight, _prologue(mean, rstd, gamma, beta, act), stride, padding, dilation, stats_eps
     )
     return y, *(stats or (_wide(x, 0) for _ in range(3)))
@@ -343,10 +351,8 @@ def _input_gradient(
     grad: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """The gradient of what the convolution read, behind normalisation and activation. size: its height and width."""
-    from reprune_triton.kernels import masked_conv
-
     grad = grad.contiguous(memory_format=torch.channels_last)
-    return masked_conv.input_gradient(grad, weight, size, stride, padding, dilation)[0]
+    return _kernels().input_gradient(grad, weight, size, stride, padding, dilation)[0]
 
 
 @operator("reprune::conv_norm_gradient")
@@ -358,12 +364,10 @@ def _norm_gradient(
 
     other: the gradient of another reader of what the convolution read. y: that, if a residual is in it.
     """
-    from reprune_triton.kernels import masked_conv
-
     grad = grad.contiguous(memory_format=torch.channels_last)
     other = None if other is None else other.contiguous(memory_format=torch.channels_last)
-    before = masked_conv.Before(masked_conv.Prologue(mean, rstd, gamma, beta, act), x, y, other)
-    g, sums = masked_conv.input_gradient(grad, weight, x.shape[2:], stride, padding, dilation, before)
+    before = _kernels().Before(_kernels().Prologue(mean, rstd, gamma, beta, act), x, y, other)
+    g, sums = _kernels().input_gradient(grad, weight, x.shape[2:], stride, padding, dilation, before)
     assert sums is not None
     return g, sums
 
@@ -374,35 +378,27 @@ def _weight_gradient(
     act: str, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     """The gradient of the weight; x is as it was before normalisation and activation. kernel: height and width."""
-    from reprune_triton.kernels import masked_conv
-
     grad = grad.contiguous(memory_format=torch.channels_last)
     prologue = _prologue(mean, rstd, gamma, beta, act)
-    return masked_conv.weight_gradient(grad, x, prologue, kernel, stride, padding, dilation)
+    return _kernels().weight_gradient(grad, x, prologue, kernel, stride, padding, dilation)
 
 
 def _prologue(mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None, act: str) -> Any:
-    from reprune_triton.kernels import masked_conv
-
     if mean is None or rstd is None or gamma is None or beta is None:
         return None
-    return masked_conv.Prologue(mean, rstd, gamma, beta, act)
+    return _kernels().Prologue(mean, rstd, gamma, beta, act)
 
 
 @_conv.register_fake
 def _(x, weight, mean, rstd, gamma, beta, act, batch, stride, padding, dilation, stats_eps):
-    from reprune_triton.kernels import masked_conv
-
-    sizes = masked_conv.geometry(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    y = masked_conv.empty(x, x.shape[0], weight.shape[0], sizes.P, sizes.Q)
+    sizes = _kernels().geometry(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    y = _kernels().empty(x, x.shape[0], weight.shape[0], sizes.P, sizes.Q)
     return y, *(_wide(x, weight.shape[0] if stats_eps is not None else 0) for _ in range(3))
 
 
 @_input_gradient.register_fake
 def _(grad, weight, size, stride, padding, dilation):
-    from reprune_triton.kernels import masked_conv
-
-    return masked_conv.empty(grad, grad.shape[0], weight.shape[1], *size)
+    return _kernels().empty(grad, grad.shape[0], weight.shape[1], *size)
 
 
 @_norm_gradient.register_fake
@@ -412,9 +408,7 @@ def _(grad, weight, other, x, y, mean, rstd, gamma, beta, act, stride, padding, 
 
 @_weight_gradient.register_fake
 def _(grad, x, mean, rstd, gamma, beta, act, kernel, stride, padding, dilation):
-    from reprune_triton.kernels import masked_conv
-
-    return masked_conv.empty(x, grad.shape[1], x.shape[1], *kernel)
+    return _kernels().empty(x, grad.shape[1], x.shape[1], *kernel)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -434,7 +428,8 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     if mean is not None and any(ctx.needs_input_grad[i] for i in (0, 4, 5)):
         g, sums = _norm_gradient(grad, weight, None, x, None, *vectors, ctx.act, *ctx.moves)
         grad_x = _gradient(g, x, *vectors, sums, ctx.batch)
-        grad_gamma, grad_beta = sums[0].to(gamma.dtype), sums[1].to(beta.dtype)
+        for_gamma, for_beta = sums.unbind()
+        grad_gamma, grad_beta = for_gamma.to(gamma.dtype), for_beta.to(beta.dtype)
     return grad_x, grad_weight, None, None, grad_gamma, grad_beta, *[None] * 6
 
 
@@ -488,5 +483,6 @@ class _Written(torch.autograd.Function):
             grad_x = _gradient(g, x, *vectors, sums, ctx.batch)
         gamma, beta = vectors[2:]
         behind = g if ctx.has_residual else None
-        parts = (sums[0].to(gamma.dtype), sums[1].to(beta.dtype))
+        for_gamma, for_beta = sums.unbind()
+        parts = for_gamma.to(gamma.dtype), for_beta.to(beta.dtype)
         return grad_x, behind, None, None, *parts, None, None, grad_weight, None, None, None, None

@@ -237,8 +237,8 @@ def share(group: dist.ProcessGroup | None, device: torch.device) -> None:
 
 def choose(x: Tensor, case: Case, candidates: Callable[[], Candidates]) -> str:
     """The implementation for an operation on x, wherever that is; see `Table.choose`."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.dtype == torch.float64:
-        return UNKNOWN  # torch.compile fuses by itself
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.dtype == torch.float64:
+        return UNKNOWN
     found = table(x.device)
     return UNKNOWN if found is None else found.choose(case, candidates, _now)
 

@@ -37,6 +37,7 @@ from .errors import RepruneError
 from .norm import IMPLS, BatchNorm, Norm, Stats
 
 IN_PLACE = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _FUSED = "_reprune_impl"  # on a module whose forward `fuse` has replaced
 
 
@@ -139,7 +140,8 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any], impl: str) 
 
 def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, behind: nn.BatchNorm2d | None = None) -> Tensor | Measured:
     """Of a fused Conv2d. behind: the BatchNorm that alone reads its output."""
-    impl: str = getattr(self, _FUSED)
+    impl, weight = self.__dict__[_FUSED], _tensor(self, "weight")
+    assert weight is not None
     pending = x if isinstance(x, Pending) and x.given is not None else None
     value, before, residual = pending.take() if pending else (_whole(x), None, None)
     if pending is None and (impl == "torch" or (impl == "auto" and norm.refuses(value))):
@@ -148,11 +150,12 @@ def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, behind: nn.BatchNorm2d |
     moves = tuple(self.stride), tuple(padding), tuple(self.dilation)
     extra = residual, pending is not None and pending.shared
     eps = None
-    if behind is not None and (behind.training or behind.running_mean is None) and not _watched(self, behind):
+    counted = behind is not None and (behind.training or _tensor(behind, "running_mean") is None)
+    if behind is not None and counted and not _watched(self, behind):
         eps = behind.eps
-    how = conv.choose(value, self.weight, before, moves, eps, impl, *extra)
+    how = conv.choose(value, weight, before, moves, eps, impl, *extra)
     # By PyTorch there is nothing to gain: the BatchNorm counts them itself, if it needs them.
-    found = conv.run(value, self.weight, before, moves, eps if how == "triton" else None, how, *extra)
+    found = conv.run(value, weight, before, moves, eps if how == "triton" else None, how, *extra)
     if pending:
         pending.written = found.normalised
     return found.y if found.stats is None or eps is None else Measured(found.y, found.stats, eps)
@@ -166,11 +169,12 @@ def _norm_forward(
     value, stats, eps = x if isinstance(x, Measured) else (x, None, self.eps)
     stats = stats if eps == self.eps else None
     added = None if residual is None else _whole(residual)
-    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-        self.num_batches_tracked.add_(1)
+    counted = _tensor(self, "num_batches_tracked") if self.training and self.track_running_stats else None
+    if counted is not None:
+        counted.add_(1)
     bn = _batch_norm(self, act)
     behind = () if behind and _watched(self, *behind) else behind
-    if norm.choose(value, added, bn, getattr(self, _FUSED), stats, len(behind) > 1) == "torch":
+    if norm.choose(value, added, bn, self.__dict__[_FUSED], stats, len(behind) > 1) == "torch":
         return norm.by_pytorch(value, added, bn)
     own = norm.normaliser(value, bn, stats)
     return Pending(value, own, added, len(behind) > 1) if behind else norm.normalise(value, own, added)
@@ -189,12 +193,24 @@ def _batch_norm(self: nn.BatchNorm2d, act: str) -> BatchNorm:
     momentum = self.momentum or 0.0
     if self.momentum is None and self.training and self.track_running_stats and self.num_batches_tracked is not None:
         momentum = 1.0 / float(self.num_batches_tracked)  # the plain average of all batches
-    tracked = not self.training or self.track_running_stats
-    batch = self.training or (self.running_mean is None and self.running_var is None)
+    mean, variance = _tensor(self, "running_mean"), _tensor(self, "running_var")
+    batch = self.training or (mean is None and variance is None)
+    if self.training and not self.track_running_stats:
+        mean = variance = None
     return BatchNorm(
-        self.weight, self.bias, self.running_mean if tracked else None, self.running_var if tracked else None, batch,
-        momentum, self.eps, act,
-    )  # fmt: skip
+        _tensor(self, "weight"), _tensor(self, "bias"), mean, variance, batch, momentum, self.eps, act
+    )
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of it, as an attribute has it, which takes several times longer: a narrow module's slice
+    hides it."""
+    own = module.__dict__
+    for named in (own, own["_parameters"], own["_buffers"]):
+        if name in named:
+            found: Tensor | None = named[name]
+            return found
+    return getattr(module, name)
 
 
 def _watched(*some: nn.Module) -> bool:
@@ -202,7 +218,7 @@ def _watched(*some: nn.Module) -> bool:
     if torch.nn.modules.module._has_any_global_hook():
         return True
     for module in some:
-        for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        for name in _HOOKS:
             hooks = module.__dict__[name]
             if hooks and len(hooks) > len(narrow._shadows(hooks)):
                 return True

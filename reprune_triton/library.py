@@ -36,4 +36,7 @@ def unseen(x: Tensor) -> bool:
     """Does nothing look at the operators that are called with x?"""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
-    return not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack()
+    return not _functorch() and not _modes()
+
+
+_functorch, _modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack

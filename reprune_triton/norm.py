@@ -94,6 +94,8 @@ def choose(
     for name, choice, known in (("act", bn.act, ACTIVATIONS), ("impl", impl, IMPLS)):
         if choice not in known:
             raise RepruneError(f"{name} must be one of {', '.join(known)}; got {choice!r}")
+    if impl == "auto" and torch.compiler.is_compiling():
+        return "torch"  # torch.compile fuses by itself
     key = case = None
     if impl == "auto" and (residual is None or isinstance(residual, Tensor)):
         key = _key(x, residual, bn, stats is not None, twice)
@@ -151,9 +153,8 @@ def normaliser(x: Tensor, bn: BatchNorm, stats: Stats | None = None) -> Norm:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         mean, rstd, unbiased = stats or measure(x.detach(), bn.eps)
         if bn.running_mean is not None and bn.running_var is not None:
-            with torch.no_grad():
-                bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-                bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
+            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+            bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
         return Norm(mean, rstd, weight, bias, bn.act, True)
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = bn.running_mean.to(wide).contiguous(), (bn.running_var.to(wide) + bn.eps).rsqrt().contiguous()
@@ -243,12 +244,18 @@ def _why_not(x: Tensor, residual: Tensor | None, bn: BatchNorm) -> str | None:
     return None
 
 
+@functools.cache
+def _kernels() -> Any:
+    """The module of kernels, which Triton is needed to import."""
+    from reprune_triton.kernels import norm_act
+
+    return norm_act
+
+
 @operator("reprune::statistics")
 def measure(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The mean of every channel, 1 / sqrt(variance + eps), and the unbiased variance, (C,) each."""
-    from reprune_triton.kernels import norm_act
-
-    return norm_act.statistics(_channels_last(x), eps)
+    return _kernels().statistics(_channels_last(x), eps)
 
 
 @operator("reprune::norm_act")
@@ -256,9 +263,7 @@ def _apply(
     x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str
 ) -> Tensor:
     """y, channels_last as x and the residual are."""
-    from reprune_triton.kernels import norm_act
-
-    return norm_act.apply(x, residual, mean, rstd, weight, bias, act)
+    return _kernels().apply(x, residual, mean, rstd, weight, bias, act)
 
 
 @operator("reprune::norm_act_backward")
@@ -267,10 +272,8 @@ def _backward(
     bias: Tensor, act: str, batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, g unless it was not written (then empty), and d(weight), d(bias) (2, C); as `norm_act.backward`."""
-    from reprune_triton.kernels import norm_act
-
     grad, other = _channels_last(grad), _channels_last(other)
-    grad_x, g, sums = norm_act.backward(grad, other, x, y, mean, rstd, weight, bias, act, batch)
+    grad_x, g, sums = _kernels().backward(grad, other, x, y, mean, rstd, weight, bias, act, batch)
     return grad_x, x.new_empty(0) if g is None else g, sums
 
 
@@ -279,9 +282,7 @@ def _gradient(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, batch: bool
 ) -> Tensor:
     """dx, from the gradient behind the activation and its sums (2, C)."""
-    from reprune_triton.kernels import norm_act
-
-    return norm_act.gradient(grad, x, mean, rstd, weight, bias, sums, "none", batch)
+    return _kernels().gradient(grad, x, mean, rstd, weight, bias, sums, "none", batch)
 
 
 def _wide(x: Tensor, *shape: int) -> Tensor:
@@ -334,4 +335,5 @@ class _NormAct(torch.autograd.Function):
         behind = None
         if ctx.has_residual:
             behind = grad if y is None and other is None else g
-        return grad_x, behind, None, None, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None, None, None
+        for_weight, for_bias = sums.unbind()
+        return grad_x, behind, None, None, for_weight.to(weight.dtype), for_bias.to(bias.dtype), None, None, None
