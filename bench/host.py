@@ -71,20 +71,19 @@ def run(args: argparse.Namespace) -> None:
     with no_device() as launches:
         steps, launched = variants(args, wanted), {}
         for _ in range(max(1, args.warmup)):
-            for name, step in steps.items():
-                launches.clear()
+            for step in steps.values():
                 step()
-                launched[name] = len(launches)
         if args.profile:
             profile(steps, args.steps)
             return
         spent: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(args.steps):
             for name, step in steps.items():
+                launches.clear()
                 begun = time.process_time()
                 step()
                 spent[name].append((time.process_time() - begun) * 1e3)
-                launches.clear()
+                launched[name] = len(launches)
     found = {name: statistics.median(each) for name, each in spent.items()}
     table = Table(title=f"Host time of a step: {args.model}, autocast {args.amp}")
     for column in ("variant", "ms", "fastest", "of dense", "launches of kernels"):

@@ -46,7 +46,7 @@ class Configuration(NamedTuple):
     stages: int = 1  # of pipelined loads; in clustering none are: one copy of the state is all a barrier protects
 
     def __hash__(self) -> int:
-        return hash((id(self.kernel), self.constants, self.warps))  # Triton hashes a kernel's source
+        return hash((id(self.kernel), self[1:]))  # Triton hashes a kernel's source
 
     def options(self) -> dict[str, int]:
         nvidia = torch.version.hip is None
@@ -73,19 +73,19 @@ class Configuration(NamedTuple):
         tensors = arguments[:count]
         for tensor in tensors:
             addresses |= tensor.data_ptr()
-        key = self, index, tuple([tensor.dtype for tensor in tensors]), arguments[count:]
-        binary, constants, cache = _BINARIES.get(key, _NONE) if addresses % 16 == 0 else _NONE
-        driver = triton.runtime.driver.active if binary is not None else None
+        key = id(self.kernel), self[1:], index, tuple([tensor.dtype for tensor in tensors]), arguments[count:]
+        found = _BINARIES.get(key) if addresses % 16 == 0 else None
+        driver = triton.runtime.driver.active if found is not None else None
         device = driver.get_current_device() if driver is not None and index < 0 else index
-        if driver is None or self.kernel.device_caches[device][0] is not cache:
+        if found is None or driver is None or self.kernel.device_caches[device][0] is not found[2]:
             self._launch_first(programs, arguments, key if addresses % 16 == 0 else None)
             return
-        hooks, grid, given = triton.knobs.runtime, (programs, 1, 1), arguments + constants
-        stream = driver.get_current_stream(device)
-        metadata = binary.launch_metadata(grid, stream, *given)
+        binary, constants, _ = found
+        stream, hooks = driver.get_current_stream(device), triton.knobs.runtime
         binary.run(
-            *grid, stream, binary.function, binary.packed_metadata, metadata, hooks.launch_enter_hook,
-            hooks.launch_exit_hook, *given,
+            programs, 1, 1, stream, binary.function, binary.packed_metadata,
+            binary.launch_metadata((programs, 1, 1), stream, *arguments, *constants), hooks.launch_enter_hook,
+            hooks.launch_exit_hook, *arguments, *constants,
         )  # fmt: skip
 
     def _launch_first(self, programs: int, arguments: tuple[Any, ...], key: Any) -> None:
@@ -100,7 +100,6 @@ class Configuration(NamedTuple):
 # By configuration, device, types and numbers: a binary, the constants that it is given, and the cache of Triton's that
 # it is in: one that Triton has emptied is another.
 _BINARIES: dict[Any, tuple[Any, tuple[int, ...], Any]] = {}
-_NONE: tuple[Any, tuple[int, ...], Any] = (None, (), None)
 
 
 _POINTERS: dict[int, int] = {}

@@ -441,7 +441,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = _conv(*inputs)
+        output: tuple[Tensor, ...] = _conv.function(*inputs)  # `run` has looked whether anyone sees it
         _save(ctx, inputs, output)
         return output
 

@@ -97,13 +97,66 @@ for config, hashes in kernels.items():
 print(json.dumps(sum(found.values(), [])))
 """
 
+AGAIN = """
+import json
+import torch
+from reprune_triton.bench import host
+from reprune_triton.kernels import launch, norm_act
 
-def compiled(program, cache):
+taken = []
+
+
+def launches(x, times=1):
+    \"\"\"What Triton's launchers are given for this.\"\"\"
+    taken.clear()
+    for _ in range(times):
+        norm_act.apply(x, None, *vectors, "relu")
+    return [[show(argument) for argument in given] for given in taken]
+
+
+def show(argument):
+    if torch.is_tensor(argument):
+        return str(argument.dtype)
+    return repr(argument) if isinstance(argument, (int, float, tuple)) else type(argument).__name__
+
+
+with host.no_device() as names:
+    vectors = torch.zeros(4, 16).unbind()
+    x, other = (torch.zeros(2, 16, n, n).contiguous(memory_format=torch.channels_last) for n in (4, 5))
+    one = torch.zeros(513)[1:].view(2, 4, 4, 16).permute(0, 3, 1, 2)  # not aligned
+    norm_act.apply(x, None, *vectors, "relu")
+    (binary, _, cache), = launch._BINARIES.values()
+    binary._run = lambda *given: taken.append(given)
+    launch._BINARIES.clear()
+    found = {"first": launches(x), "looked for": len(launch._BINARIES), "again": launches(x, 3)}
+    looked, create = [], launch.Configuration._launch_first
+    launch.Configuration._launch_first = lambda *given: looked.append(1) or create(*given)
+    for name, work in {
+        "same": lambda: launches(x), "other size": lambda: launches(other), "once more": lambda: launches(other),
+        "half": lambda: launches(x.half()), "not aligned": lambda: launches(one), "nor again": lambda: launches(one),
+        "forgotten": lambda: norm_act.apply_kernel.device_caches.clear() or launches(x), "then": lambda: launches(x),
+    }.items():
+        looked.clear()
+        work()
+        found[name] = len(looked)
+print(json.dumps(found))
+"""
+
+
+def test_a_launch_that_is_made_again_is_the_same(tmp_path):
+    """Triton's own code finds the binary for what is new; what is given to its launcher then does not change."""
+    found = compiled(AGAIN, tmp_path, driver="")
+    assert len(found["first"]) == 1 and found["again"] == found["first"] * 3 and found["looked for"] == 1
+    looked = {"same": 0, "other size": 1, "once more": 0, "half": 1, "not aligned": 1, "nor again": 1, "forgotten": 1}
+    assert {name: found[name] for name in (*looked, "then")} == looked | {"then": 0}
+
+
+def compiled(program, cache, driver=DRIVER):
     """What the launches of this program compile: [kernel, how often launched, hashes of the machine codes]."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}  # cached code may have old line numbers
     environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", DRIVER + program], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", driver + program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
