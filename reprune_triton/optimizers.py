@@ -317,33 +317,41 @@ def _tried(optimizer: Any, names: Mapping[nn.Parameter, str]) -> dict[Path, floa
     it is that number, a step size say; all else is an average, zero. Then a step with another gradient, as some states
     appear only then; and one as a channel makes it that has come back.
     """
-    found: dict[Path, float | None] = {}
-    with rng.kept(p.device for p in names), contextlib.suppress(_NoTwin):
-        twin, alike = _twin(optimizer, names)
+    for filled in (False, True):
+        with rng.kept(p.device for p in names), contextlib.suppress(_NoTwin):
+            return _tried_with(*_twin(optimizer, names, filled))
+    return {}
 
-        def step(parameter: nn.Parameter, factor: float) -> dict[Path, Tensor]:
-            """What is there in the parameter's shape after a step with a gradient of so many weights."""
-            parameter.grad = parameter.detach() * factor
-            _step(twin, parameter)
-            _check(twin, alike)
-            states = ((where, _tensors(kept.get(parameter))) for where, kept in _kept(twin))
-            return {where + path: x for where, tensors in states for path, x in tensors if x.shape == parameter.shape}
 
-        for parameter in sorted(alike, key=Tensor.numel):  # the smallest first: a refusal comes soon
-            before = {path: value.clone() for path, value in step(parameter, 0.0).items()}
-            for path, value in step(parameter, 0.0).items():
-                found.setdefault(path, _fresh(value, before.get(path), parameter))
-            for path, value in step(parameter, 1e-2).items():
-                fresh = found.get(path, 0.0)
-                value.copy_(parameter.detach()) if fresh is None else value.fill_(fresh)
-            was_finite = parameter.isfinite().all()
-            step(parameter, 1e-2)
-            if was_finite and not parameter.isfinite().all():
-                raise RepruneError(
-                    f"{type(optimizer).__name__} makes NaN of {alike[parameter]} when its averages are set to zero, as "
-                    "those of pruned channels are: use SGD, AdamW or another optimizer"
-                )
-            parameter.grad = None
+def _tried_with(twin: Any, alike: Mapping[nn.Parameter, str]) -> dict[Path, float | None]:
+    def step(parameter: nn.Parameter, factor: float) -> dict[Path, Tensor]:
+        """What is there in the parameter's shape after a step with a gradient of so many weights."""
+        parameter.grad = parameter.detach() * factor
+        _step(twin, parameter)
+        parameter.grad = None
+        _check(twin, alike)
+        states = ((where, _tensors(kept.get(parameter))) for where, kept in _kept(twin))
+        return {where + path: x for where, tensors in states for path, x in tensors if x.shape == parameter.shape}
+
+    parameters = sorted(alike, key=Tensor.numel)  # the smallest first: a refusal comes soon
+    seen: dict[Path, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    for parameter in parameters:
+        before = {path: value.clone() for path, value in step(parameter, 0.0).items()}
+        for path, value in step(parameter, 0.0).items():
+            seen[path].append((value.clone(), before.get(path, value), parameter.detach().clone()))
+        step(parameter, 1e-2)
+    found = {path: _fresh(values) for path, values in seen.items()}
+    for parameter in parameters:
+        was_finite = parameter.isfinite().all()
+        for path, value in step(parameter, 1e-2).items():
+            fresh = found.get(path, 0.0)
+            value.copy_(parameter.detach()) if fresh is None else value.fill_(fresh)
+        step(parameter, 1e-2)
+        if was_finite and not parameter.isfinite().all():
+            raise RepruneError(
+                f"{type(twin).__name__} makes NaN of {alike[parameter]} when its averages are set to zero, as those of "
+                "pruned channels are: use SGD, AdamW or another optimizer"
+            )
     return found
 
 
@@ -351,17 +359,21 @@ class _NoTwin(Exception):
     """The optimizer cannot be tried: it cannot be copied, or wants more than a gradient for its step."""
 
 
-def _fresh(value: Tensor, before: Tensor | None, parameter: nn.Parameter) -> float | None:
-    if _near([(value, parameter)]):
+def _fresh(seen: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float | None:
+    """For a state of several parameters: what it holds for a channel without a past.
+
+    Args:
+        seen: of each parameter the state after two steps and after one, and the weight after two.
+    """
+    if _near((value, weight) for value, _, weight in seen):
         return None
-    first = value.flatten()[0]
-    constant = before is not None and torch.equal(value, before) and bool((value == first).all())
-    return float(first) if constant else 0.0
+    first = float(seen[0][0].flatten()[0])
+    return first if all(torch.equal(a, b) and bool((a == first).all()) for a, b, _ in seen) else 0.0
 
 
-def _twin(optimizer: Any, names: Mapping[nn.Parameter, str]) -> tuple[Any, dict[nn.Parameter, str]]:
+def _twin(optimizer: Any, names: Mapping[nn.Parameter, str], filled: bool) -> tuple[Any, dict[nn.Parameter, str]]:
     """An optimizer like this one that has never stepped, with one parameter of every shape in place of all; and the
-    names of those that are asked for."""
+    names of those that are asked for. filled: with the state of now, as some are made with one."""
     twin: Any = object.__new__(type(optimizer))
     memo: dict[int, Any] = {id(optimizer): twin}
     asked: dict[nn.Parameter, str] = {}
@@ -374,6 +386,8 @@ def _twin(optimizer: Any, names: Mapping[nn.Parameter, str]) -> tuple[Any, dict[
                 if key not in own:
                     values = torch.linspace(-1.5, 1.5, p.numel(), dtype=p.dtype, device=p.device)
                     own[key] = nn.Parameter(values.view(p.shape))
+                if filled:  # some of its states may be copies of the weights
+                    own[key].data.copy_(p.detach())
                 memo[id(p)] = memo[id(own[key])] = own[key]
                 if p in names:
                     asked.setdefault(own[key], names[p])
@@ -383,7 +397,8 @@ def _twin(optimizer: Any, names: Mapping[nn.Parameter, str]) -> tuple[Any, dict[
             if name not in ("state", "param_groups", "step") and not name.endswith("hooks")
         }  # fmt: skip
         vars(twin).update(copy.deepcopy(kept, memo))
-        twin.state, twin.param_groups = defaultdict(dict), copy.deepcopy(groups, memo)
+        twin.state = copy.deepcopy(optimizer.state, memo) if filled else defaultdict(dict)
+        twin.param_groups = copy.deepcopy(groups, memo)
         if isinstance(twin, Optimizer):
             Optimizer.__setstate__(twin, {})
     except Exception as error:
