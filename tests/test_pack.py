@@ -149,6 +149,7 @@ class Graphs:
     def __init__(self, patch):
         self.capturing, self.launches, self.run = False, [], Configuration.run
         patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(stream_id=7))
         patch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: self.capturing)
         patch.setattr(Configuration, "run", lambda *a: self.launch(*a))
         patch.setattr("reprune_triton.kernels.pack._LAUNCHED", set())
@@ -240,6 +241,34 @@ def test_what_a_capture_meets_first(graphs, monkeypatch):
     with graphs.capture(), pytest.raises(RepruneError, match="do a whole training step first"):
         pack.put_back(found[0], [(0, t, False)])
     assert not launches
+
+
+def test_what_a_capture_held_that_failed_is_not_put_back(small, graphs):
+    """It would have been there in a replay. The step is done without a graph, and is that of another model."""
+    model, slices, x = small
+    states = []
+
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for failing in (False, True):
+        twin = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+        Narrowing(twin, optimizer, "triton").set(slices)
+        for number in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(twin(x), torch.arange(4)).backward()
+            if failing and number:
+                handle = optimizer.register_step_pre_hook(fail)
+                for _ in range(2):
+                    with graphs.capture() as launches, pytest.raises(RuntimeError, match="not permitted"):
+                        optimizer.step()
+                    assert len(launches) == 1
+                handle.remove()
+            optimizer.step()
+        momentum = [optimizer.state[p]["momentum_buffer"] for p in twin.parameters()]
+        states.append([*twin.state_dict().values(), *momentum])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_a_capture_after_steps_on_the_default_stream(small, graphs, monkeypatch):
