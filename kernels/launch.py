@@ -74,18 +74,19 @@ class Configuration(NamedTuple):
         for tensor in tensors:
             addresses |= tensor.data_ptr()
         key = id(self.kernel), self[1:], index, tuple([tensor.dtype for tensor in tensors]), arguments[count:]
-        found = _BINARIES.get(key) if addresses % 16 == 0 else None
-        driver = triton.runtime.driver.active if found is not None else None
-        device = driver.get_current_device() if driver is not None and index < 0 else index
-        if found is None or driver is None or self.kernel.device_caches[device][0] is not found[2]:
+        binary, constants, cache = _BINARIES.get(key, _NONE)
+        active = triton.runtime.driver.active if binary is not None else None
+        device = index if active is None or index >= 0 else active.get_current_device()
+        if active is None or addresses % 16 != 0 or self.kernel.device_caches[device][0] is not cache:
             self._launch_first(programs, arguments, key if addresses % 16 == 0 else None)
             return
-        binary, constants, _ = found
-        stream, hooks = driver.get_current_stream(device), triton.knobs.runtime
+        stream, hooks = active.get_current_stream(device), triton.knobs.runtime
+        enter, metadata = hooks.launch_enter_hook, None
+        if getattr(enter, "calls", enter):  # a profiler's
+            metadata = binary.launch_metadata((programs, 1, 1), stream, *arguments, *constants)
         binary.run(
-            programs, 1, 1, stream, binary.function, binary.packed_metadata,
-            binary.launch_metadata((programs, 1, 1), stream, *arguments, *constants), hooks.launch_enter_hook,
-            hooks.launch_exit_hook, *arguments, *constants,
+            programs, 1, 1, stream, binary.function, binary.packed_metadata, metadata, enter, hooks.launch_exit_hook,
+            *arguments, *constants,
         )  # fmt: skip
 
     def _launch_first(self, programs: int, arguments: tuple[Any, ...], key: Any) -> None:
@@ -100,6 +101,7 @@ class Configuration(NamedTuple):
 # By configuration, device, types and numbers: a binary, the constants that it is given, and the cache of Triton's that
 # it is in: one that Triton has emptied is another.
 _BINARIES: dict[Any, tuple[Any, tuple[int, ...], Any]] = {}
+_NONE: tuple[Any, tuple[int, ...], Any] = (None, (), None)
 
 
 _POINTERS: dict[int, int] = {}

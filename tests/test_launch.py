@@ -100,6 +100,7 @@ print(json.dumps(sum(found.values(), [])))
 AGAIN = """
 import json
 import torch
+import triton
 from reprune_triton.bench import host
 from reprune_triton.kernels import launch, norm_act
 
@@ -117,6 +118,8 @@ def launches(x, times=1):
 def show(argument):
     if torch.is_tensor(argument):
         return str(argument.dtype)
+    if argument is None or type(argument).__name__ == "LazyDict":
+        return "metadata"  # which only hooks read
     return repr(argument) if isinstance(argument, (int, float, tuple)) else type(argument).__name__
 
 
@@ -129,6 +132,13 @@ with host.no_device() as names:
     binary._run = lambda *given: taken.append(given)
     launch._BINARIES.clear()
     found = {"first": launches(x), "looked for": len(launch._BINARIES), "again": launches(x, 3)}
+    hooked, hooks = [], triton.knobs.runtime.launch_enter_hook
+    hooks.add(lambda metadata: hooked.append(metadata.get()["name"]))
+    launches(x)
+    metadata, enter = taken[0][6:8]
+    enter(metadata)  # as the driver's launcher would
+    hooks.calls.clear()
+    found["hooked"] = hooked
     looked, create = [], launch.Configuration._launch_first
     launch.Configuration._launch_first = lambda *given: looked.append(1) or create(*given)
     for name, work in {
@@ -147,6 +157,7 @@ def test_a_launch_that_is_made_again_is_the_same(tmp_path):
     """Triton's own code finds the binary for what is new; what is given to its launcher then does not change."""
     found = compiled(AGAIN, tmp_path, driver="")
     assert len(found["first"]) == 1 and found["again"] == found["first"] * 3 and found["looked for"] == 1
+    assert found["hooked"] == ["apply_kernel"]  # as a profiler's would be
     looked = {"same": 0, "other size": 1, "once more": 0, "half": 1, "not aligned": 1, "nor again": 1, "forgotten": 1}
     assert {name: found[name] for name in (*looked, "then")} == looked | {"then": 0}
 
