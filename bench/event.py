@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from reprune_triton import REPrune, capture, models, ops, reference, sparsity
+from reprune_triton import REPrune, capture, models, narrow, ops, reference, sparsity
 from reprune_triton import event as events
 from reprune_triton.bench import device as devices
 from reprune_triton.bench import rows
@@ -270,9 +270,9 @@ class Watched(REPrune):
 
     outcome: events.Outcome
 
-    def _apply(self, outcome: events.Outcome) -> None:
+    def _gone(self, outcome: events.Outcome) -> narrow.Slices:
         self.outcome = outcome
-        super()._apply(outcome)
+        return super()._gone(outcome)
 
 
 def runs_a_pruner(args: argparse.Namespace) -> bool:

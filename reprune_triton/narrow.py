@@ -15,8 +15,9 @@ import contextlib
 import copy
 import functools
 import sys
+import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,45 @@ class Slice(NamedTuple):
 Slices = dict[str, Slice]  # by module name
 Cuts = list[tuple[int, Tensor]]  # (dimension, indices to keep or to freeze)
 Entries = list[tuple[nn.Parameter, int, Tensor]]  # (parameter, dimension, indices)
+Moves = dict[nn.Parameter, tuple[nn.Parameter, Cuts]]  # full parameter -> the narrow one (itself), and what it keeps
+
+
+class Setting(NamedTuple):
+    """What an event changes. One assignment puts it in force, so an interrupt finds all of it done or nothing."""
+
+    number: int  # hooks of other plans do nothing
+    frozen: Entries
+    freezer: Pack
+    forgotten: Entries  # whose momentum is still to be zeroed
+    state: Any  # of the caller, what goes with these channels
+
+
+class Current:
+    """The setting in force, as the hooks of one model see it."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.unfinished: Callable[[], None] | None = None  # the end of narrowing, until it is done
+
+    def finish(self) -> None:
+        """Do what may have been interrupted; it can be done again."""
+        if self.unfinished is not None:
+            self.unfinished()
+            self.unfinished = None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the model runs on the same channels, and freezes nothing
+        return Current, (Setting(self.setting.number, [], Pack([], "torch"), [], None),)
+
+
+class Held(NamedTuple):
+    """What is frozen, from before an optimizer's step until after it."""
+
+    optimizer: Any
+    frozen: Entries
+    freezer: Pack
+    values: Any  # of the freezer, or one by one
+    together: bool
+    captured: bool  # they are there only in a replay
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -55,6 +95,12 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def cuts(module: nn.Module, part: Slice) -> dict[str, Cuts]:
     """Which dimensions of which tensors (parameters and buffers) of `module` are sliced, and by which indices."""
+    present = {name for name, _ in _tensors(module)}
+    return {name: where for name, where in _cuts(module, part).items() if name in present}
+
+
+def _cuts(module: nn.Module, part: Slice) -> dict[str, Cuts]:
+    """`cuts`, also of a bias that is None: folding a BatchNorm into a copy gives it one."""
     out: Cuts = [] if part.out is None else [(0, part.out)]
     into: Cuts = [] if part.in_ is None else [(1, part.in_)]
     if isinstance(module, CHANNELWISE):
@@ -67,8 +113,8 @@ def cuts(module: nn.Module, part: Slice) -> dict[str, Cuts]:
         found = {"weight": out + into, "bias": out}
     else:
         raise RepruneError(f"a {type(module).__name__} cannot run on part of its channels")
-    present = {name for name, _ in _tensors(module)}
-    return {name: where for name, where in found.items() if where and name in present}
+    own = {*module._parameters, *module._buffers}
+    return {name: where for name, where in found.items() if where and name in own}
 
 
 def gather(tensor: Tensor, where: Cuts) -> Tensor:
@@ -94,21 +140,26 @@ class Narrowing:
     def __init__(self, model: nn.Module, optimizer: Any = None, impl: str = "auto"):
         self._model, self._impl = model, impl
         self._modules = dict(model.named_modules())
-        self._handles: list[Any] = []
-        self._frozen: Entries = []
-        self._freezer = Pack([], impl)
-        self._held: tuple[Tensor, ...] = ()  # what is frozen, from before an optimizer's step until after it
-        self._together = False  # whether the freezer holds it
-        self._holder: Any = None  # the optimizer that steps
-        self._captured = False  # whether what is held is there only in a replay
+        self.current = Current(Setting(0, [], Pack([], impl), [], None))
+        self._held: Held | None = None
+        self._sample = min(model.parameters(), key=lambda p: (not p.requires_grad, p.numel()))
+        self._used: tuple[Tensor, int] | None = None  # its gradient in the last step, and the version of that
         self._step_handles: list[Any] = []
         self.follow(optimizer if isinstance(optimizer, Optimizers) else Optimizers(optimizer, model.parameters()))
 
     def follow(self, optimizers: Optimizers) -> None:
         """Freeze in the steps of these optimizers, in place of those before."""
-        self._remove(self._step_handles)
+        self._unhook_steps()
         self._optimizers = optimizers
-        self._step_handles = optimizers.hook(self._hold, self._restore)
+        self._step_handles = optimizers.hook(self._hold, self._put_back)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"setting": self.current.setting}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        setting = state.pop("setting")
+        self.__dict__ |= state
+        self.current.setting = setting
 
     def set(self, slices: Slices, frozen: Slices | None = None) -> None:
         """Make exactly these modules narrow, in place of what was narrow before.
@@ -118,31 +169,81 @@ class Narrowing:
             frozen: the others, which keep their values from now on, and whose momentum every step leaves at zero.
                 Without it they are found here, and the device is waited for.
         """
-        self._remove(self._handles)
-        gathering = _Gathering(self._impl)
+        self.enforce(self.prepare(slices, frozen))
+
+    def prepare(
+        self, slices: Slices, frozen: Slices | None = None, forgotten: Slices | None = None, state: Any = None
+    ) -> Setting:
+        """What `enforce` puts in force: as for `set`; and whose momentum is to be zeroed then. Until then nothing
+        changes."""
+        self.settle()
+        number = self.current.setting.number + 1
+        gathering = _Gathering(self._impl, number, self.current)
         if slices:
             self._register(self._model, gathering)
         for name, module in self._modules.items() if slices else ():
-            where = cuts(module, slices[name]) if name in slices else {}
+            where = _cuts(module, slices[name]) if name in slices else {}
             if gathering.casts(module):
                 where = {key: [] for key in ("weight", "bias") if module._parameters.get(key) is not None} | where
             if name in slices or where:
                 self._register(module, gathering.shadow(module, where, slices.get(name, Slice()).out))
-        self._frozen = self._parameters(self._others(slices) if frozen is None else frozen)
-        self._freezer = Pack([[(dim, index)] for _, dim, index in self._frozen], self._impl)
+        entries = self._parameters(self._others(slices) if frozen is None else frozen)
+        freezer = Pack([[(dim, index)] for _, dim, index in entries], self._impl)
         _forget_compiled()
+        return Setting(number, entries, freezer, self._parameters(forgotten or {}), state)
 
-    def forget(self, slices: Slices) -> None:
-        """Make the optimizer remember no more of these channels than of new ones."""
-        entries = self._parameters(slices)
-        self._clear(entries, self._states(entries))
+    def enforce(self, setting: Setting) -> None:
+        self.current.setting = setting
+        self.settle()
+
+    def end(self, change: Callable[[], None], optimizer_only: bool = False) -> None:
+        """Close, and make `change` with it. If that is interrupted it is made again, at the latest before the next
+        forward or step; so it must come out the same when it is made twice."""
+        self.settle()
+        ended = self.current.setting._replace(frozen=[], freezer=Pack([], self._impl))
+        ended = ended if optimizer_only else ended._replace(number=ended.number + 1)
+
+        def end() -> None:
+            self.current.setting = ended
+            change()
+            self.close(optimizer_only)
+
+        self.current.unfinished = end
+        self.current.finish()
+
+    @property
+    def state(self) -> Any:
+        return self.current.setting.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.current.setting = self.current.setting._replace(state=state)
+
+    def settle(self) -> None:
+        """Finish what an interrupt has left undone, in a step of the optimizer, in an event, or in a forward."""
+        self.settle_step()
+        number = self.current.setting.number
+        for module in self._modules.values():
+            _uncover(module)
+            _remove_hooks(module, lambda hook: hook.current is not self.current or hook.number != number)
+
+    def settle_step(self) -> None:
+        """`settle`, without a look at the modules."""
+        self.current.finish()
+        self._put_back()
+        self._forget()
+
+    def _forget(self) -> None:
+        setting = self.current.setting
+        if setting.forgotten:
+            self._clear(setting.forgotten, self._states(setting.forgotten))
+            self.current.setting = setting._replace(forgotten=[])
 
     def _register(self, module: nn.Module, hooks: "_Gathering | _Shadow") -> None:
-        self._handles += [
-            module.register_forward_pre_hook(hooks.enter),
-            # always_call: an exception inside forward must not leave the slices in place
-            module.register_forward_hook(hooks.leave, always_call=True),
-        ]
+        module.register_forward_pre_hook(hooks.enter)
+        # always_call: an exception inside forward must not leave the slices in place
+        module.register_forward_hook(hooks.leave, always_call=True)
+        _move_inside(module)
 
     def _parameters(self, slices: Slices) -> Entries:
         """Where they stand."""
@@ -166,43 +267,66 @@ class Narrowing:
 
     def close(self, optimizer_only: bool = False) -> None:
         """Take the hooks out again: all of them, or only those on the optimizer."""
-        self._remove(self._step_handles)
-        if not optimizer_only:
-            self._remove(self._handles)
+        self._unhook_steps()
+        for module in self._modules.values() if not optimizer_only else ():
+            _remove_hooks(module)
 
-    @staticmethod
-    def _remove(handles: list[Any]) -> None:
-        while handles:
-            handles.pop().remove()
+    def _unhook_steps(self) -> None:
+        while self._step_handles:
+            self._step_handles.pop().remove()
 
     @torch.no_grad()
     def _hold(self, optimizer: Any, *_: object) -> None:
-        capturing = capture.capturing()
-        left = self._captured and (optimizer is self._holder or not capturing)  # by a capture that has failed
-        if self._held and not left:  # a step within a wrapper's
+        self.current.finish()
+        held, capturing = self._held, capture.capturing()
+        if held is not None and held.optimizer is not optimizer and not self._left(held):  # a step within a wrapper's
             return
+        if held is not None and held.captured:  # by a capture that has failed
+            self._held = None
+        self._put_back()  # of a step that was interrupted
+        self._forget()
         # Read at every step, not once per event: so it does not matter in which order a checkpoint is loaded.
-        parameters = [p for p, _, _ in self._frozen]
-        together = self._freezer.hold(parameters)
-        apart = (p.index_select(dim, index.to(p.device)) for p, dim, index in self._frozen)
-        self._together, self._held = together is not None, tuple(apart) if together is None else (together,)
-        self._holder, self._captured = optimizer, capturing
+        frozen, freezer = self.current.setting.frozen, self.current.setting.freezer
+        parameters = [p for p, _, _ in frozen]
+        together = freezer.hold(parameters)
+        apart = (p.index_select(dim, index.to(p.device)) for p, dim, index in frozen)
+        values = tuple(apart) if together is None else together
+        self._held = Held(optimizer, frozen, freezer, values, together is not None, capturing)
 
     @torch.no_grad()
-    def _restore(self, optimizer: Any, *_: object) -> None:
-        states = self._states(self._frozen)
-        if self._together:
-            targets: list[tuple[int, Tensor, bool]] = [(i, p, False) for i, (p, _, _) in enumerate(self._frozen)]
-            quick = [self._freezer.takes(tensor) and fresh in (None, 0.0) for _, (tensor, fresh) in states]
+    def _put_back(self, optimizer: Any = None, *_: object) -> None:
+        """Put back what is held; again where that was interrupted."""
+        if self._held is None or self._left(self._held):
+            self._held = None
+            return
+        holder, frozen, freezer, values, together = self._held[:5]
+        states = self._states(frozen)
+        if together:
+            targets: list[tuple[int, Tensor, bool]] = [(i, p, False) for i, (p, _, _) in enumerate(frozen)]
+            quick = [freezer.takes(tensor) and fresh in (None, 0.0) for _, (tensor, fresh) in states]
             targets += [(i, x.tensor, x.fresh is not None) for (i, x), fits in zip(states, quick, strict=True) if fits]
-            self._freezer.put_back(self._held[0], targets)
+            freezer.put_back(values, targets)
             states = [state for state, fits in zip(states, quick, strict=True) if not fits]
         else:
-            for (p, dim, index), held in zip(self._frozen, self._held, strict=True):
-                p.index_copy_(dim, index.to(p.device), held)
-        self._clear(self._frozen, states)
-        if optimizer is self._holder:
-            self._held, self._holder = (), None
+            for (p, dim, index), value in zip(frozen, values, strict=True):
+                p.index_copy_(dim, index.to(p.device), value)
+        self._clear(frozen, states)
+        if optimizer is None or optimizer is holder:  # and not after a step within a wrapper's
+            self._held, self._used = None, self._gradient()
+
+    def spent(self) -> bool:
+        """Whether the gradients of the model are those of the last step, and nothing has been added since."""
+        now = self._gradient()
+        return now is not None and self._used is not None and now[0] is self._used[0] and now[1] == self._used[1]
+
+    def _gradient(self) -> tuple[Tensor, int] | None:
+        grad = self._sample.grad
+        return None if grad is None else (grad, grad._version)
+
+    @staticmethod
+    def _left(held: Held) -> bool:
+        """Whether it was held by a capture that has failed."""
+        return held.captured and not capture.capturing()
 
     @staticmethod
     @torch.no_grad()
@@ -230,52 +354,100 @@ class _Run(NamedTuple):
 
 
 class _Shadow:
-    """Lets a module's forward see slices of its tensors: an instance attribute hides the parameter of the same name."""
+    """Lets a module's forward see slices of its tensors: an instance attribute hides the parameter of the same name.
 
-    def __init__(self, where: dict[str, Cuts], widths: dict[str, tuple[int, int]]):
+    An interrupt may leave it hidden; the next forward hides it anew. Where several threads run the module it is hidden
+    until the last one leaves.
+    """
+
+    _lock = threading.Lock()  # of all shadows: what it guards takes no time
+
+    def __init__(self, where: dict[str, Cuts], widths: dict[str, tuple[int, int]], number: int, current: Current):
         self.where, self.widths = where, widths  # widths: attribute -> (narrow, full)
+        self.number, self.current = number, current
+        self.threads: set[int] = set()  # inside
         self.run: _Run | None = None  # while it lasts, and where the module's slices are in it
         self.numbers: list[tuple[str, int]] = []
         self.casts = False  # whether autocast would cast them
 
     def __reduce__(self) -> tuple[Any, ...]:  # what is gathered already is the model's own, not its copy's
-        return _Shadow, (self.where, self.widths)
+        return _Shadow, (self.where, self.widths, self.number, self.current)
 
     def enter(self, module: nn.Module, args: object) -> None:
-        if not self._served(module):
+        compiling = torch.compiler.is_compiling()
+        if self.current.setting.number != self.number:
+            if not compiling:
+                self.current.finish()
+            return
+        parts = self._served(module)
+        if parts is None:
+            parts = {}
             with _unseen():
                 for name, cut in self.where.items():
-                    full = _whole(module, name)  # a replica of DataParallel's has it as an attribute
-                    module.__dict__[name] = gather(getattr(module, name) if full is None else full, cut)
+                    full = _whole(module, name)
+                    if full is None and "_is_replica" in module.__dict__:  # DataParallel's, with attributes instead
+                        full = module.__dict__.get(name)
+                    if full is not None:
+                        parts[name] = gather(full, cut)
         for name, (narrow, _) in self.widths.items():
-            module.__dict__[name] = narrow
+            parts[name] = narrow
+        if compiling:
+            for name, part in parts.items():
+                module.__dict__[name] = part
+        else:
+            with self._lock:
+                self.threads.add(threading.get_ident())
+                module.__dict__ |= parts
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
-        for name, (_, width) in self.widths.items():
-            module.__dict__[name] = width
-        together = not torch.compiler.is_compiling() and self.run is not None
+        compiling = torch.compiler.is_compiling()
+        if self.current.setting.number != self.number if compiling else threading.get_ident() not in self.threads:
+            return
+        together = not compiling and self.run is not None
         for name, cut in self.where.items():
-            part = module.__dict__.pop(name, None)
+            part = module.__dict__.get(name)
             full = None if together else module._buffers.get(name)
             if full is not None and part is not None and module.training:  # BatchNorm updated its statistics
                 for dim, index in cut:
                     full.index_copy_(dim, index.to(full.device), part)
+        if compiling:
+            self._uncover(module)
+        else:
+            with self._lock:
+                self.threads.discard(threading.get_ident())
+                if not self.threads:
+                    self._uncover(module)
 
-    def _served(self, module: nn.Module) -> bool:
-        """Install what was gathered for the whole model, if there is such, and it is what the module needs now: of the
-        same values, and in a type that its operations take now."""
-        if torch.compiler.is_compiling() or self.run is None:
-            return False
-        slices, whole, versions, cast = self.run
-        parameters, buffers, attributes = module._parameters, module._buffers, module.__dict__
+    def _served(self, module: nn.Module) -> dict[str, Any] | None:
+        """What was gathered for the whole model, if there is such, and it is what the module needs now: of the same
+        values, and in a type that its operations take now."""
+        run = self.run
+        if torch.compiler.is_compiling() or run is None:
+            return None
+        slices, whole, versions, cast = run
+        parameters, buffers, parts = module._parameters, module._buffers, dict[str, Any]()
         right = not self.casts or _autocast_dtype(whole[0].device) == cast
         for name, number in self.numbers:
             full = whole[number]
             right = right and parameters.get(name, buffers.get(name)) is full and full._version == versions[number]
-            attributes[name] = slices[number]
+            parts[name] = slices[number]
         if not right:
             self.run = None  # nor does it go back with the others
-        return right
+            return None
+        return parts
+
+    def uncover(self, module: nn.Module) -> None:
+        """Show the module's own tensors again, if an interrupt has left them hidden."""
+        with self._lock:
+            self.threads &= {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+            if not self.threads:
+                self._uncover(module)
+
+    def _uncover(self, module: nn.Module) -> None:
+        for name, (_, width) in self.widths.items():
+            module.__dict__[name] = width
+        for name in self.where:
+            module.__dict__.pop(name, None)
 
 
 class _Plan(NamedTuple):
@@ -298,8 +470,8 @@ class _Gathering:
     nothing left to cast.
     """
 
-    def __init__(self, impl: str):
-        self.impl = impl
+    def __init__(self, impl: str, number: int, current: Current):
+        self.impl, self.number, self.current = impl, number, current
         self.shadows: list[tuple[nn.Module, _Shadow]] = []
         self.plans: dict[bool, _Plan] = {}  # whether there is autocast
         self.running: tuple[_Plan, _Run] | None = None
@@ -307,7 +479,7 @@ class _Gathering:
         self.graphs: list[tuple[weakref.ref[Any], int | None]] = []  # gradients, which is that of the oldest.
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy; what is gathered is the model's own
-        return {**vars(_Gathering(self.impl)), "shadows": self.shadows}
+        return {**vars(_Gathering(self.impl, self.number, self.current)), "shadows": self.shadows}
 
     def casts(self, module: nn.Module) -> bool:
         """Whether under autocast this module's tensors are gathered even if all channels are active."""
@@ -321,14 +493,20 @@ class _Gathering:
         if out is not None:  # what forward itself looks at
             names = ("groups",) if is_depthwise(module) else ("num_features",)
             widths = {key: (len(out), getattr(module, key)) for key in names if hasattr(module, key)}
-        shadow = _Shadow(where, widths)
+        shadow = _Shadow(where, widths, self.number, self.current)
         self.shadows.append((module, shadow))
         return shadow
 
     def enter(self, model: nn.Module, args: object) -> None:
+        if "_is_replica" in model.__dict__:  # of DataParallel's: the tensors here are not its own
+            return
         self._let_go()  # an interrupt may have kept the last forward from it
+        if not torch.compiler.is_compiling():
+            self.current.finish()
+            for module, _ in self.shadows:
+                _move_inside(module)
         first = next((_whole(module, name) for module, shadow in self.shadows for name in shadow.where), None)
-        if first is None or "_is_replica" in model.__dict__:  # of DataParallel's: the tensors here are not its own
+        if first is None or self.current.setting.number != self.number:
             return
         cast = _autocast_dtype(first.device)
         plan = self.plans.get(cast is not None)
@@ -393,7 +571,7 @@ class _Gathering:
             casts = autocast and type(module) in (nn.Conv2d, nn.Linear)
             numbers = []
             for name, cut in shadow.where.items():
-                if autocast or cut:
+                if (autocast or cut) and _whole(module, name) is not None:
                     numbers.append((name, len(cuts)))
                     if name in module._buffers:
                         plan.statistics.append((len(cuts), module, shadow))
@@ -478,33 +656,72 @@ def compact(model: nn.Module, slices: Slices) -> nn.Module:
             f"this {type(model).__name__} has no module {min(absent)}: give a model of the structure that is pruned "
             "(of a wrapper the module inside, such as ema.module)"
         )
+    for module in model.modules():
+        _uncover(module)
     slim = copied(model)
     for name, module in slim.named_modules():
-        _remove_shadows(module)
+        _remove_hooks(module)
         if name in slices:
-            part, full, depthwise = slices[name], dict(_tensors(module)), is_depthwise(module)
+            part, full = slices[name], dict(_tensors(module))
             resize(module, {key: gather(full[key].detach(), cut) for key, cut in cuts(module, part).items()})
-            into = _IN_WIDTHS if not depthwise else ()
-            across = ("groups", "in_channels") if depthwise else ()
-            for attributes, index in ((_OUT_WIDTHS + across, part.out), (into, part.in_)):
-                for attribute in attributes:
-                    if index is not None and hasattr(module, attribute):
-                        setattr(module, attribute, len(index))
+            for attribute, width in _narrow_widths(module, part):
+                setattr(module, attribute, width)
     return slim
 
 
-def swap_in(model: nn.Module, slim: nn.Module) -> None:
-    """Give `model` the parameters, buffers and widths of `slim`, its compacted copy: from now on they share them."""
-    modules = dict(model.named_modules())
-    for name, narrow in slim.named_modules():
-        module = modules[name]
-        module._parameters.update(narrow._parameters)
-        module._buffers.update(narrow._buffers)
-        for attribute in (*_OUT_WIDTHS, *_IN_WIDTHS, "groups"):
-            if hasattr(narrow, attribute):
-                setattr(module, attribute, getattr(narrow, attribute))
-        _remove_shadows(module)
-    _forget_compiled()
+def _narrow_widths(module: nn.Module, part: Slice) -> Iterator[tuple[str, int]]:
+    """The attributes of a module that state a width, and what they state when it is narrow."""
+    depthwise = is_depthwise(module)
+    into = _IN_WIDTHS if not depthwise else ()
+    across = ("groups", "in_channels") if depthwise else ()
+    for attributes, index in ((_OUT_WIDTHS + across, part.out), (into, part.in_)):
+        for attribute in attributes:
+            if index is not None and hasattr(module, attribute):
+                yield attribute, len(index)
+
+
+class Shrinking:
+    """Makes `model` physically narrow in place. Its tensors stay the objects that they are: whoever holds them, an
+    optimizer or a list for clipping, goes on with them, and so do their hooks and attributes. Called again it does
+    nothing that is done already.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, slices: Slices):
+        self.parts: list[tuple[Tensor, Tensor, Cuts]] = []  # a tensor, what is left of it, and where that stands
+        self.widths: list[tuple[nn.Module, str, int]] = []
+        for name, part in slices.items():
+            module = model.get_submodule(name)
+            tensors = dict(_tensors(module))
+            self.parts += [(tensors[key], gather(tensors[key], cut), cut) for key, cut in cuts(module, part).items()]
+            self.widths += [(module, attribute, width) for attribute, width in _narrow_widths(module, part)]
+
+    def moves(self) -> "Moves":
+        """Of the parameters that are still to be made narrow."""
+        return {p: (p, cut) for p, part, cut in self.parts if isinstance(p, nn.Parameter) and p.shape != part.shape}
+
+    def __call__(self) -> None:
+        _forget_compiled()
+        for tensor, part, cut in self.parts:
+            grad = tensor.grad if tensor.is_leaf and tensor.shape != part.shape else None
+            if grad is not None:
+                tensor.grad = None
+            if tensor.requires_grad:
+                torch.autograd.graph.get_gradient_edge(tensor).node.register_prehook(_refuse)
+                # Another type: autograd forgets the node that knows the old shape.
+                other = torch.float32 if part.dtype == torch.float64 else torch.float64
+                tensor.data = torch.empty(0, dtype=other, device=part.device)
+            tensor.data = part
+            if grad is not None:
+                tensor.grad = gather(grad, cut)
+        for module, attribute, width in self.widths:
+            setattr(module, attribute, width)
+
+
+def _refuse(*_: object) -> None:
+    raise RepruneError(
+        'this backward is of a forward from before compact="auto" made the model narrow: call step() after backward()'
+    )
 
 
 def resize(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -517,17 +734,30 @@ def resize(module: nn.Module, tensors: dict[str, Tensor]) -> None:
             module._buffers[name] = tensor
 
 
-def carry_optimizers(optimizers: Optimizers, model: nn.Module, slim: nn.Module, slices: Slices) -> None:
-    """Make the optimizers train `slim` in place of `model`: same groups and options, states sliced like the weights."""
-    new = dict(slim.named_parameters())
+def moves(model: nn.Module, slim: nn.Module, slices: Slices) -> Moves:
+    """From the parameters of `model` to those of its compacted copy."""
     where: dict[str, Cuts] = {}
     for name, part in slices.items():
         prefix = f"{name}." if name else ""
         where |= {prefix + key: cut for key, cut in cuts(model.get_submodule(name), part).items()}
-    optimizers.carry({
-        old: (new[name], functools.partial(gather, where=where.get(name, [])))
-        for name, old in model.named_parameters()
-    })  # fmt: skip
+    new = dict(slim.named_parameters())
+    return {old: (new[name], where.get(name, [])) for name, old in model.named_parameters()}
+
+
+def carry(moves: Moves, gradients: bool) -> None:
+    """Give the narrow parameters what hangs on the full ones: attributes, hooks, and gradients if asked for."""
+    for old, (new, cut) in moves.items():
+        vars(new).update(vars(old))
+        # The same dicts, so that the handles of the hooks still remove them.
+        new._backward_hooks = old._backward_hooks
+        new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
+        if gradients and old.grad is not None:
+            new.grad = gather(old.grad, cut)
+
+
+def carry_optimizers(optimizers: Optimizers, moves: Moves) -> None:
+    """Make the optimizers train the narrow parameters: same groups and options, states sliced like the weights."""
+    optimizers.carry({old: (new, functools.partial(gather, where=cut)) for old, (new, cut) in moves.items()})
 
 
 def _forget_compiled() -> None:
@@ -543,11 +773,36 @@ def _shadows(hooks: Mapping[int, Any]) -> list[int]:
     return [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), (_Shadow, _Gathering))]
 
 
-def _remove_shadows(module: nn.Module) -> None:
+def _uncover(module: nn.Module) -> None:
+    for key in _shadows(module._forward_pre_hooks):
+        hook = module._forward_pre_hooks[key].__self__  # type: ignore[attr-defined]
+        if isinstance(hook, _Shadow):
+            hook.uncover(module)
+
+
+def _remove_hooks(
+    module: nn.Module, which: "Callable[[_Shadow | _Gathering], bool]" = lambda hook: True
+) -> None:  # fmt: skip
+    """Of ours those which `which` says."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in _shadows(hooks):
-            del hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
+            if which(hooks[key].__self__):  # type: ignore[attr-defined]
+                module._forward_hooks_always_called.pop(key, None)
+                del hooks[key]
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """All of ours, on all its modules."""
+    for module in model.modules():
+        _remove_hooks(module)
+
+
+def _move_inside(module: nn.Module) -> None:
+    """Our hooks next to the forward, so that all others see whole tensors."""
+    for hooks, last in ((module._forward_pre_hooks, True), (module._forward_hooks, False)):
+        if len(hooks) > 1:
+            for key in _shadows(hooks):
+                hooks.move_to_end(key, last)  # type: ignore[attr-defined]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

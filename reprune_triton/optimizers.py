@@ -117,7 +117,7 @@ class Optimizers:
                 self._fresh |= {(number, *path): fresh for path, fresh in _tried(optimizer, names).items()}
 
     def carry(self, replaced: Mapping[nn.Parameter, tuple[nn.Parameter, Callable[[Tensor], Tensor]]]) -> None:
-        """Train these parameters in place of the old ones, which are the keys.
+        """Train these parameters in place of the old ones, which are the keys. An interrupted call can be repeated.
 
         Args:
             replaced: to each the new one, and how a tensor of the old shape gets the new one.
@@ -132,7 +132,9 @@ class Optimizers:
             for old, (parameter, narrowed) in replaced.items():
                 if old in states:
                     fit = functools.partial(_fitted, shape=old.shape, narrowed=narrowed)
-                    states[parameter] = _mapped(states.pop(old), fit)
+                    states[parameter] = _mapped(states[old], fit)
+                    if parameter is not old:
+                        del states[old]
         for optimizer in self.members:
             for group in optimizer.param_groups:
                 group["params"] = _mapped(group["params"], exchanged)
@@ -256,9 +258,10 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, list):
         value[:] = [_mapped(item, change) for item in value]
     elif isinstance(value, dict):
-        items = [(change(key), _mapped(item, change)) for key, item in value.items()]
-        value.clear()
-        value.update(items)
+        changed = {change(key): _mapped(item, change) for key, item in value.items()}
+        value.update(changed)
+        for key in set(value) - set(changed):
+            del value[key]
     elif isinstance(value, deque) or type(value) is tuple:
         items = [_mapped(item, change) for item in value]
         return deque(items, value.maxlen) if isinstance(value, deque) else tuple(items)

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from . import channels as channel_analysis
-from . import dispatch, event, narrow, ops, regrow, sparsity
+from . import copies, dispatch, event, narrow, ops, regrow, sparsity
 from .channels import Channels, Prunable
 from .errors import RepruneError
 from .optimizers import Optimizers
@@ -137,6 +137,16 @@ class Event:
     layers: tuple[LayerEvent, ...]
 
 
+class _State(NamedTuple):
+    """How far a pruner is. An event replaces it in one assignment, together with what the model runs on."""
+
+    epoch: int
+    history: list[Event]
+    active: dict[str, Tensor]  # per prunable conv the sorted indices of its active filters
+    pruned: dict[str, Tensor]  # ... of the others
+    mask: Tensor  # (T,) the active ones among all filters
+
+
 class REPrune:
     """Prunes the channels of `model` while it trains.
 
@@ -186,72 +196,144 @@ class REPrune:
                 "finalize() after the last event, and wrap what it returns anew."
             )
         self.channels = self._restricted(channel_analysis.analyse(model, example_inputs, self.config.ignore))
-        self.epoch = 0
-        self.history: list[Event] = []
-        self.active: dict[str, Tensor] = {}  # per prunable conv the sorted indices of its active filters
         self._pool = Pool([x.n_out for x in self.channels.prunable], self._device())
         self._budget = self._new_budget()
-        self._mask: Tensor  # (T,) the active ones among all filters
-        self._take(torch.ones_like(self._pool.layer, dtype=torch.bool), self._pool.sizes)
         self._check_budget()
         self._modules = {name: _made_of(model.get_submodule(name)) for name in self._concerned()}
         self._check_optimizers(optimizers)
         self._optimizers = optimizers
         impl = "torch" if self.config.impl == "reference" else self.config.impl
         self._narrowing = narrow.Narrowing(model, optimizers, impl)
+        self._state = self._on(0, [], torch.ones_like(self._pool.layer, dtype=torch.bool), self._pool.sizes)
+        self._slim: nn.Module | None = None  # that finalize() returns
+        self._before: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._belonging = copies.Belonging(model, self.channels, impl, self)
+        for average in self._averages:
+            copies.Belonging(average, self.channels, impl, active=self.active, origin=self._belonging)
         self._finished = False
         self._await_training()
+
+    # ------------------------------------------------------------------ how far it is
+
+    @property
+    def epoch(self) -> int:
+        """How often `step` was called."""
+        return self._state.epoch
+
+    @property
+    def history(self) -> list[Event]:
+        """All events so far."""
+        return self._state.history
+
+    @property
+    def active(self) -> dict[str, Tensor]:
+        """Per prunable conv the sorted indices (int64) of the filters that it runs on now."""
+        return self._state.active
+
+    @property
+    def _state(self) -> _State:
+        found: _State = self._narrowing.state
+        return found
+
+    @_state.setter
+    def _state(self, state: _State) -> None:
+        self._narrowing.state = state
+
+    def _on(self, epoch: int, history: list[Event], mask: Tensor, widths: Sequence[int]) -> _State:
+        """The state in which these filters (T,) bool are active, `widths` of every layer."""
+        rows = self._pool.split(self._pool.partition(mask))
+        parts = [(x.name, row, width) for x, row, width in zip(self.channels.prunable, rows, widths, strict=True)]
+        active = {name: row[:width] for name, row, width in parts}
+        return _State(epoch, history, active, {name: row[width:] for name, row, width in parts}, mask)
+
+    def settle(self) -> None:
+        """Put back what an interrupted step of the optimizer has changed. Every method here does."""
+        self._narrowing.settle_step()
+
+    def expect_weights(self) -> None:
+        """Weights are about to be loaded, so that they change without a step of the optimizer."""
+        self.settle()
+        self._before = None
+
+    def run_on(self, active: Mapping[str, Tensor]) -> None:
+        """Have the model run on these filters from now on, per prunable conv sorted indices (int64), as it does when
+        weights are loaded that belong to them."""
+        if not self._finished:
+            self._belonging.change()
+            self._narrowing.enforce(self._setting(self._with(self.epoch, self.history, active)))
+
+    def _with(self, epoch: int, history: list[Event], active: Mapping[str, Tensor]) -> _State:
+        self._follow()
+        mask = torch.zeros_like(self._pool.layer, dtype=torch.bool)
+        indices = [active[layer.name] for layer in self.channels.prunable]
+        for row, index in zip(self._pool.split(mask), indices, strict=True):
+            row[index.to(mask.device)] = True
+        return self._on(epoch, history, mask, [len(index) for index in indices])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._belonging.owner = self
 
     # ------------------------------------------------------------------ the event
 
     @_outside_inference
     def step(self) -> Event | None:
-        """Call once after every epoch. Prunes when an event is due, and returns what it did."""
+        """Call once after every epoch. Prunes when an event is due, and returns what it did.
+
+        One that raises or is interrupted (Ctrl-C) has changed nothing, or everything: call it again to go on.
+        """
         dispatch.share(self._ranks.group, self._pool.device)
-        if self._swapped:
-            self.epoch += 1
-            return None
-        if self._finished:
+        self._narrowing.settle()
+        config, epoch = self.config, self.epoch + 1
+        assert config.until is not None
+        if config.compact == "auto" and self.epoch >= config.until and not self._finished:  # interrupted before that
+            self._shrink()
+        if self._finished and config.compact != "auto":
             raise RepruneError("step() after finalize(): the network is final, train the one that finalize() returned")
-        self._check_still()
-        self.epoch += 1
-        assert self.config.until is not None
-        due = self.epoch % self.config.every == 0 or self.epoch == self.config.until
-        if not due or self.epoch > self.config.until:
+        if not self._finished:
+            self._check_still()
+        due = epoch % config.every == 0 or epoch == config.until
+        if not due or epoch > config.until or self._finished:
+            self._state = self._state._replace(epoch=epoch)
             self._await_training()
             return None
-        try:
-            self.history.append(self._event())
-        except Exception:
-            self.epoch -= 1  # put right what the error names, and call step() again
-            raise
-        if self.config.compact == "auto" and self.epoch == self.config.until:
-            self._swap_in()
+        self._event(epoch)
+        if config.compact == "auto" and epoch == config.until:
+            self._shrink()
         self._await_training()
         return self.history[-1]
 
     @torch.no_grad()
-    def _event(self) -> Event:
+    def _event(self, epoch: int) -> None:
         started = time.perf_counter()
         self._follow()
-        found = event.Event(self._request(), self._ranks)
+        found = event.Event(self._request(epoch), self._ranks)
         clock = event.Clock(self._pool.device)
         found.launch(clock)
         outcome = found.read()
 
         read = time.perf_counter()
-        self._apply(outcome)
-        now = time.perf_counter()
-        return self._record(outcome, clock.ms() | {"apply": (now - read) * 1e3}, (now - started) * 1e3)
+        before, state = self.history, self._on(epoch, [], outcome.active, [layer.width for layer in outcome.layers])
 
-    def _request(self) -> event.Request:
-        """The event that is due now, in terms of tensors."""
+        def history() -> list[Event]:
+            now = time.perf_counter()
+            stages = clock.ms() | {"apply": (now - read) * 1e3}
+            return [*before, self._record(epoch, outcome, stages, (now - started) * 1e3)]
+
+        setting = self._setting(state, self._gone(outcome))
+        self._belonging.change()
+        # Here it happens, wholly.
+        self._narrowing.enforce(setting._replace(state=state._replace(history=history())))
+        self._state = self._state._replace(history=history())  # with all of its time
+
+    def _request(self, epoch: int) -> event.Request:
+        """The event of this epoch, in terms of tensors."""
         config, prunable = self.config, self.channels.prunable
         assert config.until is not None
-        extra = sparsity.regrow_share(self.epoch, config.until, config.regrow)
+        extra = sparsity.regrow_share(epoch, config.until, config.regrow)
         inputs = self.channels.inputs(self.active)
         layers = [ops.Layer(self._weight(x), self.active[x.name], inputs[x.name], x.name) for x in prunable]
-        seeds = derive_seeds(config.seed, self.epoch, len(layers), 2).tolist()
+        seeds = derive_seeds(config.seed, epoch, len(layers), 2).tolist()
         rows = functools.partial(_of_filters, layers)
         scores: dict[str, Callable[[], Tensor]] = {"gamma": self._gammas}
         if config.select == "coverage":
@@ -263,19 +345,23 @@ class REPrune:
         return event.Request(
             layers, self._pool, self._widths(extra), seeds, config.linkage, config.impl, config.tie, config.select,
             scores=scores.get(config.tie if config.select == "coverage" else config.select), regrow=extra > 0,
-            regrow_by=config.regrow_by, watched=watched, check=self._check_watched,
+            regrow_by=config.regrow_by, watched=watched, check=functools.partial(self._check_watched, epoch),
         )  # fmt: skip
 
-    def _apply(self, outcome: event.Outcome) -> None:
-        """Run on the chosen channels from now on."""
+    def _gone(self, outcome: event.Outcome) -> narrow.Slices:
+        """What coverage did not choose: it has no momentum when it comes back."""
         rows = self._pool.split(self._pool.partition(outcome.kept))
         names, kept = [x.name for x in self.channels.prunable], [found.kept for found in outcome.layers]
         gone = {name: row[count:] for name, row, count in zip(names, rows, kept, strict=True)}
-        self._narrowing.forget(self.channels.frozen(gone))  # the regrown come back without momentum
-        self._take(outcome.active, [found.width for found in outcome.layers])
-        self._narrow()
+        return self.channels.frozen(gone)
 
-    def _record(self, outcome: event.Outcome, stages: dict[str, float], ms: float) -> Event:
+    def _setting(self, state: _State, gone: narrow.Slices | None = None) -> narrow.Setting:
+        """For the model to run on the channels of this state."""
+        home = self._parameter(self.channels.prunable[0].name).device
+        active, pruned = ({name: index.to(home) for name, index in x.items()} for x in (state.active, state.pruned))
+        return self._narrowing.prepare(self.channels.slices(active), self.channels.frozen(pruned), gone, state)
+
+    def _record(self, epoch: int, outcome: event.Outcome, stages: dict[str, float], ms: float) -> Event:
         config, prunable = self.config, self.channels.prunable
         widths = {x.name: found.width for x, found in zip(prunable, outcome.layers, strict=True)}
         macs, dense = self.channels.macs(widths), {cost.name: cost.macs for cost in self.channels.costs}
@@ -294,7 +380,7 @@ class REPrune:
         )
         own = config.sparsity if config.flops is None else outcome.rank / self._pool.total
         return Event(
-            epoch=self.epoch,
+            epoch=epoch,
             target=None if own is None or isinstance(own, Mapping) else float(own),
             sparsity=1 - sum(widths.values()) / self._pool.total,
             flops=self.channels.flops(widths),
@@ -341,8 +427,9 @@ class REPrune:
         """Keep what an event reads where the model is, should it have been moved since the last one."""
         device = self._device()
         if self._pool.device != device:
-            self._pool, self._mask = Pool(self._pool.sizes, device), self._mask.to(device)
+            self._pool = Pool(self._pool.sizes, device)
             self._budget = self._new_budget()
+            self._state = self._state._replace(mask=self._state.mask.to(device))
 
     def _new_budget(self) -> sparsity.Budget:
         """The most multiply-adds of which `Channels.flops` says that they are in the budget."""
@@ -352,19 +439,6 @@ class REPrune:
             most -= 1
         return sparsity.Budget(self._pool, self.channels.terms(), most)
 
-    def _take(self, mask: Tensor, widths: Sequence[int]) -> None:
-        """Make these filters (T,) bool the active ones, `widths` of every layer."""
-        self._mask = mask
-        rows = self._pool.split(self._pool.partition(mask))
-        names = [x.name for x in self.channels.prunable]
-        self.active = {name: row[:width] for name, row, width in zip(names, rows, widths, strict=True)}
-        self._pruned = {name: row[width:] for name, row, width in zip(names, rows, widths, strict=True)}
-
-    def _narrow(self) -> None:
-        home = self._parameter(self.channels.prunable[0].name).device
-        active, pruned = ({name: index.to(home) for name, index in x.items()} for x in (self.active, self._pruned))
-        self._narrowing.set(self.channels.slices(active), self.channels.frozen(pruned))
-
     def _parameter(self, name: str) -> Tensor:
         return self.model.get_submodule(name)._parameters["weight"]  # type: ignore[return-value]
 
@@ -372,7 +446,7 @@ class REPrune:
         return self._parameter(layer.name).to(self._pool.device)
 
     def _scales(self) -> sparsity.Scales:
-        return sparsity.Scales(self._pool, self._gammas(), self._mask)
+        return sparsity.Scales(self._pool, self._gammas(), self._state.mask)
 
     def _gammas(self) -> Tensor:
         """|gamma| of every prunable layer: (T,)."""
@@ -397,46 +471,77 @@ class REPrune:
     def compact(self, model: nn.Module | None = None) -> nn.Module:
         """A physically narrow copy of `model` (default: the one in training), for instance of its EMA: same structure,
         the channels that are active now."""
+        self._narrowing.settle()
         model = self.model if model is None else _unwrapped(model)
         if self._swapped and any(model is x for x in (self.model, *self._averages)):
             return narrow.copied(model)
-        return narrow.compact(model, self.channels.slices(self.active))
+        known = copies.of(model)
+        if known is None:  # an average that was made before the pruner
+            found = narrow.compact(model, self.channels.slices(self.active))
+            average = copies.Belonging(model, self.channels, self._belonging.impl, origin=self._belonging)
+            average.follow()
+            return found
+        known.follow()
+        found = narrow.compact(model, self.channels.slices(known.active))
+        copies.remove(found)
+        return found
 
     @_outside_inference
     def finalize(self) -> nn.Module:
         """End pruning: an ordinary, physically narrow module with the active channels.
 
         The optimizer trains that module from now on, with its state carried over; learning-rate schedulers go on with
-        the optimizer. The model that was in training stays as it is; throw it away. With compact="auto" it is the model
-        itself that is returned, narrow since the last event.
+        the optimizer. Its parameters have the attributes and hooks of the old ones, and their gradients where no step
+        has used them yet. The model that was in training stays as it is; throw it away. With compact="auto" it is the
+        model itself that is returned, narrow since the last event, with the same Parameter objects.
         """
+        self._narrowing.settle()
         if self._swapped:
             return self.model
-        if self._finished:
+        if self._finished and self._slim is None:
             raise RepruneError("finalize() was called before")
-        self._check_still()
-        self._warn_if_early()
-        if self.config.compact == "auto":
-            self._swap_in()
-            return self.model
-        slices = self.channels.slices(self.active)
-        slim = narrow.compact(self.model, slices)
-        narrow.carry_optimizers(self._optimizers, self.model, slim, slices)
-        self._narrowing.close(optimizer_only=True)
-        self._finished = True
-        _warn_if_thrown_away(self.model, slim, self._optimizers)
-        return slim
+        if self._slim is None:  # else an interrupted call goes on
+            self._check_still()
+            self._warn_if_early()
+            if self.config.compact == "auto":
+                self._shrink()
+                return self.model
+            slices = self.channels.slices(self.active)
+            slim = narrow.compact(self.model, slices)
+            copies.remove(slim)
+            moves = narrow.moves(self.model, slim, slices)
+            narrow.carry(moves, gradients=not self._narrowing.spent())
 
-    def _swap_in(self) -> None:
+            def change() -> None:
+                narrow.carry_optimizers(self._optimizers, moves)
+                self._slim, self._finished = slim, True
+
+            self._narrowing.end(change, optimizer_only=True)
+            _warn_if_thrown_away(self.model, slim, self._optimizers)
+        assert self._slim is not None
+        try:
+            return self._slim
+        finally:
+            self._slim = None
+
+    def _shrink(self) -> None:
         """Make the model, its averages and what the optimizer holds physically narrow, in place."""
         slices = self.channels.slices(self.active)
-        wide = [self.model, *self._averages]
-        slims = [narrow.compact(model, slices) for model in wide]  # all of them before the first change
-        narrow.carry_optimizers(self._optimizers, self.model, slims[0], slices)
-        for model, slim in zip(wide, slims, strict=True):
-            narrow.swap_in(model, slim)
-        self._narrowing.close()
-        self._finished = True
+        shrinking = [narrow.Shrinking(model, slices) for model in (self.model, *self._averages)]
+        spent = self._narrowing.spent()
+
+        def change() -> None:
+            if spent:
+                self.model.zero_grad()
+            narrow.carry_optimizers(self._optimizers, shrinking[0].moves())
+            for shrink in shrinking:
+                shrink()
+            for model in (self.model, *self._averages):
+                narrow.remove_hooks(model)
+                copies.remove(model)
+            self._finished = True
+
+        self._narrowing.end(change)
 
     @property
     def _swapped(self) -> bool:
@@ -488,6 +593,7 @@ class REPrune:
     @_outside_inference
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values: all that is needed, with the model's and optimizer's, to go on bit by bit."""
+        self._narrowing.settle()
         return {
             "format": FORMAT,
             "config": _plain(asdict(self.config)),
@@ -534,20 +640,15 @@ class REPrune:
                     f"this state was saved with {option}={value!r}, and this pruner has {option}={mine.get(option)!r}: "
                     "give the same options to go on"
                 )
-        self.epoch = state["epoch"]
-        self.history = [
+        history = [
             Event(**{**event, "layers": tuple(LayerEvent(**layer) for layer in event["layers"])})
             for event in state["history"]
         ]
-        self._follow()
-        mask = torch.zeros_like(self._pool.layer, dtype=torch.bool)
-        active = [state["layers"][layer.name]["active"] for layer in self.channels.prunable]
-        for row, index in zip(self._pool.split(mask), active, strict=True):
-            row[index.to(mask.device)] = True
-        self._take(mask, [len(index) for index in active])
-        self._narrow()
+        active = {name: layer["active"] for name, layer in state["layers"].items()}
+        self._belonging.change()
+        self._narrowing.enforce(self._setting(self._with(state["epoch"], history, active)))
         if state["finished"]:
-            self._swap_in()
+            self._shrink()
 
     # ------------------------------------------------------------------ checks
 
@@ -702,16 +803,16 @@ class REPrune:
             if tensor is not None
         ]
 
-    def _check_watched(self) -> None:
+    def _check_watched(self, epoch: int) -> None:
         for name, tensor in self._watched():
             if not torch.isfinite(tensor).all():
                 raise RepruneError(
-                    f"{name} holds NaN or inf at epoch {self.epoch}: the training has diverged. "
+                    f"{name} holds NaN or inf at epoch {epoch}: the training has diverged. "
                     "Go back to an earlier checkpoint, with a lower learning rate."
                 )
         if not isinstance(self.config.sparsity, Mapping):
             assert self.config.until is not None
-            extra = sparsity.regrow_share(self.epoch, self.config.until, self.config.regrow)
+            extra = sparsity.regrow_share(epoch, self.config.until, self.config.regrow)
             found = self._widths(extra)()
             for rank in (found.rank, found.regrown):
                 self._scales().check(int(rank))

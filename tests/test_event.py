@@ -370,8 +370,8 @@ def test_an_event_makes_lists_of_channels_without_looking_at_them(monkeypatch):
         active = pruner._pool.split(outcomes[-1].active)
         for layer, mask in zip(pruner.channels.prunable, active, strict=True):
             assert pruner.active[layer.name].tolist() == mask.nonzero().flatten().tolist()
-            assert pruner._pruned[layer.name].tolist() == (~mask).nonzero().flatten().tolist()
-    assert any(len(index) for index in pruner._pruned.values())
+            assert pruner._state.pruned[layer.name].tolist() == (~mask).nonzero().flatten().tolist()
+    assert any(len(index) for index in pruner._state.pruned.values())
 
 
 def test_stages_are_those_of_the_module():
