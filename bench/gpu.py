@@ -44,7 +44,7 @@ WAITING = (*BENCH, "--wait")  # imports what it needs, and begins when a line is
 MINUTES, FIRST_MINUTES = 9.0, 1.5
 LEAST = 5.0  # seconds with which a part is still begun
 GRACE = 10.0  # seconds that a part has to say its last words
-MARGIN = 15.0  # seconds between the time a benchmark is told and its limit: for its start and the last variant
+MARGIN = 6.0  # seconds between the time a benchmark is told and its limit: for its start and the last turns
 HEAD, TAIL = 200_000, 100_000  # characters of a part's output that are kept, of its begin and of its end
 NO_TESTS = 5  # pytest's exit code
 GOOD = ("measured", "held", "right")  # results of a row
@@ -217,7 +217,7 @@ def first(out: Path, sizes: Sizes) -> list[Part]:
         bench.smoke(30),
         bench.event("event", 30, "--total"),
         bench.step("step", "dense narrow narrow-fused", 45),
-        bench.step("graph narrow-fused", "narrow-fused-graph", 30),
+        bench.step("graph narrow-fused", "narrow-fused-graph", 30, needs=12),
         bench.dispatch(20),
         bench.event("graph event", 20, "--graph"),
         bench.step("step compile", "dense-compile", 60),
@@ -229,19 +229,19 @@ def parts(out: Path, sizes: Sizes) -> list[Part]:
     bench, model = Benchmarks(out, sizes), sizes.model
     two_by_two = "dense dense-fused narrow narrow-fused"
     found = [
-        compiling(sizes, "all", 50),  # else all others would spend their time on it
-        bench.smoke(30),
-        bench.step("step", two_by_two, 95, sparsity=f"0 {sizes.sparsity}"),
-        bench.event("event", 45),
-        bench.event("graph event", 20, "--graph"),
-        bench.step("graph narrow-fused", "dense-graph dense-fused-graph narrow-fused-graph", 30),
+        compiling(sizes, "all", 45),  # else all others would spend their time on it
+        bench.smoke(25),
+        bench.step("step", two_by_two, 80, sparsity=f"0 {sizes.sparsity}"),
+        bench.event("event", 40),
+        bench.event("graph event", 15, "--graph"),
+        bench.step("graph narrow-fused", "dense-graph dense-fused-graph narrow-fused-graph", 40),
         bench.step("graph narrow", "dense-graph narrow-graph", 25),
-        bench.step("graph compact", "dense-graph compact-graph compact-fused-graph", 25),
-        bench.step("step compile", "dense-compile compact-compile", 60),
+        bench.step("graph compact", "dense-graph compact-graph compact-fused-graph", 30),
+        bench.step("step compile", "dense-compile compact-compile", 85),
         bench.dispatch(20),
         bench.scaling("scaling", 25),
         bench.hours(10),
-        testing(sizes, 75),
+        testing(sizes, 70),
         Part("same bits", (*BENCH, "gpu", "--bits", sizes.bits, "--twice"), 25 * sizes.patience,
              environment=sizes.environment),
         *[sanitizing(sizes, tool, 60) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")],

@@ -47,7 +47,7 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 FORWARD = (1, 16, 32)  # images of a forward
-COMPILING = 40  # seconds that must be left for a variant to be compiled
+COMPILING = 20  # seconds that must be left for a variant to be compiled
 AGAIN = 2  # steps before each further run that are not timed
 
 
@@ -214,13 +214,13 @@ class Group:
         for runner in self.runners:
             runner.runs = []  # of another sparsity
         longest = 0.0  # seconds that one of them took until it was ready
-        # What is least asked for, narrow at 0, comes last.
-        for runner in sorted(self.runners, key=lambda r: r.variant.net == "narrow" and not r.share):
+        # In the order in which they are asked for, should the time not suffice for all.
+        for runner in sorted(self.runners, key=lambda r: 0 if r.share else 1 + (r.variant.net == "narrow")):
             if runner.ready or runner.result in ("refused", "failed"):
                 continue
             runner.result, begun = "", time.monotonic()
-            compiling = COMPILING if runner.variant.backend in COMPILED else 0
-            if begun + self.planned() + max(longest, compiling) > self.deadline:
+            needs = COMPILING if runner.variant.backend in COMPILED else longest
+            if begun + self.planned() + needs > self.deadline:
                 runner.result, runner.why = "skipped", "no time left"
                 continue
             runner.attempt(lambda r=runner: self._prepare(r))  # type: ignore[misc]

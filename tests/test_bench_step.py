@@ -345,6 +345,35 @@ def test_only_one_backend_holds_memory(tmp_path, monkeypatch):
         assert row["ratio_best"] == pytest.approx(min(r["ms"] for r in beside) / row["ms"])
 
 
+def test_what_is_asked_for_most_is_prepared_first(tmp_path, monkeypatch):
+    prepared, prepare = [], step.Group._prepare
+
+    def noted(group, runner):
+        prepared.append((str(runner.variant), runner.share))
+        prepare(group, runner)
+
+    monkeypatch.setattr(step.Group, "_prepare", noted)
+    code, rows = run(tmp_path, "--sparsity", "0", "0.5", "--runs", "1", "--variants", "dense", "narrow", "compact")
+    assert code == 0 and prepared == [("narrow", 0.5), ("compact", 0.5), ("dense", 0.0), ("narrow", 0.0)]
+    assert [(row["variant"], row["sparsity"]) for row in rows] == [
+        ("dense", 0.0), ("narrow", 0.0), ("narrow", 0.5), ("compact", 0.5),
+    ]  # fmt: skip
+
+
+def test_who_is_ready_has_one_run_however_late(tmp_path, monkeypatch):
+    prepare = step.Group._prepare
+
+    def late(group, runner):
+        prepare(group, runner)
+        group.deadline = -math.inf
+
+    monkeypatch.setattr(step.Group, "_prepare", late)
+    code, rows = run(tmp_path, "--sparsity", "0.5", "--runs", "3", "--variants", "dense", "narrow")
+    assert code == 0 and [(row["variant"], row["result"], row.get("runs")) for row in rows] == [
+        ("dense", "skipped", None), ("narrow", "measured", 1),
+    ]  # fmt: skip
+
+
 def test_no_time_left(tmp_path):
     code, rows = run(tmp_path, "--sparsity", "0.5", "--seconds", "1e-6")
     assert code == 0 and {(row["result"], row["why"]) for row in rows} == {("skipped", "no time left")}
