@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -565,28 +566,41 @@ class REPrune:
         """Every conv's name with "prunable", or the reason why it is not."""
         return dict(self.channels.reasons)
 
+    def __repr__(self) -> str:
+        widths = {name: len(index) for name, index in self.active.items()}
+        return (
+            f"<REPrune of {type(self.model).__name__}: epoch {self.epoch}/{self.config.until}, "
+            f"{len(self.channels.prunable)}/{len(self.channels.reasons)} convs, "
+            f"{sum(widths.values())}/{self._pool.total} channels, {self.channels.flops(widths):.1%} FLOPs>"
+        )
+
     def summary(self, console: Console | None = None) -> None:
-        """Print the events so far, and the layers at the last one."""
+        """Print the events so far, and the layers at the last one; in 80 columns, unless names of layers are longer."""
         console = console or Console()
-        table = Table(title="Pruning events")
-        stages = (*event.STAGES, "apply")
-        for heading in ("epoch", "sparsity", "FLOPs", "coverage", "ms", *stages):
-            table.add_column(heading, justify="right")
+        console.print(repr(self), markup=False, highlight=False)
+        if not self.history:
+            return
+        table = functools.partial(Table, box=box.SIMPLE, padding=(0, 1, 0, 0))  # lines between columns take room
+        events = table("epoch", "sparsity", "FLOPs", "coverage", "ms", title="Pruning events")
+        stages = table("epoch", *event.STAGES, "apply", title="Milliseconds of their stages")
         for e in self.history:
-            shares = (f"{share:.1%}" for share in (e.sparsity, e.flops, e.coverage))
-            table.add_row(str(e.epoch), *shares, f"{e.ms:.1f}", *(f"{e.stages[stage]:.1f}" for stage in stages))
-        console.print(table)
-        if self.history:
-            table = Table(title=f"Layers at epoch {self.history[-1].epoch}")
-            table.add_column("layer", no_wrap=True)
-            for heading in ("filters", "kept", "active", "sparsity", "coverage", "h", "FLOPs"):
-                table.add_column(heading, justify="right")
-            for x in self.history[-1].layers:
-                table.add_row(
-                    x.name, str(x.n_out), str(x.kept), str(x.width), f"{x.sparsity:.1%}", f"{x.coverage:.1%}",
-                    f"{x.h:.3g}", f"{x.flops:.1%}",
-                )  # fmt: skip
-            console.print(table)
+            epoch = str(e.epoch)
+            events.add_row(epoch, *(f"{share:.1%}" for share in (e.sparsity, e.flops, e.coverage)), f"{e.ms:.1f}")
+            stages.add_row(epoch, *(f"{e.stages[str(column.header)]:.1f}" for column in stages.columns[1:]))
+        last = self.history[-1]
+        headings = ("layer", "filters", "kept", "active", "sparsity", "coverage", "h", "FLOPs")
+        layers = table(*headings, title=f"Layers at epoch {last.epoch}")
+        for x in last.layers:
+            layers.add_row(
+                x.name, str(x.n_out), str(x.kept), str(x.width), f"{x.sparsity:.1%}", f"{x.coverage:.1%}",
+                f"{x.h:.3g}", f"{x.flops:.1%}",
+            )  # fmt: skip
+        for found in (events, stages, layers):
+            for column in found.columns:
+                column.justify, column.no_wrap = "right", True
+            name = layers.columns[0]
+            name.justify, name.no_wrap, name.overflow = "left", False, "fold"
+            console.print(found)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -1,6 +1,7 @@
 """Set-up shared by all tests."""
 
 import os
+from importlib import metadata
 
 import pytest
 import torch
@@ -9,6 +10,19 @@ import torch
 torch.set_num_threads(1)
 
 CUDA = torch.cuda.is_available()
+
+
+def mismatch(triton: str, numpy: str) -> str | None:
+    """Why Triton's interpreter of this version cannot run on this NumPy.
+
+    pyproject.toml cannot say so: on a GPU the two go together, and what NumPy must be cannot depend on Triton there.
+    """
+    if triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        return (
+            f"Triton {triton}'s interpreter makes numbers of arrays of one element, which NumPy {numpy} refuses: "
+            "pip install 'numpy<2.4', or a newer Triton."
+        )
+    return None
 
 
 def pytest_addoption(parser):
@@ -33,6 +47,8 @@ def pytest_configure(config):
         availability.why_not = lambda device: None  # tensors on the CPU are taken
     elif not CUDA:
         os.environ["TRITON_INTERPRET"] = "1"
+        if reason := mismatch(metadata.version("triton"), metadata.version("numpy")):
+            raise pytest.UsageError(reason)
         import guard
 
         guard.install()

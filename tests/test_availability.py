@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 
@@ -185,3 +186,12 @@ def test_auto_works_without_triton_and_what_is_asked_for_by_name_is_refused(tmp_
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
 def test_interpreted_kernels_run_anywhere():
     assert availability.why_not(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("triton, numpy, good", [
+    ("3.6.0", "2.4.0", False), ("3.6.1", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.8.0", "2.4.6", True),
+    ("3.6.0", "3.0.0rc1", False),
+])  # fmt: skip
+def test_a_numpy_that_is_too_new_for_the_interpreter_is_named(triton, numpy, good):
+    found = conftest.mismatch(triton, numpy)
+    assert found is None if good else f"NumPy {numpy}" in found and "pip install 'numpy<2.4'" in found

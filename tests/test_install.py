@@ -1,16 +1,20 @@
 """The arrangement: the top-level folders kernels/ and bench/ are reprune_triton.kernels and .bench however the
 package is used: from a bare checkout, an editable install, or a wheel built from the sdist."""
 
+import email
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import reprune_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("kernels", "bench")
@@ -113,8 +117,40 @@ def test_every_file_is_in_the_archives_once(dist):
         assert sorted(n for n in packed if n.endswith(".py") and part in n.split("/")) == sources(part)
         wanted = [f"reprune_triton/{name}" for name in sources(part)]
         assert sorted(n for n in installed if n.endswith(".py") and part in n.split("/")) == wanted
-    assert {name.split("/")[0] for name in installed} == {"reprune_triton", "reprune_triton-0.1.0.dist-info"}
-    assert {"reprune_triton/__init__.py", "reprune_triton/train.py"} <= set(installed)
+    info = f"reprune_triton-{reprune_triton.__version__}.dist-info"
+    assert {name.split("/")[0] for name in installed} == {"reprune_triton", info}
+    assert {f"reprune_triton/{name}" for name in ("__init__.py", "train.py", "py.typed")} <= set(installed)
+    assert f"{info}/licenses/LICENSE" in installed and {"LICENSE", "CITATION.cff", "CHANGELOG.md"} <= set(packed)
+
+
+def test_the_metadata_are_those_of_a_package(dist):
+    with zipfile.ZipFile(dist[1]) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        found = email.message_from_bytes(archive.read(name))
+    assert (found["Name"], found["Version"]) == ("reprune-triton", reprune_triton.__version__)
+    assert found["License-Expression"] == "Apache-2.0" and found["Author"] == "reprune_triton contributors"
+    assert found["Description-Content-Type"] == "text/markdown" and found["Keywords"]
+    assert "Typing :: Typed" in found.get_all("Classifier")
+    assert any(line.startswith("torch-pruning") for line in found.get_all("Requires-Dist"))
+
+
+def test_the_version_is_in_one_place(tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in project["project"] and project["project"]["dynamic"] == ["version"]
+    code = "import reprune_triton; print(reprune_triton.__version__)"
+    found = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(ROOT))  # a bare checkout: nothing is installed
+    assert found.strip() == reprune_triton.__version__
+
+
+def test_the_licence_and_the_citation():
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence and len(licence) > 11000
+    yaml = pytest.importorskip("yaml", reason="comes with timm")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    (paper,) = citation["references"]
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0" and citation["authors"]
+    assert paper["authors"][0]["family-names"] == "Park" and paper["year"] == 2024
+    assert "2402.17862" in str(paper["identifiers"])
 
 
 def test_a_package_called_kernels_wins_over_our_folder(tmp_path):

@@ -1,6 +1,7 @@
 """The story of an event, the schedule, and everything a user does with a pruner."""
 
 import copy
+import io
 import json
 import math
 import random
@@ -118,10 +119,28 @@ def test_history_is_complete_and_consistent():
             assert layer.flops <= layer.width / layer.n_out
     widths = {layer.name: layer.width for layer in pruner.history[-1].layers}
     assert pruner.history[-1].flops == pruner.channels.flops(widths)
-    console = Console(record=True, width=120)
+    last = pruner.history[-1]
+    assert repr(pruner) == (
+        f"<REPrune of CifarResNet: epoch 4/4, {len(last.layers)}/{len(pruner.explain())} convs, "
+        f"{sum(widths.values())}/{sum(x.n_out for x in last.layers)} channels, {last.flops:.1%} FLOPs>"
+    )
+
+
+def test_a_summary_fits_into_80_columns():
+    model, optimizer = network()
+    pruner = prune(model, optimizer)
+    console = Console(record=True, width=80, file=io.StringIO())
     pruner.summary(console)
-    text = console.export_text()
-    assert f"{pruner.history[-1].coverage:.1%}" in text and "stage3.0.conv1" in text
+    lines = console.export_text().splitlines()
+    text = "\n".join(lines)
+    assert repr(pruner) in lines and max(map(len, lines)) <= 80
+    # Nothing is cut off or broken: every heading and number is there in one piece.
+    for event in pruner.history:
+        assert all(f"{share:.1%}" in text for share in (event.sparsity, event.flops, event.coverage))
+        assert all(stage in text and f" {ms:.1f} " in text for stage, ms in event.stages.items())
+    for layer in pruner.history[-1].layers:
+        assert any(line.split()[:3] == [layer.name, str(layer.n_out), str(layer.kept)] for line in lines)
+        assert f"{layer.h:.3g}" in text
 
 
 def test_one_seed_one_result_whatever_else_is_random():
