@@ -68,9 +68,22 @@ def activated(x, inside, channels, CI, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, 
 @triton.jit
 def window(rows, H, W, P, Q, stride_h, stride_w, pad_h, pad_w):
     """Where the windows of these output pixels begin in the input: top, left, and the number of that pixel."""
-    left = rows % Q * stride_w - pad_w
-    top = rows // Q % P * stride_h - pad_h
-    return top, left, (rows // Q // P * H + top) * W + left
+    line = rows // Q
+    image = line // P
+    left = (rows - line * Q) * stride_w - pad_w
+    top = (line - image * P) * stride_h - pad_h
+    return top, left, (image * H + top) * W + left
+
+
+@triton.jit
+def following(block, r, s, blocks, S):
+    """The block of channels and the tap (r, s) that come next in a sum: counters, as dividing is slow."""
+    block += 1
+    s += (block == blocks).to(tl.int32)
+    block = tl.where(block == blocks, 0, block)
+    r += (s == S).to(tl.int32)
+    s = tl.where(s == S, 0, s)
+    return block, r, s
 
 
 @triton.jit
@@ -94,14 +107,16 @@ def forward_kernel(
     w_at = w_ptr + filters.to(tl.int64) * (CI if POINTWISE else R * S * CI)
     blocks = tl.cdiv(CI, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if WIDE else tl.float32)
+    block, r, s = 0, 0, 0
     for step in range(blocks if POINTWISE else R * S * blocks):
         if POINTWISE:
             channels = step * BLOCK_K + tl.arange(0, BLOCK_K)
             inside, x_from, w_from = rows < M, 0, 0
         else:
-            channels = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-            tap = step // blocks
-            down, right = tap // S * dil_h, tap % S * dil_w
+            channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap = r * S + s
+            down, right = r * dil_h, s * dil_w
+            block, r, s = following(block, r, s, blocks, S)
             inside = (rows < M) & within(top + down, left + right, H, W)
             x_from, w_from = (down * W + right) * CI, tap * CI
         some = channels < CI
@@ -147,14 +162,16 @@ def input_gradient_kernel(
     grad_at = grad_ptr + (rows if POINTWISE else pixel).to(tl.int64) * CO
     blocks = tl.cdiv(CO, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if WIDE else tl.float32)
+    block, r, s = 0, 0, 0
     for step in range(blocks if POINTWISE else R * S * blocks):
         if POINTWISE:
             filters = step * BLOCK_K + tl.arange(0, BLOCK_K)
             inside, grad_from, w_from, each = rows < M, 0, 0, CI
         else:
-            filters = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-            tap = step // blocks
-            down, right = tap // S * dil_h, tap % S * dil_w
+            filters = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap = r * S + s
+            down, right = r * dil_h, s * dil_w
+            block, r, s = following(block, r, s, blocks, S)
             up, back = down // stride_h, right // stride_w
             inside = (below - bottom * stride_h == down - up * stride_h) & within(bottom - up, last - back, P, Q)
             inside = (rows < M) & (beyond - last * stride_w == right - back * stride_w) & inside
