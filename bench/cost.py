@@ -460,7 +460,7 @@ def _chain(code: Code, work: Sequence[int], n: int, d: int, LINKAGE: int, D: int
     load, *begin, turn = code.loops
     _expect(load.has("STG") and len(turn.inside) == (1 if ward else 2), "chain")
     search, *merge = turn.inside
-    _expect(search.has("SHFL") and search.has("FFMA") is ward, "chain")
+    _expect(search.has("REDUX") and search.has("FFMA") is ward, "chain")
     _expect(bool(search.inside) is (ward and D == 0) and search.count("FFMA") >= D, "chain")
     _expect(all(loop.count("STG") > 1 and not loop.inside for loop in merge), "chain")
     blocks, merges = _blocks(n, BLOCK), n - 1

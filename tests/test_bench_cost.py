@@ -108,7 +108,7 @@ def test_counts_multiply():
     assert cost._level(level, 200, BLOCK=128) == 60 + 31 * (10 + 2 * 3)
     label = cost.Code(60, [loop(9, text="SHFL"), loop(10, loop(3, text="LDG"))])
     assert cost._label(label, [[1, 4], [2, 2]]) == 60 + 2 * (9 + 10) + (5 + 4) / 2 * 3
-    searches = cost.Code(60, [loop(9, loop(2), text="STG"), loop(50, loop(30, text="SHFL FFMA"), least=20)])
+    searches = cost.Code(60, [loop(9, loop(2), text="STG"), loop(50, loop(30, text="REDUX FFMA"), least=20)])
     found = cost._chain(searches, work=[10, 12], n=4, d=1, LINKAGE=0, D=1, BLOCK=64)
     assert found == 60 + 9 + 2 + 11 * (20 + 30) + 3 * (50 - 20)
 
