@@ -167,7 +167,8 @@ class REPrune:
         optimizer: the optimizer that trains it, a wrapper of one, or a list or dict of several; pruned channels are
             frozen in its steps. None to prune without training.
         example_inputs: what the model's forward takes, a batch of 1 or 2 (see `channels.analyse`).
-        ema: averages of the model (an AveragedModel, say), one or several, that compact="auto" makes narrow with it.
+        ema: averages of the model (an AveragedModel, say), one or several: they run on its channels, so evaluate them
+            or measure their statistics (update_bn) as they are, and compact="auto" makes them narrow with it.
         options: the fields of `Config`.
     Raises:
         RepruneError: for an option out of range, a model with nothing to prune, a FLOPs budget out of reach, or an
@@ -470,8 +471,12 @@ class REPrune:
 
     @_outside_inference
     def compact(self, model: nn.Module | None = None) -> nn.Module:
-        """A physically narrow copy of `model` (default: the one in training), for instance of its EMA: same structure,
-        the channels that are active now."""
+        """A physically narrow copy of `model` (default: the one in training), on the channels that it runs on.
+
+        Those of a kept copy are the ones that it was copied with. An average of the model runs on the model's channels,
+        those of the last event before it was updated. One that was made before the pruner, and not given as `ema=`, is
+        known from here on: until then it has run on all channels, and so have been measured its statistics.
+        """
         self._narrowing.settle()
         model = self.model if model is None else _unwrapped(model)
         if self._swapped and any(model is x for x in (self.model, *self._averages)):
