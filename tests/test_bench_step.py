@@ -261,6 +261,28 @@ def test_memory_is_counted_beside_the_same_in_all_backends(monkeypatch):
     assert taken == [1], "the capture is what is counted"
 
 
+@pytest.mark.parametrize("name", ["dense-graph", "narrow-graph", "narrow-fused-graph", "compact-fused-graph"])
+def test_what_is_captured_is_what_is_wanted(monkeypatch, name):
+    """With the optimizer of `train --graph`, whose learning rate is a tensor; a replay does the work again."""
+    task = variants.make_task(argparse.Namespace(model="resnet8", size=16, batch=4, seed=0), torch.device("cpu"))
+    variant = variants.parse(name)
+    share = 0.0 if variant.net == "dense" else 0.5
+    active = {x.name: torch.arange(x.n_out // 2) for x in task.channels.prunable} if share else {}
+    monkeypatch.setattr(capture, "warm_up", lambda work, times: [work() for _ in range(times)])
+    monkeypatch.setattr(capture, "capture", lambda work: work)
+    runner = variants.Runner(task, variant, share, active)
+    (group,) = runner.optimizer.param_groups
+    assert group["fused"] and isinstance(group["lr"], torch.Tensor)
+    runner._capture()
+    runner.begin(task.probe)
+    there = {} if variant.net == "compact" else runner.slices
+    outputs = runner.step()[0]
+    found = variants.wanted_step(task, active).check(
+        outputs, variants.gradients(runner.model, runner.optimizer, there)
+    )
+    assert found["difference"] < 1e-5 and found["difference_gradient"] < 1e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_captured_steps(tmp_path):
