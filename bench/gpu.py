@@ -336,6 +336,8 @@ def run_parts(some: list[Part], out: Path, minutes: float, commit: str | None = 
             if process is not None:
                 process.close()
             seconds = time.monotonic() - started
+            for half in out.glob("*.jsonl.*"):  # of one that was killed as it wrote a draft
+                half.unlink()
             if commit:
                 fill_in_commit(out, commit)
             found = [row for file in row_files(out) for row in known_rows(file)[before.get(file, 0) :]]

@@ -136,6 +136,7 @@ def test_rows_of_a_part_that_is_cut_off_are_counted(tmp_path, monkeypatch):
     program = f"""
 import signal, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+open({str(path)!r} + ".123", "a").close()
 open({str(path)!r}, "a").write({row!r} + chr(10) + {bad!r} + chr(10) + '{{"cut')
 time.sleep(60)
 """
@@ -144,6 +145,7 @@ time.sleep(60)
     assert (found["result"], found["rows"]) == ("failed", 2)
     assert found["why"] == "out of time after 2 s, 1 of 2 rows without a result"
     assert [row["commit"] for row in lines(path)] == ["abc", "abc", "known"]
+    assert {other.name for other in tmp_path.iterdir()} == {"log.txt", "parts.jsonl", "step.jsonl"}
 
 
 def test_a_benchmark_waits_for_its_turn(tmp_path, monkeypatch):
