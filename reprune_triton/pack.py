@@ -33,6 +33,7 @@ class Room(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype | None  # None: nothing but room
     offset: int  # bytes
+    begin: int  # the same in elements
 
 
 class Pack:
@@ -236,7 +237,7 @@ def _rooms(
     for shape, last, dtype in zip(shapes, channels_last, dtypes, strict=True):
         format = torch.channels_last if last else torch.contiguous_format
         strides = torch.empty(shape, dtype=dtype, device="meta", memory_format=format).stride()
-        found.append(Room(shape, strides, dtype, offset))
+        found.append(Room(shape, strides, dtype, offset, offset // dtype.itemsize))
         offset += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
     return found, offset
 
@@ -244,13 +245,9 @@ def _rooms(
 def _views(buffer: Tensor, rooms: Sequence[Room]) -> list[Tensor]:
     """Tensors in the buffer, which autograd does not take for views of it: each has a version of its own, for BatchNorm
     updates one while others are saved."""
-    typed = {dtype: buffer.view(dtype) for dtype in {room.dtype for room in rooms} if dtype is not None}
+    cut = {dtype: buffer.view(dtype).as_strided for dtype in {room.dtype for room in rooms} if dtype is not None}
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return [
-            typed[x.dtype].as_strided(x.shape, x.strides, x.offset // x.dtype.itemsize)
-            for x in rooms
-            if x.dtype is not None
-        ]
+        return [cut[dtype](shape, strides, begin) for shape, strides, dtype, _, begin in rooms if dtype is not None]
 
 
 def _buffer(view: Tensor) -> Tensor:
