@@ -167,12 +167,13 @@ class REPrune:
         optimizer: the optimizer that trains it, a wrapper of one, or a list or dict of several; pruned channels are
             frozen in its steps. None to prune without training.
         example_inputs: what the model's forward takes, a batch of 1 or 2 (see `channels.analyse`).
-        ema: averages of the model (an AveragedModel, say), one or several: they run on its channels, so evaluate them
-            or measure their statistics (update_bn) as they are, and compact="auto" makes them narrow with it.
+        ema: averages of the model (an AveragedModel, or what else holds a copy), one or several: they run on its
+            channels, so evaluate them or measure their statistics (update_bn) as they are, and compact="auto" makes
+            them narrow with it.
         options: the fields of `Config`.
     Raises:
-        RepruneError: for an option out of range, a model with nothing to prune, a FLOPs budget out of reach, or an
-            optimizer of another model.
+        RepruneError: for an option out of range, a model with nothing to prune, a FLOPs budget out of reach, an
+            optimizer of another model, or one that keeps what cannot follow channels; see `optimizers`.
     """
 
     @_outside_inference
@@ -283,6 +284,10 @@ class REPrune:
         """Call once after every epoch. Prunes when an event is due, and returns what it did.
 
         One that raises or is interrupted (Ctrl-C) has changed nothing, or everything: call it again to go on.
+
+        Raises:
+            RepruneError: if what held at the start no longer holds: modules were replaced, another optimizer trains,
+                the model or an average of it cannot be copied. Nothing has changed then: put it right, and call again.
         """
         dispatch.share(self._ranks.group, self._pool.device)
         self._narrowing.settle()
@@ -500,6 +505,9 @@ class REPrune:
         the optimizer. Its parameters have the attributes and hooks of the old ones, and their gradients where no step
         has used them yet. The model that was in training stays as it is; throw it away. With compact="auto" it is the
         model itself that is returned, narrow since the last event, with the same Parameter objects.
+
+        It warns before the last event, as the target is not met; and so does the optimizer's next step if it is the old
+        model that was trained.
         """
         self._narrowing.settle()
         if self._swapped:
