@@ -29,7 +29,7 @@ ARCHS ?= 80 90
 SEEDS ?= 0
 emulate: .venv/.test
 	set -e; for arch in $(ARCHS); do for seed in $(SEEDS); do \
-	    $(BIN)/python -m pytest -q tests --emulate $$arch --seed $$seed $(ARGS); done; done
+	    $(BIN)/python -m pytest -q -n auto --maxprocesses 8 tests --emulate $$arch --seed $$seed $(ARGS); done; done
 
 # Ratios to other libraries, guarded: make bench ARGS='--json bench/results/suites.jsonl'
 bench: .venv/.test
