@@ -706,6 +706,8 @@ class Shrinking:
             grad = tensor.grad if tensor.is_leaf and tensor.shape != part.shape else None
             if grad is not None:
                 tensor.grad = None
+            if tensor.shape != part.shape:
+                vars(tensor).update(_attached(tensor, cut))
             if tensor.requires_grad:
                 torch.autograd.graph.get_gradient_edge(tensor).node.register_prehook(_refuse)
                 # Another type: autograd forgets the node that knows the old shape.
@@ -744,10 +746,16 @@ def moves(model: nn.Module, slim: nn.Module, slices: Slices) -> Moves:
     return {old: (new[name], where.get(name, [])) for name, old in model.named_parameters()}
 
 
+def _attached(tensor: Tensor, cut: Cuts) -> dict[str, Tensor]:
+    """What is left of its attributes that are tensors of its shape, as some optimizers put them there."""
+    found = {name: value for name, value in vars(tensor).items() if torch.is_tensor(value)}
+    return {name: gather(value, cut) for name, value in found.items() if value.shape == tensor.shape}
+
+
 def carry(moves: Moves, gradients: bool) -> None:
     """Give the narrow parameters what hangs on the full ones: attributes, hooks, and gradients if asked for."""
     for old, (new, cut) in moves.items():
-        vars(new).update(vars(old))
+        vars(new).update(vars(old) | _attached(old, cut))
         # The same dicts, so that the handles of the hooks still remove them.
         new._backward_hooks = old._backward_hooks
         new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks

@@ -990,6 +990,25 @@ def test_a_result_that_is_taken_is_not():
     assert old() is None
 
 
+@pytest.mark.parametrize("compact", ["off", "auto"])
+def test_tensors_attached_to_parameters_are_made_narrow_with_them(compact):
+    class Attaching(Rule):
+        def update(self, p, state):
+            p.average = getattr(p, "average", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+            p.sub_(p.average, alpha=0.05)
+
+    model = network()
+    optimizer = Attaching(model.parameters())
+    pruner = pruner_of(model, optimizer, until=1, compact=compact)
+    train(model, optimizer)
+    average = model.conv2.weight.average.clone()
+    pruner.step()
+    slim = pruner.finalize()
+    rows, columns = pruner.active["conv2"], pruner.active["conv1"]
+    assert torch.equal(slim.conv2.weight.average, average[rows][:, columns])
+    train(slim, optimizer)
+
+
 def test_what_is_no_optimizer_or_trains_another_model():
     model = network()
     for wrong in ("sgd", model, torch.optim.SGD, []):
