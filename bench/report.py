@@ -51,6 +51,12 @@ BENCHMARKS: tuple[tuple[str, Callable[[Results], list[Part]], str, str, str], ..
         "step_measured", "parts_ms",
     ),
     (
+        "What the host does in a step", tables.host,
+        "Python, PyTorch and Triton asking for the operations of one eager step of ResNet-50 in float32, with nothing "
+        "left for a device to do; all choices go to our kernels, which is the way with the most calls.",
+        "", "",
+    ),
+    (
         "The least time of a step on an H100, computed", tables.roofline,
         "ResNet-50 at batch 256 in bfloat16: the time if every kernel reached 790 TFLOP/s or 3 TB/s, whichever it "
         "needs longer for. **No claim of a speed.**",
@@ -279,6 +285,6 @@ def ablations(results: Results) -> list[Part]:
 
 
 BLOCKS: dict[str, Callable[[Results], list[Part]]] = {
-    "demo": tables.demo, "event": tables.event, "step": tables.step, "roofline": tables.roofline,
+    "demo": tables.demo, "event": tables.event, "step": tables.step, "host": tables.host, "roofline": tables.roofline,
     "cost": tables.cost, "ablations": ablations,
 }  # fmt: skip

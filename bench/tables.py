@@ -89,6 +89,15 @@ def step(results: Results) -> list[Part]:
     return [Table(header, rows), f"Runs are {min(spreads):.0%} to {max(spreads):.0%} apart."]
 
 
+def host(results: Results) -> list[Part]:
+    found = {row["variant"]: row for row in _on_cpu(results, "host") if row["model"] == "resnet50" and row["amp"] == "off"}
+    rows = [
+        [row["variant"], f"{row['host_ms']:.1f} ms", f"{row['ratio']:.2f}x", str(row["launches"])]
+        for row in found.values() if row["ratio"] is not None
+    ]  # fmt: skip
+    return [Table(["step", "host", "to dense", "launches of our kernels"], rows)] if rows else []
+
+
 def roofline(results: Results) -> list[Part]:
     found = [row for row in results.get("roofline", []) if row["model"] == "resnet50"]
     levels = ("eager", "compiled", "fused", "fused 1x1")

@@ -162,6 +162,11 @@ def test_cells_of_every_table():
     found, text = cells_of("step", *rows, *others)
     assert found == [["2", "3.00 s", "1.50 s (2.00x)", "1.00 s (3.00x)"]] and text == "Runs are 10% to 10% apart."
 
+    row = here | {"benchmark": "host", "model": "resnet50", "amp": "off", "launches": 5, "host_ms": 9.0}
+    old, new = ({"variant": "narrow", "ratio": ratio} for ratio in (2.0, 1.5))
+    found, _ = cells_of("host", row | old, row | new, row | new | {"amp": "bf16", "ratio": 9.0})
+    assert found == [["narrow", "9.0 ms", "1.50x", "5"]], "the newest"
+
     row = here | {"benchmark": "roofline", "model": "resnet50", "sparsity": 0.3, "flops_left": 0.75}
     levels = enumerate(("eager", "compiled", "fused", "fused 1x1"))
     found, _ = cells_of("roofline", *(row | {"level": level, "roofline_ms": 40.0 - n} for n, level in levels))
