@@ -138,7 +138,8 @@ class Belonging:
         """Numbers that change when the model is written to."""
         modules = (self.model.get_submodule(layer.norm or layer.name) for layer in self.channels.prunable)
         weights = [module._parameters["weight"] for module in modules]
-        found: list[float] = torch.stack([w.double().sum() for w in weights if w is not None]).tolist()
+        here = (w if w.is_cuda else w.cpu() for w in weights if w is not None)  # MPS has no float64
+        found: list[float] = torch.stack([w.double().sum() for w in here]).tolist()
         return found
 
 

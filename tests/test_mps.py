@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The device is played by a subclass of Tensor: on the outside it is there, and refuses float64 and a meeting with
 # tensors from elsewhere; inside it is on the CPU. In a process of its own, since a kind of device is made for good.
 PROGRAM = """
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.utils import backend_registration
@@ -89,9 +91,11 @@ def pruned(model, x, **options):
     for _ in range(2):
         pruner.step()
         model(x)
+        kept = copy.deepcopy(model)
     active = {name: index.tolist() for name, index in pruner.active.items()}
     slim, y = pruner.finalize().eval(), model.eval()(x)
     assert torch.allclose(slim(x).cpu(), y.cpu(), atol=1e-5) and y.device == x.device
+    assert torch.allclose(kept.eval()(x).cpu(), y.cpu(), atol=1e-5)
     return active, [event.layers for event in pruner.history], slim
 
 
