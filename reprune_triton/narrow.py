@@ -501,10 +501,11 @@ class _Gathering:
         if "_is_replica" in model.__dict__:  # of DataParallel's: the tensors here are not its own
             return
         self._let_go()  # an interrupt may have kept the last forward from it
-        if not torch.compiler.is_compiling():
-            self.current.finish()
-            for module, _ in self.shadows:
-                _move_inside(module)
+        if torch.compiler.is_compiling():  # each module gathers its own: streams and weak references break the graph
+            return
+        self.current.finish()
+        for module, _ in self.shadows:
+            _move_inside(module)
         first = next((_whole(module, name) for module, shadow in self.shadows for name in shadow.where), None)
         if first is None or self.current.setting.number != self.number:
             return
@@ -636,11 +637,11 @@ def copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
 
 
-def check_copy(model: nn.Module) -> None:
-    """Raise RepruneError if `model` cannot be copied, as `compact` does. No tensor is copied for it."""
+def check_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` with the same tensors. Raise RepruneError if it cannot be copied, as `compact` does."""
     try:
         with _Copying(tensors=False):
-            copy.deepcopy(model, {id(p): p for p in model.parameters()})
+            return copy.deepcopy(model, {id(p): p for p in model.parameters()})
     except Exception as error:
         raise RepruneError(
             f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}), which making it narrow "

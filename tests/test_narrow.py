@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from reprune_triton import channels, models
 from reprune_triton.errors import RepruneError
-from reprune_triton.narrow import Narrowing, Slice, compact
+from reprune_triton.narrow import Narrowing, Slice, _Gathering, compact
 
 
 def vgg16_bn():
@@ -335,6 +335,20 @@ def test_it_runs_under_autocast_and_checkpointing(pruned):
         loss = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).float().sum()
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_compiled_code_asks_nothing_of_a_gpus_streams(monkeypatch, pruned):
+    """Its graph would break there."""
+    model, found, active, x = pruned
+    Narrowing(model, impl="torch").set(found.slices(active))
+    expected = model.eval()(x)
+
+    def refuse(self):
+        raise AssertionError("the stream")
+
+    monkeypatch.setattr(_Gathering, "_stream", refuse)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(model, backend="eager")(x), expected, atol=1e-6)
 
 
 def test_compiled_code_of_a_dense_model_is_not_that_of_a_narrow_one(pruned):
