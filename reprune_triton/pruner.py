@@ -735,6 +735,7 @@ class REPrune:
 
     @optimizer.setter
     def optimizer(self, given: Any) -> None:
+        self.settle()
         if self._finished:
             raise RepruneError("pruning has ended: the optimizer can be any that trains the narrow model")
         optimizers = Optimizers(given, self.model.parameters())
@@ -815,7 +816,7 @@ class REPrune:
                 "pruned channels were not frozen. Name the one that trains it: pruner.optimizer = optimizer"
             )
         for model in (self.model, *self._averages):
-            narrow.check_copy(model)
+            copies.remove(narrow.check_copy(model))  # else each would be asked at events whether it is written to
         for average in self._averages:
             _average(average, self.model)
 

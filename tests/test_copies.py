@@ -1,6 +1,7 @@
 """Which channels belong to which weights, and what hangs on parameters: nothing of it is lost without a word."""
 
 import copy
+import gc
 import io
 import pickle
 import threading
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from reprune_triton import REPrune, RepruneError
+from reprune_triton import REPrune, RepruneError, copies
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4
@@ -139,6 +140,22 @@ def test_an_average_follows_the_channels_of_its_model(when):
         ema.update_parameters(model)
     assert torch.allclose(ema.eval()(X), model.eval()(X), atol=1e-5)
     assert torch.allclose(pruner.compact(ema).eval()(X), model.eval()(X), atol=1e-5)
+
+
+def test_an_event_looks_at_the_copies_of_others_alone(monkeypatch):
+    """Each look waits for the device; those made to see whether the model can be copied are none of them."""
+    looks = []
+    monkeypatch.setattr(copies.Belonging, "_look", lambda self: looks.append(1))
+    model, optimizer, pruner = start()
+    gc.disable()  # whenever it would have come
+    try:
+        go_on(model, optimizer, pruner, 3)
+        assert not looks
+        kept = copy.deepcopy(model)
+        pruner.step()
+        assert len(looks) == 1 and copies.of(kept) is not None
+    finally:
+        gc.enable()
 
 
 def test_statistics_of_an_average_are_those_of_the_narrow_one():

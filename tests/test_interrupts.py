@@ -4,6 +4,7 @@ A trace function raises where Python would run a signal handler: before any line
 """
 
 import copy
+import functools
 import importlib
 import sys
 
@@ -167,7 +168,7 @@ def test_an_interrupted_step_of_the_optimizer_moves_nothing_that_is_frozen():
 
 
 def test_what_moved_in_an_interrupted_step_is_put_back(monkeypatch):
-    """By whatever comes next: a step, an event, or saving the model."""
+    """By whatever comes next: a step, an event, saving the model, or another optimizer."""
     module = importlib.import_module("torch.optim.sgd")
     inside = module.sgd
 
@@ -175,7 +176,7 @@ def test_what_moved_in_an_interrupted_step_is_put_back(monkeypatch):
         inside(*args, **kwargs)
         raise KeyboardInterrupt
 
-    for following in ("state_dict", "train", "step", "compact"):
+    for following in ("state_dict", "train", "step", "compact", "another"):
         run = Training()
         before = run.frozen()
         active = {name: index.clone() for name, index in run.pruner.active.items()}
@@ -190,7 +191,9 @@ def test_what_moved_in_an_interrupted_step_is_put_back(monkeypatch):
                 now = run.model.get_submodule(layer.norm).weight[gone]
                 assert torch.equal(now, before[f"{layer.norm}.weight"])
         else:
-            {"state_dict": run.model.state_dict, "train": run.train, "compact": run.pruner.compact}[following]()
+            another = functools.partial(setattr, run.pruner, "optimizer", torch.optim.SGD(run.model.parameters(), 0.1))
+            come = {"state_dict": run.model.state_dict, "train": run.train, "compact": run.pruner.compact}
+            (come | {"another": another})[following]()
             assert same(run.frozen(), before)
 
 
