@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ranks
+from . import availability, ranks
 
 WARM_UP, REPEATS = 3, 10
 TRIES = 3  # to measure a case, in one process
@@ -222,8 +222,9 @@ def table(device: torch.device) -> Table | None:
     """Of this device; None where there is nothing to choose, which is everywhere but on CUDA."""
     if device not in _TABLES:
         found = None
-        if device.type == "cuda":
-            found = Table(_path(torch.cuda.get_device_name(device)), Clock(device))
+        if device.type == "cuda":  # without Triton nothing is measured, but processes share their tables all the same
+            without = availability.why_not(device) is not None
+            found = Table(None if without else _path(torch.cuda.get_device_name(device)), Clock(device))
         _TABLES[device] = found
     return _TABLES[device]
 
@@ -248,7 +249,8 @@ def settings(dtype: torch.dtype) -> tuple[int, ...]:
     precision = torch._C._get_fp32_precision_getter
     tf32 = [dtype == torch.float32 and precision("cuda", name) == "tf32" for name in ("conv", "matmul")]
     deterministic = torch._C._get_cudnn_deterministic() or torch._C._get_deterministic_algorithms()
-    benchmark = torch._C._cuda_get_cudnn_benchmark_limit() if torch._C._get_cudnn_benchmark() else -1
+    # The limit is None where PyTorch is built without CUDA.
+    benchmark = torch.backends.cudnn.benchmark_limit or 0 if torch._C._get_cudnn_benchmark() else -1
     return *map(int, tf32), int(torch._C._get_cudnn_enabled()), int(deterministic), benchmark
 
 

@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from played import play
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reprune_triton import conv, dispatch, norm
+from reprune_triton import availability, conv, dispatch, norm
 from reprune_triton.dispatch import Case, Table
 
 CASE = Case("norm_act", "bfloat16", (4, 8, 8, 1), (64,), (0, 1))
@@ -204,6 +206,27 @@ def test_a_choice_depends_on_all_that_decides_which_code_runs(table):
     with setting(cudnn.conv, "fp32_precision", "ieee"):  # which only float32 goes by
         assert measured(x.bfloat16(), one.bfloat16()) == both
     assert measured(x.bfloat16(), one.bfloat16()) == set()
+
+
+def test_settings_where_pytorch_is_built_without_cuda(monkeypatch):
+    monkeypatch.delattr(torch._C, "_cuda_get_cudnn_benchmark_limit", raising=False)
+    monkeypatch.setattr(type(torch.backends.cudnn), "benchmark_limit", None)
+    with setting(torch.backends.cudnn, "benchmark", True):
+        some = dispatch.settings(torch.float32)
+    assert some != dispatch.settings(torch.float32) and all(type(number) is int for number in some)
+
+
+def test_on_a_gpu_without_triton_there_is_nothing_to_share(monkeypatch):
+    play(monkeypatch)
+    monkeypatch.setattr(dispatch, "_TABLES", {})
+    monkeypatch.setattr(availability, "_INSTALLED", False)
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
+    availability._tried.cache_clear()
+    try:
+        dispatch.share(None, torch.device("cuda", 0))
+        assert dispatch.table(torch.device("cuda", 0)).path is None
+    finally:
+        availability._tried.cache_clear()
 
 
 @interpreted
