@@ -298,7 +298,7 @@ class REPrune:
         if self._finished and config.compact != "auto":
             raise RepruneError("step() after finalize(): the network is final, train the one that finalize() returned")
         if not self._finished:
-            self._check_still()
+            self._ranks.together(self._check_still, self._pool.device)
         due = epoch % config.every == 0 or epoch == config.until
         if not due or epoch > config.until or self._finished:
             self._state = self._state._replace(epoch=epoch)
@@ -506,8 +506,8 @@ class REPrune:
         has used them yet. The model that was in training stays as it is; throw it away. With compact="auto" it is the
         model itself that is returned, narrow since the last event, with the same Parameter objects.
 
-        It warns before the last event, as the target is not met; and so does the optimizer's next step if it is the old
-        model that was trained.
+        It warns before the last event, or with weights loaded from before it, as the target is not met; and so does the
+        optimizer's next step if it is the old model that was trained.
         """
         self._narrowing.settle()
         if self._swapped:
@@ -516,7 +516,7 @@ class REPrune:
             raise RepruneError("finalize() was called before")
         if self._slim is None:  # else an interrupted call goes on
             self._check_still()
-            self._warn_if_early()
+            self._warn_if_wide()
             if self.config.compact == "auto":
                 self._shrink()
                 return self.model
@@ -561,15 +561,20 @@ class REPrune:
     def _swapped(self) -> bool:
         return self._finished and self.config.compact == "auto"
 
-    def _warn_if_early(self) -> None:
+    def _warn_if_wide(self) -> None:
+        """Warn where the model is wider than the last event leaves it."""
         config = self.config
         assert config.until is not None
+        when = None
         if self.epoch < config.until:
+            when = f"after epoch {self.epoch}, before the last pruning event at epoch until={config.until}"
+        elif self.history and any(len(self.active[x.name]) > x.width for x in self.history[-1].layers):
+            when = "with weights loaded that were saved before the last pruning event"
+        if when is not None:
             asked = f"flops={config.flops}" if config.sparsity is None else f"sparsity={config.sparsity}"
             pruned = 1 - sum(map(len, self.active.values())) / self._pool.total
             warnings.warn(
-                f"finalize() after epoch {self.epoch}, before the last pruning event at epoch until={config.until}: "
-                f"{pruned:.1%} of the prunable channels are pruned, and {asked} was asked for",
+                f"finalize() {when}: {pruned:.1%} of the prunable channels are pruned, and {asked} was asked for",
                 stacklevel=3,
             )
 
@@ -811,9 +816,10 @@ class REPrune:
         self._check_trained(self._optimizers)
         self._optimizers.check(self._sliced())
         if self._trained_unseen():
+            given = None if self.optimizer is None else type(self.optimizer).__name__
             raise RepruneError(
-                f"the model was trained, and not by the {type(self.optimizer).__name__} that was given as optimizer: "
-                "pruned channels were not frozen. Name the one that trains it: pruner.optimizer = optimizer"
+                f"the model was trained, and not by the optimizer that was given ({given}): pruned channels were not "
+                "frozen. Name the one that trains it: pruner.optimizer = optimizer"
             )
         for model in (self.model, *self._averages):
             copies.remove(narrow.check_copy(model))  # else each would be asked at events whether it is written to

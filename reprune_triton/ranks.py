@@ -9,7 +9,7 @@ for; then all of them raise its error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 import torch
@@ -49,6 +49,21 @@ class Ranks:
         """The sum over all processes, in place; here of parts that are 0 but in one process."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group)
+
+    def together(self, work: Callable[[], None], device: torch.device) -> None:
+        """Do the work in all processes; where it fails in one, all raise its error, as `raise_failure` does."""
+        failure = None
+        try:
+            work()
+        except Exception as error:
+            failure = error
+            if self.size == 1:
+                raise
+        if self.size > 1:
+            failed = torch.tensor(int(failure is not None), device=device)
+            self.maximum(failed)
+            if failed:
+                self.raise_failure(failure, device)
 
     def raise_failure(self, failure: BaseException | None, device: torch.device) -> NoReturn:
         """For all processes, when at least one of them has failed: tell each other, and raise.

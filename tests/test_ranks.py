@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -116,6 +117,14 @@ def failing(rank: int, size: int) -> None:
         finally:
             setattr(steps.Reference, step, own)
         assert pruner.epoch == EVENTS and equal(pruner.active, before), "nothing has changed"
+    if rank == 0:  # as the first process alone has what watches a model, or an average of it
+        pruner.model.lock = threading.Lock()
+    try:
+        pruner.step()
+        raise AssertionError(f"process {rank} did not notice that the model of process 0 cannot be copied")
+    except RepruneError as error:
+        assert "cannot be copied" in str(error) and ("in process 0 of" in str(error)) == (rank > 0), error
+    vars(pruner.model).pop("lock", None)
     pruner.step()
     assert pruner.epoch == EVENTS + 1
 
