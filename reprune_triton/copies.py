@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import capture
 from .channels import Channels
 from .narrow import Narrowing
 
@@ -94,9 +95,11 @@ class Belonging:
             twin._stale, twin._values = True, twin._look()
 
     def follow(self) -> None:
-        """Run on the model's channels, if this is an average of it and has been written to since they changed."""
-        if self._stale and self.origin is not None and (self.average or self._look() != self._values):
-            self._run_on(self.origin.active)
+        """Run on the model's channels, if this is an average of it and has been written to since they changed. While a
+        graph is captured, which cannot wait for the device, all stays as it is."""
+        if self._stale and self.origin is not None and not capture.capturing():
+            if self.average or self._look() != self._values:
+                self._run_on(self.origin.active)
 
     # ------------------------------------------------------------------ hooks of the model
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from reprune_triton import REPrune, RepruneError, copies
+from reprune_triton import REPrune, RepruneError, capture, copies
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4
@@ -157,6 +157,20 @@ def test_an_event_looks_at_the_copies_of_others_alone(monkeypatch):
         assert len(looks) == 1 and copies.of(kept) is not None
     finally:
         gc.enable()
+
+
+@torch.no_grad()
+def test_a_copy_in_a_captured_step_does_not_wait_for_the_device(monkeypatch):
+    """A teacher, say."""
+    with torch.enable_grad():
+        model, optimizer, pruner = start()
+        go_on(model, optimizer, pruner, 1)
+        kept = copy.deepcopy(model).eval()
+        expected = kept(X)
+        go_on(model, optimizer, pruner, 1)
+    monkeypatch.setattr(capture, "capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("it waits"))
+    assert torch.equal(kept(X), expected)
 
 
 def test_statistics_of_an_average_are_those_of_the_narrow_one():
