@@ -475,8 +475,9 @@ class _Gathering:
         self.shadows: list[tuple[nn.Module, _Shadow]] = []
         self.plans: dict[bool, _Plan] = {}  # whether there is autocast
         self.running: tuple[_Plan, _Run] | None = None
-        # Of forwards before, of which something is still there: their nodes, and the stream on which autograd adds up
-        self.graphs: list[tuple[weakref.ref[Any], int | None]] = []  # gradients, which is that of the oldest.
+        # Nodes of earlier forwards whose graphs may still be there, each with the stream on which autograd adds up
+        # gradients: while one of these graphs lives, it stays the stream of the first.
+        self.graphs: list[tuple[weakref.ref[Any], int | None]] = []
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy; what is gathered is the model's own
         return {**vars(_Gathering(self.impl, self.number, self.current)), "shadows": self.shadows}
