@@ -90,7 +90,8 @@ def step(results: Results) -> list[Part]:
 
 
 def host(results: Results) -> list[Part]:
-    found = {row["variant"]: row for row in _on_cpu(results, "host") if row["model"] == "resnet50" and row["amp"] == "off"}
+    some = (row for row in _on_cpu(results, "host") if (row["model"], row["amp"]) == ("resnet50", "off"))
+    found = {row["variant"]: row for row in some}
     rows = [
         [row["variant"], f"{row['host_ms']:.1f} ms", f"{row['ratio']:.2f}x", str(row["launches"])]
         for row in found.values() if row["ratio"] is not None
