@@ -343,7 +343,10 @@ def _compiled(configs: Sequence[Any], target: str) -> dict[Any, tuple[Binary, Co
     if missing and isinstance(missing[0].kernel, triton.JITFunction):
         binaries = [binary(config, target) for config in missing]
     elif missing:
-        names = [(config.kernel.fn.__module__, config.kernel.__name__, *config[1:]) for config in missing]
+        names = [
+            (x.kernel.fn.__module__, x.kernel.__name__, x.constants, x.warps, x.max_registers, x.stages)
+            for x in missing
+        ]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         done = subprocess.run(

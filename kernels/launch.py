@@ -10,6 +10,8 @@ report and in what `cover` counts.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +38,8 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class Configuration(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Configuration:
     """A kernel as it is compiled. On one GPU architecture there is one binary for each."""
 
     kernel: Any
@@ -44,19 +47,28 @@ class Configuration(NamedTuple):
     warps: int
     max_registers: int | None = None  # per thread, on NVIDIA
     stages: int = 1  # of pipelined loads; in clustering none are: one copy of the state is all a barrier protects
+    # By device, types and numbers: a binary, the constants that it is given, and the cache of Triton's that it is in:
+    # one that Triton has emptied is another.
+    binaries: dict[Any, tuple[Any, tuple[int, ...], Any]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __hash__(self) -> int:
-        return hash((id(self.kernel), self[1:]))  # Triton hashes a kernel's source
+        return hash((id(self.kernel), self.constants, self.warps))  # Triton hashes a kernel's source
 
     def options(self) -> dict[str, int]:
         nvidia = torch.version.hip is None
         limit = {"maxnreg": self.max_registers} if nvidia and self.max_registers is not None else {}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
-    def run(self, programs: int, *arguments: Tensor | int | float) -> None:
+    @functools.cached_property
+    def pointers(self) -> int:
+        """How many of its arguments are tensors: the first."""
+        return sum(name.endswith("_ptr") for name in self.kernel.arg_names)
+
+    def run(self, programs: int, *arguments: Any) -> None:
         """Launch on the device of the first argument, a tensor; Triton takes it to be the current one. Tensors come
         before numbers."""
-        assert isinstance(arguments[0], Tensor)
         index = arguments[0].get_device()
         if not programs:
             return
@@ -69,16 +81,20 @@ class Configuration(NamedTuple):
     def _launch(self, programs: int, arguments: tuple[Any, ...], index: int) -> None:
         """Triton takes longer to look for its binary than to launch it. Here it looks once for all launches with the
         same numbers, and with tensors of the same types that are all aligned as PyTorch allocates them."""
-        count, addresses = _pointers(self.kernel), 0
+        count, addresses = self.pointers, 0
         tensors = arguments[:count]
         for tensor in tensors:
             addresses |= tensor.data_ptr()
-        key = id(self.kernel), self[1:], index, tuple([tensor.dtype for tensor in tensors]), arguments[count:]
-        binary, constants, cache = _BINARIES.get(key, _NONE)
-        active = triton.runtime.driver.active if binary is not None else None
-        device = index if active is None or index >= 0 else active.get_current_device()
-        if active is None or addresses % 16 != 0 or self.kernel.device_caches[device][0] is not cache:
+        key = index, tuple([tensor.dtype for tensor in tensors]), arguments[count:]
+        found = self.binaries.get(key)
+        if found is None or addresses % 16 != 0:
             self._launch_first(programs, arguments, key if addresses % 16 == 0 else None)
+            return
+        binary, constants, cache = found
+        active = triton.runtime.driver.active
+        device = index if index >= 0 else active.get_current_device()
+        if self.kernel.device_caches[device][0] is not cache:
+            self._launch_first(programs, arguments, key)
             return
         stream, hooks = active.get_current_stream(device), triton.knobs.runtime
         enter, metadata = hooks.launch_enter_hook, None
@@ -95,24 +111,7 @@ class Configuration(NamedTuple):
         if key is not None and isinstance(binary, triton.compiler.CompiledKernel):  # not interpreted
             rest = tuple(constants[name] for name in self.kernel.arg_names[len(arguments) :])
             device = triton.runtime.driver.active.get_current_device()
-            _BINARIES[key] = binary, rest, self.kernel.device_caches[device][0]
-
-
-# By configuration, device, types and numbers: a binary, the constants that it is given, and the cache of Triton's that
-# it is in: one that Triton has emptied is another.
-_BINARIES: dict[Any, tuple[Any, tuple[int, ...], Any]] = {}
-_NONE: tuple[Any, tuple[int, ...], Any] = (None, (), None)
-
-
-_POINTERS: dict[int, int] = {}
-
-
-def _pointers(kernel: Any) -> int:
-    """How many of its arguments are tensors: the first."""
-    found = _POINTERS.get(id(kernel))
-    if found is None:
-        found = _POINTERS[id(kernel)] = sum(name.endswith("_ptr") for name in kernel.arg_names)
-    return found
+            self.binaries[key] = binary, rest, self.kernel.device_caches[device][0]
 
 
 MAGNITUDE = Configuration(magnitude.magnitude_kernel, (("BLOCK", 1024),), 4)

@@ -31,6 +31,8 @@ from reprune_triton.kernels.norm_act import total, vector
 RANGES = {"none": (float("-inf"), float("inf")), "relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
 PROGRAMS = 512  # that work on a weight's gradient: about four for each SM of the largest GPUs
 _FEW = 132  # programs that leave SMs idle: then tiles are smaller
+Pair = tuple[int, ...]  # of height and width
+Moves = tuple[Pair, Pair, Pair]  # stride, padding and dilation
 SIZES = ("M", "H", "W", "P", "Q", "R", "S", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")
 # The interpreter takes the bits of bfloat16 for integers when it multiplies matrices.
 _WIDEN = tl.constexpr(norm_act.INTERPRETED)
@@ -312,9 +314,6 @@ def geometry(
     return Geometry._make((*size, P, Q, *kernel, *stride, *padding, *dilation))
 
 
-_geometry = functools.lru_cache(maxsize=4096)(geometry)  # of tuples
-
-
 def tile(rows: int, columns: int, pointwise: bool, tall: Tile = TALL) -> Tile:
     """For an output of this many pixels and channels: as large as it fills, unless SMs would be idle."""
     found = WIDE if pointwise and columns > tall.columns else tall
@@ -341,20 +340,13 @@ def weight_tile(filters: int, channels: int, pointwise: bool) -> Tile:
 
 def configuration(kernel: Any, flags: dict[str, int], dtype: torch.dtype, tf32: bool, tile: Tile) -> Configuration:
     """Of a kernel for activations of this type; float32 goes through TF32 or is exact."""
-    key = id(kernel), *flags.values(), dtype, tf32, tile
-    if key in _CONFIGURATIONS:
-        return _CONFIGURATIONS[key]
     tf32 = tf32 and dtype == torch.float32
     if dtype.itemsize > 2 and not tf32:
         tile = EXACT
     inner = tile.inner // 2 if tf32 else tile.inner
     precision = (("TF32", int(tf32)), ("WIDE", int(dtype == torch.float64)))
     blocks = (("BLOCK_M", tile.rows), ("BLOCK_N", tile.columns), ("BLOCK_K", inner))
-    found = Configuration(kernel, (*flags.items(), *precision, *blocks), tile.warps, stages=tile.stages)
-    return _CONFIGURATIONS.setdefault(key, found)
-
-
-_CONFIGURATIONS: dict[Any, Configuration] = {}  # `configuration`, by its arguments
+    return Configuration(kernel, (*flags.items(), *precision, *blocks), tile.warps, stages=tile.stages)
 
 
 def configurations(dtype: torch.dtype = torch.bfloat16, tf32: bool = False) -> Iterator[Configuration]:
@@ -380,13 +372,81 @@ def uses_tf32() -> bool:
     return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
 
-def _float(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _float(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _prologue(x: Tensor, norm: Prologue | None) -> tuple[Tensor | float, ...]:
     """The arguments for it; without one they are not read."""
     return (x, x, x, x, *RANGES["none"]) if norm is None else (*norm[:4], *RANGES[norm.act])
+
+
+class _Plan(NamedTuple):
+    """How a kernel is launched for tensors of certain shapes, and what it writes."""
+
+    config: Configuration
+    programs: int
+    numbers: tuple[int, ...]  # its arguments behind the tensors and RANGES
+    each: int  # rows that one part of `partial` is of
+    output: tuple[int, ...]  # (B, C, H, W); of a weight's gradient none
+    partial: tuple[int, ...]
+    float: torch.dtype  # of `partial`
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_plan(
+    x: torch.Size, w: torch.Size, moves: Moves, dtype: torch.dtype, tf32: bool, norm: bool, stats: bool
+) -> _Plan:
+    sizes = geometry(x[2:], w[2:], *moves)
+    CI, CO, output = x[1], w[0], (x[0], w[0], sizes.P, sizes.Q)
+    M = x[0] * sizes.P * sizes.Q
+    if stats and M == 1:
+        raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {output}")
+    flags = {"POINTWISE": int(sizes.pointwise), "NORM": int(norm), "STATS": int(stats)}
+    config = configuration(forward_kernel, flags, dtype, tf32, tile(M, CO, sizes.pointwise))
+    blocks = dict(config.constants)
+    parts, each = cdiv(M, blocks["BLOCK_M"]), blocks["BLOCK_M"]
+    programs = parts * cdiv(CO, blocks["BLOCK_N"])
+    return _Plan(config, programs, (M, CI, CO, *sizes), each, output, (parts if stats else 0, 2, CO), _float(dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _input_plan(
+    grad: torch.Size, w: torch.Size, size: tuple[int, ...], moves: Moves, dtype: torch.dtype, tf32: bool,
+    before: tuple[bool, bool] | None,
+) -> _Plan:  # fmt: skip
+    """before: whether it has y, and another gradient."""
+    sizes = geometry(size, w[2:], *moves)
+    CO, CI = w[:2]
+    M = grad[0] * sizes.H * sizes.W
+    from_y, other = before or (False, False)
+    flags = {
+        "POINTWISE": int(sizes.pointwise), "NORM": int(before is not None), "FROM_Y": int(from_y), "OTHER": int(other)
+    }  # fmt: skip
+    shape = input_tile(M, CI, sizes.pointwise, before is not None)
+    config = configuration(input_gradient_kernel, flags, dtype, tf32, shape)
+    blocks = dict(config.constants)
+    parts, each = cdiv(M, blocks["BLOCK_M"]), blocks["BLOCK_M"]
+    programs, partial = parts * cdiv(CI, blocks["BLOCK_N"]), (parts if before else 0, 2, CI)
+    return _Plan(config, programs, (M, CI, CO, *sizes), each, (grad[0], CI, *size), partial, _float(dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_plan(
+    grad: torch.Size, x: torch.Size, kernel: tuple[int, ...], moves: Moves, dtype: torch.dtype, tf32: bool, norm: bool
+) -> _Plan:
+    sizes = geometry(x[2:], kernel, *moves)
+    CI, CO = x[1], grad[1]
+    M = grad.numel() // CO
+    flags = {"POINTWISE": int(sizes.pointwise), "NORM": int(norm)}
+    config = configuration(weight_gradient_kernel, flags, dtype, tf32, weight_tile(CO, CI, sizes.pointwise))
+    blocks = dict(config.constants)
+    share = cdiv(CO, blocks["BLOCK_M"]) * sizes.R * sizes.S * cdiv(CI, blocks["BLOCK_N"])
+    steps = cdiv(M, blocks["BLOCK_K"])
+    each = cdiv(steps, cdiv(PROGRAMS, share)) * blocks["BLOCK_K"]
+    chunks = cdiv(M, each)
+    partial = chunks, CO, sizes.R, sizes.S, CI
+    return _Plan(config, chunks * share, (each, M, CI, CO, *sizes), each, (), partial, _float(dtype))
 
 
 def forward(
@@ -397,20 +457,11 @@ def forward(
 
     x: (B, CI, H, W), channels_last. w: (CO, CI, R, S), channels_last, of the same type.
     """
-    sizes = _geometry(x.shape[2:], w.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
-    y = empty(x, x.shape[0], w.shape[0], sizes.P, sizes.Q)
-    M, CI, CO = y.numel() // w.shape[0], x.shape[1], w.shape[0]
-    if stats_eps is not None and M == 1:
-        raise ValueError(f"Expected more than 1 value per channel for statistics, got output size {tuple(y.shape)}")
-    shape = tile(M, CO, sizes.pointwise)
-    flags = {"POINTWISE": int(sizes.pointwise), "NORM": int(norm is not None), "STATS": int(stats_eps is not None)}
-    config = configuration(forward_kernel, flags, x.dtype, uses_tf32(), shape)
-    blocks = dict(config.constants)
-    parts = cdiv(M, blocks["BLOCK_M"])
-    partial = x.new_empty((parts if stats_eps is not None else 0, 2, CO), dtype=_float(x))
-    programs = parts * cdiv(CO, blocks["BLOCK_N"])
-    config.run(programs, x, w, y, partial, *_prologue(x, norm), M, CI, CO, *sizes)
-    return y, None if stats_eps is None else norm_act.merge(partial, M, blocks["BLOCK_M"], stats_eps)
+    moves, counted = (tuple(stride), tuple(padding), tuple(dilation)), stats_eps is not None
+    plan = _forward_plan(x.shape, w.shape, moves, x.dtype, uses_tf32(), norm is not None, counted)
+    y, partial = empty(x, *plan.output), x.new_empty(plan.partial, dtype=plan.float)
+    plan.config.run(plan.programs, x, w, y, partial, *_prologue(x, norm), *plan.numbers)
+    return y, None if stats_eps is None else norm_act.merge(partial, plan.numbers[0], plan.each, stats_eps)
 
 
 def input_gradient(
@@ -422,21 +473,13 @@ def input_gradient(
     before: then it is the gradient behind the activation of this BatchNorm, and with it come the sums (2, CI) that
     `norm_act.gradient` goes on with, which are also the gradients of gamma and beta.
     """
-    sizes = _geometry(tuple(size), w.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
-    CO, CI = w.shape[:2]
-    found = empty(grad, grad.shape[0], CI, *size)
-    M = found.numel() // CI
-    shape = input_tile(M, CI, sizes.pointwise, before is not None)
     norm, x, y, other = before or (None, grad, None, None)
-    wanted = {"POINTWISE": sizes.pointwise, "NORM": norm, "FROM_Y": y is not None, "OTHER": other is not None}
-    flags = {name: int(bool(flag)) for name, flag in wanted.items()}
-    config = configuration(input_gradient_kernel, flags, grad.dtype, uses_tf32(), shape)
-    blocks = dict(config.constants)
-    parts = cdiv(M, blocks["BLOCK_M"])
-    partial = grad.new_empty((parts if before else 0, 2, CI), dtype=_float(grad))
-    config.run(
-        parts * cdiv(CI, blocks["BLOCK_N"]), grad, w, found, x if other is None else other, x,
-        x if y is None else y, partial, *_prologue(x, norm), M, CI, CO, *sizes,
+    moves, extra = (tuple(stride), tuple(padding), tuple(dilation)), (y is not None, other is not None)
+    plan = _input_plan(grad.shape, w.shape, tuple(size), moves, grad.dtype, uses_tf32(), extra if before else None)
+    found, partial = empty(grad, *plan.output), grad.new_empty(plan.partial, dtype=plan.float)
+    plan.config.run(
+        plan.programs, grad, w, found, x if other is None else other, x, x if y is None else y, partial,
+        *_prologue(x, norm), *plan.numbers,
     )  # fmt: skip
     return found, partial.sum(0) if before else None
 
@@ -446,19 +489,10 @@ def weight_gradient(
     padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """The gradient (CO, CI, R, S), channels_last, of the weight. kernel: (R, S)."""
-    sizes = _geometry(x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    CI, CO = x.shape[1], grad.shape[1]
-    M = grad.numel() // CO
-    shape = weight_tile(CO, CI, sizes.pointwise)
-    flags = {"POINTWISE": int(sizes.pointwise), "NORM": int(norm is not None)}
-    config = configuration(weight_gradient_kernel, flags, x.dtype, uses_tf32(), shape)
-    blocks = dict(config.constants)
-    share = cdiv(CO, blocks["BLOCK_M"]) * sizes.R * sizes.S * cdiv(CI, blocks["BLOCK_N"])
-    steps = cdiv(M, blocks["BLOCK_K"])
-    each = cdiv(steps, cdiv(PROGRAMS, share)) * blocks["BLOCK_K"]
-    chunks = cdiv(M, each)
-    partial = x.new_empty((chunks, CO, sizes.R, sizes.S, CI), dtype=_float(x))
-    config.run(chunks * share, grad, x, partial, *_prologue(x, norm), each, M, CI, CO, *sizes)
+    moves = tuple(stride), tuple(padding), tuple(dilation)
+    plan = _weight_plan(grad.shape, x.shape, tuple(kernel), moves, x.dtype, uses_tf32(), norm is not None)
+    partial = x.new_empty(plan.partial, dtype=plan.float)
+    plan.config.run(plan.programs, grad, x, partial, *_prologue(x, norm), *plan.numbers)
     return partial.sum(0).to(x.dtype).permute(0, 3, 1, 2)
 
 

@@ -282,7 +282,8 @@ def merge(partial: Tensor, M: int, each: int, eps: float) -> tuple[Tensor, Tenso
         combined = partial.new_empty(groups, 2, C)
         combine.run(groups * blocks, partial, combined, M, C, each, chunks)
         partial, chunks, each = combined, groups, each * CHUNKS
-    mean, rstd, unbiased = (partial.new_empty(C) for _ in range(3))
+    mean = partial.new_empty(C)
+    rstd, unbiased = torch.empty_like(mean), torch.empty_like(mean)
     finish.run(blocks, partial, mean, rstd, unbiased, M, C, each, chunks, eps)
     return mean, rstd, unbiased
 

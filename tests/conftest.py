@@ -95,3 +95,12 @@ def emulator(request):
 def device(request) -> str:
     """Where the kernels run: interpreted or emulated on the CPU, or on a GPU."""
     return request.param
+
+
+@pytest.fixture
+def unplanned(monkeypatch):
+    """Launches of convolutions are planned at every call: for tests that change what plans are made of."""
+    from reprune_triton.kernels import masked_conv
+
+    for name in ("_forward_plan", "_input_plan", "_weight_plan"):
+        monkeypatch.setattr(masked_conv, name, getattr(masked_conv, name).__wrapped__)

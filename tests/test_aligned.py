@@ -82,7 +82,7 @@ SAMPLE = [(1, 1, "norm", "large"), (3, 2, "residual", "small")]  # the interpret
 
 
 @pytest.mark.parametrize("kernel, stride, before, tile", CASES)
-def test_convolutions(device, kernel, stride, before, tile, monkeypatch):
+def test_convolutions(device, kernel, stride, before, tile, unplanned, monkeypatch):
     """Forward with statistics, and both gradients; after nothing, a BatchNorm, or one with a residual and a reader."""
     if not COMPILED and (kernel, stride, before, tile) not in SAMPLE:
         pytest.skip("compiled kernels only")

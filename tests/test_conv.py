@@ -248,7 +248,7 @@ def test_operands_are_rounded_to_tf32(device, kernel, float32_convolutions):
 @pytest.mark.parametrize(
     "kind, tile", [("bf16", "small"), ("bf16", "large"), ("fp16", "large"), ("tf32", "large"), ("ieee", "exact")]
 )
-def test_errors_are_no_larger_than_pytorchs(device, kind, tile, kernel, float32_convolutions, monkeypatch):
+def test_errors_are_no_larger_than_pytorchs(device, kind, tile, kernel, float32_convolutions, unplanned, monkeypatch):
     """Against float64 on the same rounded numbers, gradients and statistics too, with every tile there is."""
     from reprune_triton.kernels import masked_conv
 

@@ -127,11 +127,14 @@ with host.no_device() as names:
     vectors = torch.zeros(4, 16).unbind()
     x, other = (torch.zeros(2, 16, n, n).contiguous(memory_format=torch.channels_last) for n in (4, 5))
     one = torch.zeros(513)[1:].view(2, 4, 4, 16).permute(0, 3, 1, 2)  # not aligned
+    configurations, create = [], launch.Configuration._launch_first
+    launch.Configuration._launch_first = lambda self, *given: configurations.append(self) or create(self, *given)
     norm_act.apply(x, None, *vectors, "relu")
-    (binary, _, cache), = launch._BINARIES.values()
+    binaries = configurations[0].binaries
+    (binary, _, cache), = binaries.values()
     binary._run = lambda *given: taken.append(given)
-    launch._BINARIES.clear()
-    found = {"first": launches(x), "looked for": len(launch._BINARIES), "again": launches(x, 3)}
+    binaries.clear()
+    found = {"first": launches(x), "looked for": len(binaries), "again": launches(x, 3)}
     hooked, hooks = [], triton.knobs.runtime.launch_enter_hook
     hooks.add(lambda metadata: hooked.append(metadata.get()["name"]))
     launches(x)
@@ -139,7 +142,7 @@ with host.no_device() as names:
     enter(metadata)  # as the driver's launcher would
     hooks.calls.clear()
     found["hooked"] = hooked
-    looked, create = [], launch.Configuration._launch_first
+    looked = []
     launch.Configuration._launch_first = lambda *given: looked.append(1) or create(*given)
     for name, work in {
         "same": lambda: launches(x), "other size": lambda: launches(other), "once more": lambda: launches(other),
