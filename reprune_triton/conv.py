@@ -146,10 +146,13 @@ def _key(
     residual: Tensor | None, shared: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     """All that decides whether the kernels can do it, and which case it is."""
+    of_norm = None
+    if norm is not None:
+        mean, rstd, gamma, beta, act, batch = norm
+        of_norm = mean.shape, rstd.shape, gamma.shape, beta.shape, act, batch
     return (
         x.device, dtype, x.shape, dispatch.is_channels_last(x), _type(weight), weight.shape,
-        dispatch.is_channels_last(weight), *moves, has_stats, shared, *_differentiable(x, weight, norm),
-        None if norm is None else (norm.act, norm.batch, *[vector.shape for vector in norm[:4]]),
+        dispatch.is_channels_last(weight), moves, has_stats, shared, _differentiable(x, weight, norm), of_norm,
         None if residual is None else dispatch.is_channels_last(residual), dispatch.settings(dtype),
     )  # fmt: skip
 
@@ -189,8 +192,10 @@ def run(
     assert how != "torch" or (residual is None and not shared)
     written: Tensor | None = None
     if how == "triton":
-        near, weight = x if norm is not None else x.to(_type(x)), weight.to(_type(weight))
-        near, weight = (t.contiguous(memory_format=torch.channels_last) for t in (near, weight))
+        near = (x if norm is not None else x.to(_type(x))).contiguous(memory_format=torch.channels_last)
+        if weight.dtype != near.dtype:
+            weight = weight.to(near.dtype)  # what autocast casts it to: see `_why_not`
+        weight = weight.contiguous(memory_format=torch.channels_last)
         if norm is not None and (shared or residual is not None):
             residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
             written, y, *found = _Written.apply(near, residual, *norm, weight, *moves, stats_eps)
@@ -420,12 +425,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, *vectors = ctx.saved_tensors
     mean, rstd, gamma, beta = vectors
-    grad_x = grad_weight = grad_gamma = grad_beta = None
-    if ctx.needs_input_grad[1]:
-        grad_weight = _weight_gradient(grad, x, *vectors, ctx.act, list(weight.shape[2:]), *ctx.moves)
-    if mean is None and ctx.needs_input_grad[0]:
-        grad_x = _input_gradient(grad, weight, list(x.shape[2:]), *ctx.moves)
-    if mean is not None and any(ctx.needs_input_grad[i] for i in (0, 4, 5)):
+    wanted, grad_x, grad_weight, grad_gamma, grad_beta = ctx.needs_input_grad, None, None, None, None
+    if wanted[1]:
+        grad_weight = _weight_gradient(grad, x, *vectors, ctx.act, weight.shape[2:], *ctx.moves)
+    if mean is None and wanted[0]:
+        grad_x = _input_gradient(grad, weight, x.shape[2:], *ctx.moves)
+    if mean is not None and (wanted[0] or wanted[4] or wanted[5]):
         g, sums = _norm_gradient(grad, weight, None, x, None, *vectors, ctx.act, *ctx.moves)
         grad_x = _gradient(g, x, *vectors, sums, ctx.batch)
         for_gamma, for_beta = sums.unbind()

@@ -246,12 +246,14 @@ def choose(x: Tensor, case: Case, candidates: Callable[[], Candidates]) -> str:
 
 def settings(dtype: torch.dtype) -> tuple[int, ...]:
     """What else decides which code PyTorch runs for activations of this type, or how exact ours has to be."""
-    precision = torch._C._get_fp32_precision_getter
-    tf32 = [dtype == torch.float32 and precision("cuda", name) == "tf32" for name in ("conv", "matmul")]
+    conv = matmul = 0
+    if dtype == torch.float32:
+        precision = torch._C._get_fp32_precision_getter
+        conv, matmul = int(precision("cuda", "conv") == "tf32"), int(precision("cuda", "matmul") == "tf32")
     deterministic = torch._C._get_cudnn_deterministic() or torch._C._get_deterministic_algorithms()
     # The limit is None where PyTorch is built without CUDA.
     benchmark = torch.backends.cudnn.benchmark_limit or 0 if torch._C._get_cudnn_benchmark() else -1
-    return *map(int, tf32), int(torch._C._get_cudnn_enabled()), int(deterministic), benchmark
+    return conv, matmul, int(torch._C._get_cudnn_enabled()), int(deterministic), benchmark
 
 
 def remember(x: Tensor, cases: dict[Any, Case], key: Any, case: Case) -> Case:

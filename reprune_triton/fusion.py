@@ -206,11 +206,11 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
     """A parameter or buffer of it, as an attribute has it, which takes several times longer: a narrow module's slice
     hides it."""
     own = module.__dict__
-    for named in (own, own["_parameters"], own["_buffers"]):
-        if name in named:
-            found: Tensor | None = named[name]
-            return found
-    return getattr(module, name)
+    named = own if name in own else own["_parameters"]
+    if name not in named:
+        named = own["_buffers"]
+    found: Tensor | None = named[name] if name in named else getattr(module, name)
+    return found
 
 
 def _watched(*some: nn.Module) -> bool:
@@ -218,9 +218,9 @@ def _watched(*some: nn.Module) -> bool:
     if torch.nn.modules.module._has_any_global_hook():
         return True
     for module in some:
+        own = module.__dict__
         for name in _HOOKS:
-            hooks = module.__dict__[name]
-            if hooks and len(hooks) > len(narrow._shadows(hooks)):
+            if own[name] and len(own[name]) > len(narrow._shadows(own[name])):
                 return True
     return False
 

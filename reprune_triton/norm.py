@@ -91,9 +91,10 @@ def choose(
     x: Tensor, residual: Tensor | None, bn: BatchNorm, impl: str, stats: Stats | None = None, twice: bool = False
 ) -> str:
     """ "torch" or "triton"; see `batch_norm_act`. stats: those of x, if they are known. twice: as `normalise_twice`."""
-    for name, choice, known in (("act", bn.act, ACTIVATIONS), ("impl", impl, IMPLS)):
-        if choice not in known:
-            raise RepruneError(f"{name} must be one of {', '.join(known)}; got {choice!r}")
+    if bn.act not in ACTIVATIONS:
+        raise RepruneError(f"act must be one of {', '.join(ACTIVATIONS)}; got {bn.act!r}")
+    if impl not in IMPLS:
+        raise RepruneError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
     if impl == "auto" and torch.compiler.is_compiling():
         return "torch"  # torch.compile fuses by itself
     key = case = None
@@ -120,10 +121,14 @@ def _key(x: Tensor, residual: Tensor | None, bn: BatchNorm, has_stats: bool, twi
     """All that decides whether the kernels can do it, and which case it is."""
     return (
         x.device, x.dtype, x.shape, dispatch.is_channels_last(x), bn.act, bn.batch, has_stats, twice,
-        _differentiable(x, bn), *[None if v is None else v.shape for v in bn[:4]],
+        _differentiable(x, bn), _size(bn.weight), _size(bn.bias), _size(bn.running_mean), _size(bn.running_var),
         None if residual is None else (residual.shape, residual.dtype, dispatch.is_channels_last(residual)),
         dispatch.settings(x.dtype),
     )  # fmt: skip
+
+
+def _size(vector: Tensor | None) -> torch.Size | None:
+    return None if vector is None else vector.shape
 
 
 def _case(x: Tensor, residual: Tensor | None, bn: BatchNorm, has_stats: bool, twice: bool) -> dispatch.Case:
@@ -153,8 +158,8 @@ def normaliser(x: Tensor, bn: BatchNorm, stats: Stats | None = None) -> Norm:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         mean, rstd, unbiased = stats or measure(x.detach(), bn.eps)
         if bn.running_mean is not None and bn.running_var is not None:
-            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-            bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
+            for average, of_batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
+                average.lerp_(of_batch if of_batch.dtype == average.dtype else of_batch.to(average.dtype), bn.momentum)
         return Norm(mean, rstd, weight, bias, bn.act, True)
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = bn.running_mean.to(wide).contiguous(), (bn.running_var.to(wide) + bn.eps).rsqrt().contiguous()
