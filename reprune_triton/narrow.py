@@ -364,6 +364,7 @@ class _Shadow:
 
     def __init__(self, where: dict[str, Cuts], widths: dict[str, tuple[int, int]], number: int, current: Current):
         self.where, self.widths = where, widths  # widths: attribute -> (narrow, full)
+        self.narrow, self.full = ({key: pair[i] for key, pair in widths.items()} for i in (0, 1))
         self.number, self.current = number, current
         self.threads: set[int] = set()  # inside
         self.run: _Run | None = None  # while it lasts, and where the module's slices are in it
@@ -379,7 +380,7 @@ class _Shadow:
             if not compiling:
                 self.current.finish()
             return
-        parts = self._served(module)
+        parts = None if compiling else self._served(module)
         if parts is None:
             parts = {}
             with _unseen():
@@ -389,25 +390,23 @@ class _Shadow:
                         full = module.__dict__.get(name)
                     if full is not None:
                         parts[name] = gather(full, cut)
-        for name, (narrow, _) in self.widths.items():
-            parts[name] = narrow
+        parts.update(self.narrow)
         if compiling:
             for name, part in parts.items():
                 module.__dict__[name] = part
         else:
             with self._lock:
                 self.threads.add(threading.get_ident())
-                module.__dict__ |= parts
+                module.__dict__.update(parts)  # |= would assign to it, which a module takes long for
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
         compiling = torch.compiler.is_compiling()
         if self.current.setting.number != self.number if compiling else threading.get_ident() not in self.threads:
             return
         together = not compiling and self.run is not None
-        for name, cut in self.where.items():
-            part = module.__dict__.get(name)
-            full = None if together else module._buffers.get(name)
-            if full is not None and part is not None and module.training:  # BatchNorm updated its statistics
+        for name, cut in self.where.items() if module.training and not together else ():
+            part, full = module.__dict__.get(name), module._buffers.get(name)
+            if full is not None and part is not None:  # BatchNorm updated its statistics
                 for dim, index in cut:
                     full.index_copy_(dim, index.to(full.device), part)
         if compiling:
@@ -422,14 +421,14 @@ class _Shadow:
         """What was gathered for the whole model, if there is such, and it is what the module needs now: of the same
         values, and in a type that its operations take now."""
         run = self.run
-        if torch.compiler.is_compiling() or run is None:
+        if run is None:
             return None
         slices, whole, versions, cast = run
         parameters, buffers, parts = module._parameters, module._buffers, dict[str, Any]()
         right = not self.casts or _autocast_dtype(whole[0].device) == cast
         for name, number in self.numbers:
-            full = whole[number]
-            right = right and parameters.get(name, buffers.get(name)) is full and full._version == versions[number]
+            full, own = whole[number], parameters if name in parameters else buffers
+            right = right and own.get(name) is full and full._version == versions[number]
             parts[name] = slices[number]
         if not right:
             self.run = None  # nor does it go back with the others
@@ -444,10 +443,11 @@ class _Shadow:
                 self._uncover(module)
 
     def _uncover(self, module: nn.Module) -> None:
-        for name, (_, width) in self.widths.items():
-            module.__dict__[name] = width
+        own = module.__dict__
+        for name, width in self.full.items():
+            own[name] = width
         for name in self.where:
-            module.__dict__.pop(name, None)
+            own.pop(name, None)
 
 
 class _Plan(NamedTuple):
@@ -506,7 +506,8 @@ class _Gathering:
             return
         self.current.finish()
         for module, _ in self.shadows:
-            _move_inside(module)
+            if len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1:
+                _move_inside(module)
         first = next((_whole(module, name) for module, shadow in self.shadows for name in shadow.where), None)
         if first is None or self.current.setting.number != self.number:
             return
