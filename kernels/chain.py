@@ -71,11 +71,12 @@ def chain_kernel(
     only rounding can bring about) starts again there. Searches are counted; a program that needs more than n (n + 1),
     which no order of merges does, stops and says so in the report.
 
-    No race. All state is in scratch memory of this program alone. A search only reads, and ends in a barrier. A merge
-    loads sizes, means and the chain, passes a barrier, and then stores; every turn of the loop ends in a barrier. The
-    distances of the merged cluster are loaded and stored in one step, where each entry is loaded by the thread that
-    stores it: row `into` at column c, and column `into` at row c, for living c other than the two. The entries of the
-    two rows that this skips are never read again, being of dead clusters or of a cluster to itself.
+    No race. All state is in scratch memory of this program alone. A search only reads. What makes the chain longer
+    stores in the chain alone, which no search reads. A merge loads sizes, means and the chain, passes a barrier, which
+    is also the search's, and then stores; every turn of the loop ends in a barrier. The distances of the merged cluster
+    are loaded and stored in one step, where each entry is loaded by the thread that stores it: row `into` at column c,
+    and column `into` at row c, for living c other than the two. The entries of the two rows that this skips are never
+    read again, being of dead clusters or of a cluster to itself.
 
     Precision: float32, by direct differences. Heights along a path are kept in order by a maximum.
     """
@@ -138,7 +139,6 @@ def chain_kernel(
             least = tl.minimum(least, (nearest.to(tl.int64) << 32) | order.to(tl.int64))
         order = (least & 0xFFFFFFFF).to(tl.int32)
         searches += 1
-        tl.debug_barrier()
 
         if order == 0:
             into = tl.minimum(tip, before)
@@ -157,6 +157,7 @@ def chain_kernel(
                 tl.debug_barrier()
                 tl.store(point_ptr + k * n + into, tl.fma(b / (a + b), y - x, x), mask=k < d)
             else:
+                tl.debug_barrier()
                 for begin in range(0, n, BLOCK):
                     c = begin + tl.arange(0, BLOCK)  # [BLOCK]
                     other = (tl.load(size_ptr + c, mask=c < n, other=0.0) > 0) & (c != into) & (c != gone)

@@ -130,7 +130,7 @@ def cover_kernel(
     tl.debug_barrier()
     covered = 0
     for step in range(0, keep):
-        best = tl.full((), -1, tl.int64)
+        best = tl.full((FILTERS,), -1, tl.int64)
         for begin in range(0, n, FILTERS):
             i = begin + tl.arange(0, FILTERS)  # [FILTERS]
             gain = tl.load(gain_ptr + i, mask=i < n, other=-1, cache_modifier=".cg")
@@ -139,9 +139,13 @@ def cover_kernel(
             else:
                 tie = tl.load(level_ptr + first + table.pick(filters, i, i < n), mask=i < n, other=0).to(tl.int64)
             key = (gain.to(tl.int64) << (INDEX_BITS + TIE_BITS)) | (tie << INDEX_BITS) | (i ^ LAST).to(tl.int64)
-            best = tl.maximum(best, tl.max(tl.where(gain >= 0, key, -1), 0))
-        choice = (best & LAST).to(tl.int32) ^ LAST
-        found = (best >> (INDEX_BITS + TIE_BITS)).to(tl.int32)
+            best = tl.maximum(best, tl.where(gain >= 0, key, -1))
+        # The halves of the largest key: two maxima of 32 bits are cheaper than one of 64.
+        upper = (best >> 32).to(tl.int32)
+        most = tl.max(upper, 0)
+        lower = tl.max(tl.where(upper == most, best.to(tl.uint32), 0), 0)
+        choice = (lower & LAST).to(tl.int32) ^ LAST
+        found = most >> (INDEX_BITS + TIE_BITS - 32)
         covered += found
         tl.store(order_ptr + first + step, choice)
         tl.store(gains_ptr + first + step, found)

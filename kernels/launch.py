@@ -131,10 +131,11 @@ def configuration(n: int, d: int, linkage: str = "ward", algorithm: str = "auto"
     constants: tuple[tuple[str, int], ...]
     unrolled = d if d in UNROLLED else 0
     if linkage != "ward" or algorithm == "chain" or (algorithm == "auto" and d > 1 and n <= SMALL):
-        block, warps = (64, 1) if n <= SMALL else (256, 4)
+        # Without a limit ptxas decides for as many registers on sm_80, and then spills some.
+        block, warps, registers = (64, 1, None) if n <= SMALL else (256, 4, 64)
         unrolled = unrolled if linkage == "ward" else 0
         constants = (("LINKAGE", chain.LINKAGES[linkage]), ("D", unrolled), ("BLOCK", block))
-        return Configuration(chain.chain_kernel, constants, warps)
+        return Configuration(chain.chain_kernel, constants, warps, max_registers=registers)
     if algorithm == "auto" and d == 1:
         width = max(64, triton.next_power_of_2(n))
         warps = max(1, width // 512)

@@ -41,6 +41,13 @@ def test_the_kernel_chooses_what_the_reference_chooses(tie, device):
         assert (ours.covered, ours.clusters) == (theirs.covered, theirs.clusters), where
 
 
+def test_all_bits_decide_a_tie(device):
+    """Of so many filters that tie, several have the upper bits of the largest key, and the lower ones decide."""
+    labels = torch.arange(4096, dtype=torch.int32, device=device)[None]
+    ours = ops.cover(labels, 12, "random", 3, "triton")
+    assert ours.order.tolist() == ops.cover(labels.cpu(), 12, "random", 3, "reference").order.tolist()
+
+
 def test_labels_may_be_any_integers(device):
     labels = labels_of(6, 20, 5, 1, device)
     plain = ops.cover(labels, 10, seed=3, impl="triton")
