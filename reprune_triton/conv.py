@@ -125,7 +125,7 @@ def choose(
             raise availability.refusal(message, x.device)
         if impl != "auto":
             return impl
-        plain = x.numel() == 0 or dtype == torch.float64 or refuses(x)
+        plain = x.numel() == 0 or refuses(x)
         other = "torch" if plain and residual is None and not shared else "mixed"
         if why_not or other == "torch":
             return other
@@ -135,7 +135,9 @@ def choose(
         return _candidates(x, dtype, weight, norm, moves, stats_eps, residual, shared, _differentiable(x, weight, norm))
 
     found = dispatch.choose(x, case, candidates)
-    return "mixed" if found == dispatch.UNKNOWN else found
+    if found == dispatch.UNKNOWN:
+        return "torch" if dtype == torch.float64 and residual is None and not shared else "mixed"
+    return found
 
 
 _CASES: dict[Any, dispatch.Case] = {}  # that the kernels can do, by `_key`
