@@ -132,7 +132,7 @@ def test_forward_of_narrow_at_0(tmp_path, monkeypatch):
 
 def other_biases(monkeypatch):
     """A gather that takes the wrong channels of a BatchNorm."""
-    cuts = narrow.cuts
+    cuts = narrow._cuts
 
     def wrong(module, part):
         found = cuts(module, part)
@@ -140,7 +140,7 @@ def other_biases(monkeypatch):
             found["bias"] = [(dim, index.flip(0)) for dim, index in found["bias"]]
         return found
 
-    monkeypatch.setattr(narrow, "cuts", wrong)
+    monkeypatch.setattr(narrow, "_cuts", wrong)
 
 
 def no_gradient(monkeypatch):

@@ -352,25 +352,33 @@ def pruner_of(model: nn.Module, device="cpu", **options) -> REPrune:
 def test_an_event_makes_lists_of_channels_without_looking_at_them(monkeypatch):
     """Applying the outcome takes sizes from it, and all indices stay where they are."""
     pruner = pruner_of(chain())
-    outcomes, apply = [], pruner._apply
+    outcomes, read, enforce = [], event.Event.read, pruner._narrowing.enforce
 
     class Looks(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             assert not any(wait in str(operation) for wait in ("_local_scalar_dense", "nonzero")), operation
             return operation(*args, **(kwargs or {}))
 
-    def watched(outcome):
-        outcomes.append(outcome)
-        with Looks():
-            apply(outcome)
+    looks = Looks()
 
-    monkeypatch.setattr(pruner, "_apply", watched)
+    def begin(found):
+        outcomes.append(read(found))
+        looks.__enter__()
+        return outcomes[-1]
+
+    def end(setting):
+        enforce(setting)
+        looks.__exit__(None, None, None)
+
+    monkeypatch.setattr(event.Event, "read", begin)
+    monkeypatch.setattr(pruner._narrowing, "enforce", end)
     for _ in range(3):
         pruner.step()
         active = pruner._pool.split(outcomes[-1].active)
         for layer, mask in zip(pruner.channels.prunable, active, strict=True):
             assert pruner.active[layer.name].tolist() == mask.nonzero().flatten().tolist()
             assert pruner._state.pruned[layer.name].tolist() == (~mask).nonzero().flatten().tolist()
+    assert len(outcomes) == 3
     assert any(len(index) for index in pruner._state.pruned.values())
 
 
