@@ -92,7 +92,8 @@ class Belonging:
     def change(self) -> None:
         """The model is about to run on other channels: its averages will follow when they are written to next."""
         for twin in self.copies:
-            twin._stale, twin._values = True, twin._look()
+            if "_modules" in twin.model.__dict__:  # else it is what a copy that failed has left
+                twin._stale, twin._values = True, twin._look()
 
     def follow(self) -> None:
         """Run on the model's channels, if this is an average of it and has been written to since they changed. While a
