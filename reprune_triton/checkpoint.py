@@ -125,6 +125,7 @@ def save(model: nn.Module, path: str | Path, extra: Any = None) -> None:
     _write(Path(path), tensors, _MODEL, content, keep_previous=False)
 
 
+@torch.inference_mode(False)  # what it makes can be trained
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """Narrow `model`, freshly built and dense, in place to what `save` wrote, and return it.
 

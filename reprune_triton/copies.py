@@ -64,7 +64,7 @@ class Belonging:
 
     def _link(self, origin: Belonging | None) -> None:
         self.origin = origin
-        self._stale, self._values = self.average, list[float]()  # has the model changed its channels since?
+        self._stale, self._values = self.average, dict[str, float]()  # has the model changed its channels since?
         if origin is not None:
             origin.copies.add(self)
 
@@ -99,7 +99,7 @@ class Belonging:
         """Run on the model's channels, if this is an average of it and has been written to since they changed. While a
         graph is captured, which cannot wait for the device, all stays as it is."""
         if self._stale and self.origin is not None and not capture.capturing():
-            if self.average or self._look() != self._values:
+            if self.average or self._written():
                 self._run_on(self.origin.active)
 
     # ------------------------------------------------------------------ hooks of the model
@@ -137,14 +137,22 @@ class Belonging:
                 Narrowing(self.model, None, self.impl).set(self.channels.slices(active))
                 self._active, self._stale = active, False
 
+    def _written(self) -> bool:
+        now = self._look()
+        return any(now.get(name, value) != value for name, value in self._values.items())
+
     @torch.no_grad()
-    def _look(self) -> list[float]:
-        """Numbers that change when the model is written to."""
-        modules = (self.model.get_submodule(layer.norm or layer.name) for layer in self.channels.prunable)
-        weights = [module._parameters["weight"] for module in modules]
-        here = (w if w.is_cuda else w.cpu() for w in weights if w is not None)  # MPS has no float64
-        found: list[float] = torch.stack([w.double().sum() for w in here]).tolist()
-        return found
+    def _look(self) -> dict[str, float]:
+        """Numbers that change when the model is written to, by module. A copy may have lost some, or folded its norms
+        into the convolutions."""
+        modules, found = dict(self.model.named_modules()), dict[str, Tensor]()
+        for layer in self.channels.prunable:
+            for name in (layer.norm, layer.name):
+                weight = modules[name]._parameters.get("weight") if name in modules else None
+                if name is not None and weight is not None:
+                    found[name] = (weight if weight.is_cuda else weight.cpu()).double().sum()  # MPS has no float64
+                    break
+        return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True)) if found else {}
 
 
 def of(model: nn.Module) -> Belonging | None:

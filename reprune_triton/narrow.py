@@ -111,6 +111,8 @@ def _cuts(module: nn.Module, part: Slice) -> dict[str, Cuts]:
         found = {"weight": out, "bias": out}
     elif isinstance(module, (nn.Conv2d, nn.Linear)):
         found = {"weight": out + into, "bias": out}
+    elif isinstance(module, nn.Identity):  # of a copy whose norm has been folded into its convolution
+        found = {}
     else:
         raise RepruneError(f"a {type(module).__name__} cannot run on part of its channels")
     own = {*module._parameters, *module._buffers}
@@ -344,6 +346,42 @@ class Narrowing:
         return self._optimizers.states([parameter for parameter, _, _ in entries])
 
 
+class _Turn:
+    """One thread at a time is inside of something. An interrupt may keep it from leaving: it can go inside again."""
+
+    def __init__(self) -> None:
+        self._lock, self.thread = threading.RLock(), 0  # 0: nobody is inside
+
+    def __reduce__(self) -> tuple[Any, ...]:  # nobody is inside of a copy
+        return _Turn, ()
+
+    def take(self, patience: float) -> bool:
+        """Go inside; False if another thread has not left for so many seconds."""
+        if not self.mine():
+            if not self._lock.acquire(timeout=patience):
+                return False
+            self.thread = threading.get_ident()
+        return True
+
+    def seize(self) -> None:
+        """Go inside, whoever was there."""
+        self._lock = threading.RLock()
+        self._lock.acquire()
+        self.thread = threading.get_ident()
+
+    def mine(self) -> bool:
+        return self.thread == threading.get_ident()
+
+    def leave(self) -> None:
+        if self.mine():
+            self.thread = 0
+            self._lock.release()
+
+    def others(self) -> bool:
+        """Whether another thread is inside, and still running."""
+        return not self.mine() and any(thread.ident == self.thread for thread in threading.enumerate())
+
+
 class _Run(NamedTuple):
     """A forward of the whole model, for which the slices of all its modules were gathered."""
 
@@ -351,22 +389,23 @@ class _Run(NamedTuple):
     full: Sequence[Tensor]  # what they were taken of, and the versions of its values
     versions: Sequence[int]
     cast: torch.dtype | None  # what autocast casts to
+    thread: int  # that runs it: others gather their own
 
 
 class _Shadow:
     """Lets a module's forward see slices of its tensors: an instance attribute hides the parameter of the same name.
 
-    An interrupt may leave it hidden; the next forward hides it anew. Where several threads run the module it is hidden
-    until the last one leaves.
+    One thread at a time runs the module, as another one would find slices that are not its own. An interrupt may leave
+    it hidden; the next forward hides it anew.
     """
 
-    _lock = threading.Lock()  # of all shadows: what it guards takes no time
+    PATIENCE = 10.0  # seconds, longer than any module runs: after these, what is inside was interrupted there
 
     def __init__(self, where: dict[str, Cuts], widths: dict[str, tuple[int, int]], number: int, current: Current):
         self.where, self.widths = where, widths  # widths: attribute -> (narrow, full)
         self.narrow, self.full = ({key: pair[i] for key, pair in widths.items()} for i in (0, 1))
         self.number, self.current = number, current
-        self.threads: set[int] = set()  # inside
+        self.turn = _Turn()
         self.run: _Run | None = None  # while it lasts, and where the module's slices are in it
         self.numbers: list[tuple[str, int]] = []
         self.casts = False  # whether autocast would cast them
@@ -380,6 +419,9 @@ class _Shadow:
             if not compiling:
                 self.current.finish()
             return
+        if not compiling and "_is_replica" not in module.__dict__:
+            if not self.turn.take(self.PATIENCE):
+                self.turn.seize()
         parts = None if compiling else self._served(module)
         if parts is None:
             parts = {}
@@ -395,27 +437,21 @@ class _Shadow:
             for name, part in parts.items():
                 module.__dict__[name] = part
         else:
-            with self._lock:
-                self.threads.add(threading.get_ident())
-                module.__dict__.update(parts)  # |= would assign to it, which a module takes long for
+            module.__dict__.update(parts)  # |= would assign to it, which a module takes long for
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
-        compiling = torch.compiler.is_compiling()
-        if self.current.setting.number != self.number if compiling else threading.get_ident() not in self.threads:
+        apart = torch.compiler.is_compiling() or "_is_replica" in module.__dict__
+        if self.current.setting.number != self.number if apart else not self.turn.mine():
             return
-        together = not compiling and self.run is not None
+        together = not apart and self.run is not None and self.run.thread == self.turn.thread
         for name, cut in self.where.items() if module.training and not together else ():
             part, full = module.__dict__.get(name), module._buffers.get(name)
             if full is not None and part is not None:  # BatchNorm updated its statistics
                 for dim, index in cut:
                     full.index_copy_(dim, index.to(full.device), part)
-        if compiling:
-            self._uncover(module)
-        else:
-            with self._lock:
-                self.threads.discard(threading.get_ident())
-                if not self.threads:
-                    self._uncover(module)
+        self._uncover(module)
+        if not apart:
+            self.turn.leave()
 
     def _served(self, module: nn.Module) -> dict[str, Any] | None:
         """What was gathered for the whole model, if there is such, and it is what the module needs now: of the same
@@ -423,9 +459,9 @@ class _Shadow:
         run = self.run
         if run is None:
             return None
-        slices, whole, versions, cast = run
+        slices, whole, versions, cast, thread = run
         parameters, buffers, parts = module._parameters, module._buffers, dict[str, Any]()
-        right = not self.casts or _autocast_dtype(whole[0].device) == cast
+        right = thread == self.turn.thread and (not self.casts or _autocast_dtype(whole[0].device) == cast)
         for name, number in self.numbers:
             full, own = whole[number], parameters if name in parameters else buffers
             right = right and own.get(name) is full and full._version == versions[number]
@@ -437,10 +473,9 @@ class _Shadow:
 
     def uncover(self, module: nn.Module) -> None:
         """Show the module's own tensors again, if an interrupt has left them hidden."""
-        with self._lock:
-            self.threads &= {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-            if not self.threads:
-                self._uncover(module)
+        if not self.turn.others():
+            self._uncover(module)
+            self.turn.leave()
 
     def _uncover(self, module: nn.Module) -> None:
         own = module.__dict__
@@ -475,6 +510,7 @@ class _Gathering:
         self.shadows: list[tuple[nn.Module, _Shadow]] = []
         self.plans: dict[bool, _Plan] = {}  # whether there is autocast
         self.running: tuple[_Plan, _Run] | None = None
+        self.turn = _Turn()
         # Nodes of earlier forwards whose graphs may still be there, each with the stream on which autograd adds up
         # gradients: while one of these graphs lives, it stays the stream of the first.
         self.graphs: list[tuple[weakref.ref[Any], int | None]] = []
@@ -501,9 +537,10 @@ class _Gathering:
     def enter(self, model: nn.Module, args: object) -> None:
         if "_is_replica" in model.__dict__:  # of DataParallel's: the tensors here are not its own
             return
-        self._let_go()  # an interrupt may have kept the last forward from it
-        if torch.compiler.is_compiling():  # each module gathers its own: streams and weak references break the graph
+        # Each module gathers its own where streams and weak references would break a graph, and in a second thread.
+        if torch.compiler.is_compiling() or not self.turn.take(0):
             return
+        self._let_go()  # an interrupt may have kept the last forward from it
         self.current.finish()
         for module, _ in self.shadows:
             if len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1:
@@ -532,17 +569,20 @@ class _Gathering:
         part = next((part for part in parts if part.grad_fn is not None), None)
         if part is not None:
             self.graphs.append((weakref.ref(part.grad_fn), stream))
-        run = _Run(parts, full, [tensor._version for tensor in full], cast)
+        run = _Run(parts, full, [tensor._version for tensor in full], cast, self.turn.thread)
         self.running = plan, run
         for shadow, numbers, casts in plan.shadows:
             shadow.run, shadow.numbers, shadow.casts = run, numbers, casts
 
     def leave(self, model: nn.Module, args: object, output: object) -> None:
-        if self.running is not None and "_is_replica" not in model.__dict__:
+        if torch.compiler.is_compiling() or "_is_replica" in model.__dict__ or not self.turn.mine():
+            return
+        if self.running is not None:
             plan, run = self.running
             updated = [n for n, module, shadow in plan.statistics if shadow.run is not None and module.training]
             plan.pack.put_back(run.slices[0], [(number, run.full[number], False) for number in updated])
-            self._let_go()
+        self._let_go()
+        self.turn.leave()
 
     def _stream(self) -> int | None:
         """The stream on which autograd will add up the gradients of this forward; None without CUDA.

@@ -202,7 +202,7 @@ class REPrune:
         self._pool = Pool([x.n_out for x in self.channels.prunable], self._device())
         self._budget = self._new_budget()
         self._check_budget()
-        self._modules = {name: _made_of(model.get_submodule(name)) for name in self._concerned()}
+        self._modules = {name: _made_of(model.get_submodule(name), part) for name, part in self._concerned().items()}
         self._check_optimizers(optimizers)
         self._optimizers = optimizers
         impl = "torch" if self.config.impl == "reference" else self.config.impl
@@ -802,9 +802,9 @@ class REPrune:
 
     def _check_still(self) -> None:
         """All that held at the start, and that the program may have changed since."""
-        modules = dict(self.model.named_modules())
+        modules, concerned = dict(self.model.named_modules()), self._concerned()
         for name, then in self._modules.items():
-            now = _made_of(modules[name]) if name in modules else None
+            now = _made_of(modules[name], concerned[name]) if name in modules else None
             if now != then:
                 kind = "gone" if now is None else f"a {now[1].__name__}"
                 if now is not None and now[1] is then[1]:
@@ -925,9 +925,12 @@ def _gradients(model: nn.Module) -> list[tuple[int, int]]:
     return [(id(p.grad), p.grad._version) for p in model.parameters() if p.grad is not None]
 
 
-def _made_of(module: nn.Module) -> tuple[nn.Module, type, tuple[str, ...]]:
-    """What a module is as long as it stays the same: itself, its class, and which tensors it holds."""
-    return module, type(module), (*module._parameters, *module._buffers)
+def _made_of(module: nn.Module, part: narrow.Slice) -> tuple[nn.Module, type, tuple[str, ...]]:
+    """What a module is as long as it stays the same: itself, its class, and which of its tensors can be made narrow."""
+    try:
+        return module, type(module), tuple(narrow.cuts(module, part))
+    except RepruneError:  # no class of which anything can
+        return module, type(module), ()
 
 
 def _process_group(model: nn.Module) -> dist.ProcessGroup | None:

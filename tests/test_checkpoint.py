@@ -274,6 +274,14 @@ def test_narrow_model_round_trip(tmp_path):
     back(x).sum().backward()
 
 
+def test_what_is_loaded_under_inference_mode_can_be_trained(tmp_path):
+    checkpoint.save(models.build("resnet8", 3), tmp_path / "a.safetensors")
+    model = models.build("resnet8", 3)
+    with torch.inference_mode():
+        checkpoint.load(tmp_path / "a.safetensors", model)
+    model(models.example_inputs("resnet8", size=8)).sum().backward()
+
+
 def test_narrow_depthwise_and_shared_and_bf16(tmp_path):
     def build(width):
         model = nn.Sequential(

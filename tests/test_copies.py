@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental import optimization
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -262,17 +263,49 @@ def test_a_hook_of_the_user_sees_whole_parameters():
         assert torch.allclose(pruner.compact().eval()(X), model.eval()(X), atol=1e-6)
 
 
+def folded(model):
+    for i in (1, 2):
+        conv, norm = getattr(model, f"conv{i}"), getattr(model, f"bn{i}")
+        setattr(model, f"conv{i}", fuse_conv_bn_eval(conv, norm)), setattr(model, f"bn{i}", nn.Identity())
+    return model
+
+
 def test_a_copy_with_its_norms_folded_runs_on_the_channels():
     model, optimizer, pruner = start()
     go_on(model, optimizer, pruner, 2)
     expected = model.eval()(X)
     for source in (model, pruner.compact()):
-        folded = copy.deepcopy(source).eval()
-        for i in (1, 2):
-            conv, norm = getattr(folded, f"conv{i}"), getattr(folded, f"bn{i}")
-            setattr(folded, f"conv{i}", fuse_conv_bn_eval(conv, norm)), setattr(folded, f"bn{i}", nn.Identity())
-        assert torch.allclose(folded(X), expected, atol=1e-5)
+        assert torch.allclose(folded(copy.deepcopy(source).eval())(X), expected, atol=1e-5)
     assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("when", ["before the event", "after it"])
+def test_a_copy_with_its_norms_folded_stays_on_its_channels(when):
+    """As long as it is kept, the training goes on; and it can be made narrow."""
+    model, optimizer, pruner = start()
+    go_on(model, optimizer, pruner, 2)
+    kept, expected = copy.deepcopy(model).eval(), model.eval()(X)
+    kept = folded(kept) if when == "before the event" else kept
+    go_on(model, optimizer, pruner, 1)
+    kept = folded(kept) if when == "after it" else kept
+    assert not torch.allclose(model.eval()(X), expected, atol=1e-3)
+    assert torch.allclose(kept(X), expected, atol=1e-5)
+    slim = pruner.compact(kept)
+    assert slim.conv1.out_channels < 8 and torch.allclose(slim(X), expected, atol=1e-5)
+
+
+def test_copies_that_have_become_other_networks_do_not_stop_an_event():
+    model, optimizer, pruner = start()
+    go_on(model, optimizer, pruner, 2)
+    kept = [copy.deepcopy(model) for _ in range(2)]
+    expected = model.eval()(X)
+    del kept[0].bn2, kept[0].conv2
+    kept[1].bn1 = nn.BatchNorm2d(8, affine=False)
+    fx = optimization.fuse(model.eval())
+    go_on(model, optimizer, pruner, 2)
+    assert torch.allclose(fx(X), expected, atol=1e-5)
+    with pytest.raises(RepruneError, match=r"has no module bn2"):
+        pruner.compact(kept[0])
 
 
 def test_threads_may_share_a_narrow_model():

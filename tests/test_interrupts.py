@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import reprune_triton
-from reprune_triton import REPrune
+from reprune_triton import REPrune, narrow
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4
@@ -212,6 +213,23 @@ def test_a_forward_works_after_one_that_was_interrupted(training):
         assert torch.allclose(model(X), expected, atol=1e-6), line
         assert {name: p.shape for name, p in model.named_parameters()} == shapes
         assert not any("weight" in vars(module) for module in model.modules())
+
+
+def test_other_threads_go_on_after_a_forward_that_was_interrupted(monkeypatch):
+    """They wait for a while, as it might still be inside of the module."""
+    monkeypatch.setattr(narrow._Shadow, "PATIENCE", 0.1)
+    run, found = Training(), []
+    model = run.model.eval()
+    expected = model(X)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Conv2d, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(X)
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: found.append(model(X)))
+        thread.start()
+        thread.join(5)
+    assert len(found) == 2 and all(torch.equal(y, expected) for y in (*found, model(X)))
 
 
 @pytest.mark.filterwarnings("ignore:.* before the last pruning event")

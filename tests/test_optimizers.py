@@ -138,6 +138,32 @@ class Duck:
         self.inner.step()
 
 
+class SharedDict:
+    """Shares what the optimizer inside has, and imitates its class (as Lightning's do)."""
+
+    def __init__(self, inner):
+        self.__dict__ = {key: value for key, value in vars(inner).items() if key != "step"}
+        self.__class__ = type(f"Shared{type(inner).__name__}", (SharedDict, type(inner)), {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Imitating:
+    """Imitates the class too, and asks the optimizer inside for all else."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        self.__class__ = type(f"Imitating{type(inner).__name__}", (Imitating, type(inner)), {})
+
+    def __getattr__(self, name):
+        return getattr(vars(self)["inner"], name)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
 class Decaying(Duck):
     """Changes the weights itself, after the step of the optimizer inside."""
 
@@ -390,6 +416,8 @@ WRAPPERS = {
     "duck": lambda p: Duck(sgd(p)),
     "decaying": lambda p: Decaying(sgd(p)),
     "wrapped twice": lambda p: Duck(Unhooked(sgd(p))),
+    "shared dict": lambda p: SharedDict(sgd(p)),
+    "imitating": lambda p: Imitating(sgd(p)),
     "lookahead": lambda p: Lookahead(sgd(p)),
     "sam": lambda p: SAM(p),
     "several": lambda p: Several([sgd(p[:3]), torch.optim.AdamW(p[3:], 0.01)]),
@@ -495,6 +523,33 @@ def test_a_sharded_optimizer(tmp_path):
 def test_every_optimizer_of_torch(make):
     model = network()
     check_all(model, make(model.parameters()))
+
+
+def test_a_penalty_on_scales_moves_nothing_that_is_pruned():
+    """As network slimming adds it to the gradients (Liu et al., ICCV 2017)."""
+    model = network(width=16)
+    with torch.no_grad():
+        model.bn1.weight[::2] *= -1
+        model.bn2.weight[:4] = 0
+    optimizer = sgd(model.parameters())
+    pruner = pruner_of(model, optimizer, regrow=0.0)
+
+    def slim_down(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X), Y).backward()
+            for norm in (model.bn1, model.bn2):
+                norm.weight.grad += 1e-2 * norm.weight.detach().sign()
+            optimizer.step()
+
+    slim_down(2)
+    for _ in range(3):
+        pruner.step()
+        before, weight = values(pruner), model.bn1.weight.detach().clone()
+        slim_down(3)
+        assert same(values(pruner), before) and not torch.equal(model.bn1.weight, weight)
+    expected = model.eval()(X)
+    assert torch.allclose(pruner.finalize().eval()(X), expected, atol=1e-6)
 
 
 def test_what_a_new_channel_starts_with_is_no_average():
@@ -830,6 +885,22 @@ def test_modules_that_are_not_the_analysed_ones_any_more(change, message):
     assert pruner.epoch == 1
 
 
+def test_what_profilers_leave_on_modules_is_no_change_of_theirs():
+    model = network()
+    optimizer = sgd(model.parameters())
+    pruner = pruner_of(model, optimizer)
+    train(model, optimizer)
+    pruner.step()
+    for module in model.modules():
+        module.register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
+        module.register_buffer("total_params", torch.zeros((), dtype=torch.float64))
+    train(model, optimizer)
+    assert pruner.step().epoch == 2
+    model.bn1.register_parameter("importance", nn.Parameter(torch.ones(8)))  # an entry a channel: it would be narrow
+    with pytest.raises(RepruneError, match="bn1 was a BatchNorm2d .* and is one with other tensors now"):
+        pruner.step()
+
+
 class Keeps(Net):
     """Keeps feature maps on itself, for a picture or a loss."""
 
@@ -912,6 +983,44 @@ def test_averages_are_found_in_what_holds_them():
         average.update(model)
     assert torch.allclose(average.module.eval()(X), model.eval()(X), atol=1e-5)
     assert pruner.compact(swa).conv1.weight.shape == shapes["conv1.weight"]
+
+
+def in_a_list(model):
+    kept = [p.detach().clone() for p in model.parameters()]
+    return lambda: [mine.lerp_(p.detach(), 0.5) for mine, p in zip(kept, model.parameters(), strict=True)]
+
+
+def in_a_list_at_once(model):
+    kept = [p.detach().clone() for p in model.parameters()]
+    return lambda: torch._foreach_lerp_(kept, [p.detach() for p in model.parameters()], 0.5)
+
+
+def swapped_in(model):
+    kept = [p.detach().clone() for p in model.parameters()]
+    return lambda: [p.data.copy_(mine) for mine, p in zip(kept, model.parameters(), strict=True)]
+
+
+def averaged(model):
+    average = AveragedModel(model)
+    return lambda: average.update_parameters(model)
+
+
+def averaged_by_timm(model):
+    average = pytest.importorskip("timm.utils").ModelEmaV3(model, decay=0.5)
+    return lambda: average.update(model)
+
+
+@pytest.mark.parametrize("make", [in_a_list, in_a_list_at_once, swapped_in, averaged, averaged_by_timm])
+def test_an_average_that_was_not_given_keeps_its_shapes_and_says_so(make):
+    model = network()
+    optimizer, update = sgd(model.parameters()), make(model)
+    pruner = pruner_of(model, optimizer, until=1, compact="auto")
+    train(model, optimizer)
+    update()
+    pruner.step()
+    train(model, optimizer)
+    with pytest.raises(RuntimeError, match="must match"):
+        update()
 
 
 @pytest.mark.parametrize("make", [

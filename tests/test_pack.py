@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import types
 import weakref
 from pathlib import Path
@@ -690,6 +691,52 @@ def test_other_ways_to_run_a_model(small):
         results.append(found)
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+class Meeting(nn.Conv2d):
+    """Lets others in before it reads its weight, as `padding_mode="reflect"` does."""
+
+    def forward(self, x):
+        self.pause()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("where", ["inside", "between"])
+def test_a_thread_gets_no_slices_of_another(small, impl, where):
+    """One that measures comes by while another one trains: inside a module, and between modules."""
+    model, slices, x = small
+    model.eval()
+    Narrowing(model, None, impl).set(slices)
+    expected = model(x)
+    gradients = torch.autograd.grad(expected.square().sum(), model.parameters())
+    waiting, done, found = threading.Event(), threading.Event(), []
+
+    def measure():
+        with torch.no_grad():
+            found.append(model(x))
+
+    other = threading.Thread(target=measure)
+
+    def pause(*_):
+        if threading.current_thread() is other:
+            waiting.set()
+            done.wait(10)
+        elif not other.is_alive() and not found:
+            other.start()
+            waiting.wait(0.2 if where == "inside" else 10)  # inside it must wait for us
+
+    if where == "inside":
+        model.conv2.__class__, model.conv2.pause = Meeting, pause
+    else:
+        model.norm1.register_forward_pre_hook(pause)
+    loss = model(x).square().sum()
+    own = torch.autograd.grad(loss, model.parameters(), allow_unused=True)
+    done.set()
+    other.join()
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(own, gradients, strict=True))
+    assert torch.equal(found[0], expected)
+    assert not any("weight" in vars(module) for module in model.modules())
 
 
 # ---------------------------------------------------------------------- ahead of time
