@@ -251,6 +251,9 @@ def test_a_hook_of_the_user_sees_whole_parameters():
         module.weight.data.clamp_(-0.01, 0.01)
 
     model.conv2.register_forward_hook(look)
+    model.conv2.register_forward_hook(lambda module, args, kwargs, out: look(module), with_kwargs=True)
+    model.conv2.register_full_backward_hook(look)
+    model.register_forward_hook(lambda module, *_: look(module.conv2), always_call=True)
     go_on(model, optimizer, pruner, 2)
     model.conv1.register_forward_hook(look, prepend=True)
     model.conv1.register_forward_pre_hook(look)

@@ -15,7 +15,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import REPrune, RepruneError, channels, checkpoint, models
+from reprune_triton import REPrune, RepruneError, channels, checkpoint, models, ops
 from reprune_triton import event as event_module
 
 X = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -424,6 +424,70 @@ def test_a_compiled_model_follows_every_event():
             assert torch.equal(compiled(X), model(X)) and not torch.equal(compiled(X), before)
 
 
+def test_a_model_compiled_in_place_and_a_compiled_step():
+    model, optimizer = small()
+    pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=2, regrow=0.0)
+    model.compile(backend="aot_eager")
+    step = torch.compile(optimizer.step, backend="eager")
+    pruner.step()
+    gone, before = pruner._state.pruned["conv1"], model.conv1.weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        step()
+    assert len(gone) and torch.equal(model.conv1.weight[gone], before[gone])
+    assert not torch.equal(model.conv1.weight, before)
+    with torch.no_grad():
+        assert torch.allclose(model(X), pruner.compact()(X), atol=1e-5)
+        pruner.step()
+        assert torch.allclose(model(X), pruner.compact()(X), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_traces_of_a_narrow_model_are_that_model():
+    """While it is pruned, and when it is final; made in the ways that there are."""
+    model, optimizer = small()
+    pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=1)
+    train(model, optimizer)
+    pruner.step()
+    expected = model.eval()(X)
+    for make in (lambda x: torch.jit.trace(x, X[:2]), torch.fx.symbolic_trace):
+        assert torch.allclose(make(model)(X), expected, atol=1e-6)
+    slim, any_batch = pruner.finalize().eval(), ({0: torch.export.Dim("b")},)
+    for make in (
+        torch.jit.script, lambda x: torch.jit.trace(x, X[:2]), torch.fx.symbolic_trace,
+        lambda x: torch.export.export(x, (X[:2],), dynamic_shapes=any_batch).module(),
+    ):  # fmt: skip
+        assert torch.allclose(make(slim)(X), expected, atol=1e-6)
+
+
+def test_features_taken_from_inside_are_those_of_the_narrow_model():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, optimizer = network()
+    pruner = prune(model, optimizer)
+    model.eval()
+    nodes = {"stage1.0.conv2": "a", "stage3": "b"}
+    wide = extraction.create_feature_extractor(model, nodes)(X)
+    slim = extraction.create_feature_extractor(pruner.compact().eval(), nodes)(X)
+    first = nn.Sequential(*list(model.children())[:-1])(X)  # or the modules one by one
+    assert all(torch.allclose(wide[key], slim[key], atol=1e-5) for key in ("a", "b"))
+    assert torch.allclose(first, nn.Sequential(*list(pruner.compact().eval().children())[:-1])(X), atol=1e-5)
+
+
+def test_what_a_model_says_of_its_features_stays_true():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", features_only=True, out_indices=(0, 1, 2))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    pruner = REPrune(model, None, example_inputs=torch.randn(2, 3, 32, 32), sparsity=0.5, every=1, until=1)
+    pruner.step()
+    slim = pruner.finalize().eval()
+    assert [x.shape[1] for x in slim(torch.randn(2, 3, 32, 32))] == slim.feature_info.channels() == [64, 64, 128]
+    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize("wrap, prefix", [
     (nn.DataParallel, "module."),
     (lambda model: torch.compile(model, backend="eager"), "_orig_mod."),
@@ -458,19 +522,37 @@ class Noisy(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
         self.conv2 = nn.Conv2d(8, 10, 3)
+        self.own = torch.Generator().manual_seed(1), np.random.default_rng(1), random.Random(1)
 
     def forward(self, x):
-        x = self.bn1(self.conv1(x)) + 1e-9 * (torch.rand(()) + np.random.rand() + random.random())
+        own, numpys, pythons = self.own
+        noise = torch.rand(()) + np.random.rand() + random.random()
+        noise = noise + torch.rand((), generator=own) + numpys.random() + pythons.random()
+        x = self.bn1(self.conv1(x)) + 1e-9 * noise
         return self.conv2(nn.functional.dropout(x.relu(), 0.1, self.training)).mean((2, 3))
 
 
+class Langevin(torch.optim.SGD):
+    """Draws from all of them, too."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.grad += 1e-9 * (torch.randn_like(p) + np.random.rand() + random.random())
+        return super().step(closure)
+
+
 def test_the_programs_generators_are_left_as_they_are():
+    """And the model's own."""
     model = Noisy()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    optimizer = Langevin(model.parameters(), 0.05)
     nn.init.uniform_(model.bn1.weight)
 
     def states():
-        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+        own, numpys, pythons = model.own
+        return (
+            torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate(), own.get_state().tolist(),
+            numpys.bit_generator.state, pythons.getstate(),
+        )  # fmt: skip
 
     before = states()
     channels.analyse(model, X[:2])
@@ -606,8 +688,11 @@ class TestErrors:
 
     def test_untrained_scales(self):
         model, optimizer = network()
-        with pytest.raises(RepruneError, match="BatchNorm scales are equal"):
-            REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=4).step()
+        pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=1)
+        with pytest.raises(RepruneError, match="BatchNorm scales are equal .*Train before the first pruning event"):
+            pruner.step()
+        train(model, optimizer)
+        assert pruner.step().sparsity == pytest.approx(0.5, abs=0.03)
 
     def test_after_the_end(self):
         model, optimizer = network()
@@ -683,6 +768,171 @@ def test_a_dead_network_is_pruned_as_far_as_asked():
                 nn.init.uniform_(module.weight, 0.5, 1.0).data[: int(zero * len(module.weight))] = 0
         pruner = REPrune(model, None, example_inputs=X[:2], sparsity=0.25, every=1, until=1)
         assert pruner.step().sparsity == pytest.approx(0.25, abs=0.02)
+
+
+def test_where_half_of_the_scales_are_zero_half_of_each_layer_goes():
+    model, _ = network()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0).data[::2] = 0
+    event = REPrune(model, None, example_inputs=X[:2], sparsity=0.5, every=1, until=1).step()
+    assert event.sparsity == 0.5 and all(layer.width == layer.n_out // 2 for layer in event.layers)
+
+
+class Small(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.fc(self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu().mean((2, 3)))
+
+
+def small(kind=Small, **options):
+    torch.manual_seed(0)
+    model = kind(**options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0), nn.init.normal_(module.bias)
+    return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+DEGENERATE = {
+    "identical": lambda w: w[:1].expand_as(w),
+    "zero": torch.zeros_like,
+    "two distinct": lambda w: w[torch.arange(len(w)) % 2],
+    "one-hot": lambda w: nn.init.dirac_(torch.empty_like(w)),
+    "two levels": torch.sign,
+    "huge": lambda w: w * 1e18,
+    "tiny": lambda w: w * 1e-20,
+    "subnormal": lambda w: w * 1e-40,
+    "one filter far away": lambda w: torch.cat([w[:1] * 1e12, w[1:]]),
+    "thirty decades": lambda w: w * torch.logspace(-15, 15, len(w))[:, None, None, None],
+    "cancellation": lambda w: w + 1e4,
+}
+
+
+@pytest.mark.parametrize("linkage", ops.LINKAGES)
+def test_degenerate_weights_are_pruned_as_far_as_asked(linkage):
+    """To a network that runs, and computes when it is narrow what it computes while it is pruned."""
+    model, _ = small(width=16)
+    start = REPrune(model, None, example_inputs=X[:2], sparsity=0.5, every=1, until=1, linkage=linkage)
+    for name, fill in DEGENERATE.items():
+        pruner = copy.deepcopy(start)
+        twin = pruner.model
+        with torch.no_grad():
+            for conv in (twin.conv1, twin.conv2):
+                conv.weight.copy_(fill(conv.weight.clone()))
+        event = pruner.step()
+        assert event.sparsity == 0.5, name
+        assert all(0 < x.coverage <= 1 and 0 <= x.h < math.inf for x in event.layers), name
+        if name in ("identical", "zero", "two distinct"):
+            assert event.coverage == 1 and all(x.h == 0 for x in event.layers), name
+        expected = twin.eval()(X)
+        assert torch.equal(pruner.finalize().eval()(X), expected) and torch.isfinite(expected).all(), name
+
+
+class Bytes(Small):
+    """Takes images as bytes, and normalises them inside."""
+
+    def forward(self, x):
+        return super().forward((x.float() / 255 - 0.5) / 0.25)
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.head = Small(), nn.Linear(10, 10)
+
+    def forward(self, x):
+        return self.head(self.net(x))
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield X.double()
+    torch.set_default_dtype(torch.float32)
+
+
+def check_run(model, optimizer, x, part=None, **options):
+    """Train, prune twice, and end with the network that was there."""
+    pruner = REPrune(part or model, optimizer, example_inputs=x[:2], sparsity=0.5, every=1, until=2, **options)
+    for _ in range(2):
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model.train()(x), Y).backward()
+            optimizer.step()
+        event = pruner.step()
+    expected = model.eval()(x)
+    slim = pruner.finalize()
+    assert event.sparsity == 0.5 and sum(len(index) for index in pruner.active.values()) == 8
+    if part is None:
+        assert torch.allclose(slim.eval()(x), expected, atol=1e-5 if x.dtype != torch.float64 else 1e-12)
+    return slim
+
+
+def test_images_may_be_bytes():
+    check_run(*small(Bytes), torch.randint(0, 255, (16, 3, 8, 8), dtype=torch.uint8))
+
+
+def test_inputs_may_be_strided_and_ask_for_gradients():
+    check_run(*small(), X.permute(0, 1, 3, 2).requires_grad_())
+
+
+def test_the_default_type_may_be_float64(double):
+    slim = check_run(*small(), double)
+    assert slim.conv1.weight.dtype == torch.float64
+
+
+def test_all_of_it_may_run_inside_autocast():
+    model, optimizer = small()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # the cache would keep weights from before steps
+        slim = check_run(model, optimizer, X)
+    assert all(p.dtype == torch.float32 for p in slim.parameters())
+
+
+def test_a_part_of_a_model_is_made_narrow_in_place():
+    model, optimizer = small(Part)
+    assert check_run(model, optimizer, X, model.net, compact="auto") is model.net
+    assert model.net.conv1.out_channels == len(model.net.conv1.weight) < 8
+    train(model, optimizer)
+
+
+def test_two_pruners_share_an_optimizer():
+    models_, x = [small()[0], small(width=12)[0]], X
+    optimizer = torch.optim.AdamW([p for model in models_ for p in model.parameters()], 0.01, weight_decay=0.1)
+    options = {"example_inputs": x[:2], "sparsity": 0.5, "every": 1, "until": 2, "regrow": 0.2}
+    pruners = [REPrune(model, optimizer, **options) for model in models_]
+
+    def both(steps=2):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(sum(model.train()(x) for model in models_), Y).backward()
+            optimizer.step()
+
+    def frozen():
+        return [
+            pruner.model.get_submodule(layer.name).weight[pruner._state.pruned[layer.name]].clone()
+            for pruner in pruners
+            for layer in pruner.channels.prunable
+        ]
+
+    for _ in range(2):
+        both()
+        for pruner in pruners:
+            pruner.step()
+        before = frozen()
+        both()
+        assert all(torch.equal(a, b) for a, b in zip(before, frozen(), strict=True))
+    for i, pruner in enumerate(pruners):  # one ends before the other
+        expected = models_[i].eval()(x)
+        models_[i] = pruner.finalize()
+        assert torch.allclose(models_[i].eval()(x), expected, atol=1e-5)
+        both()
+    assert len(optimizer.state) == sum(len(list(model.parameters())) for model in models_)
 
 
 def test_a_state_of_an_older_format_is_refused():
