@@ -36,7 +36,7 @@ KINDS = {
     "mul": {"mul"},
     "view": {"flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "permute", "transpose"},
     "pool": {"max_pool2d", "boolean_dispatch", "avg_pool2d", "adaptive_avg_pool2d"},
-    "dropout": {"dropout"},
+    "dropout": {"dropout", "dropout2d"},
 }
 _HINT = "which only torch-pruning could follow (pip install torch-pruning)"
 

@@ -118,6 +118,7 @@ TAKEN = {
     "slope": lambda s, x: s.b(s.p(s.a(x))),
     "own class": lambda s, x: s.b(s.own(s.a(x))),
     "functions": lambda s, x: s.b(F.max_pool2d(F.dropout(F.hardswish(s.a(x)), 0.5, s.training), 2)),
+    "whole channels dropped": lambda s, x: s.b(F.dropout2d(s.a(x).relu(), 0.5, s.training)),
 }
 
 

@@ -188,6 +188,52 @@ def test_channelwise_modules_follow(norm):
     assert torch.equal(net.eval()(x), slim.eval()(x))
 
 
+RESHAPED = {  # what is done with activations of 8x4x4, and the layer behind it
+    "view of the batch": (lambda s, x: s.f(x.view(x.size(0), -1)), 128),
+    "reshape": (lambda s, x: s.f(x.reshape(x.shape[0], -1)), 128),
+    "channels last": (lambda s, x: s.f(x.permute(0, 2, 3, 1)).mean((1, 2)), 8),
+    "tokens": (lambda s, x: s.f(x.flatten(2).transpose(1, 2)).mean(1), 8),
+    "dropout2d": (lambda s, x: s.f(F.dropout2d(x, 0.3, s.training).flatten(1)), 128),
+    "where": (lambda s, x: s.f(torch.where(x > 0.1, x, torch.zeros_like(x)).flatten(1)), 128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RESHAPED)
+def test_channels_are_followed_through_reshapes(case):
+    pytest.importorskip("torch_pruning", reason="chains end at most of them")
+    tail, features = RESHAPED[case]
+    net = Net(
+        lambda s, x: tail(s, F.max_pool2d(F.relu(s.m(s.b(F.relu(s.n(s.a(x)))))), 2)), a=conv(3, 8, 3),
+        n=nn.BatchNorm2d(8), b=conv(8, 8, 3), m=nn.BatchNorm2d(8), f=nn.Linear(features, 4),
+    )  # fmt: skip
+    x = torch.randn(4, 3, 8, 8)
+    found = channels.analyse(net, x)
+    assert names(found) == ["a", "b"], found.reasons
+    assert found.prunable[1].readers == (("f", features // 8),)
+    slim = compact(net, found.slices(halves(found)))
+    Narrowing(net).set(found.slices(halves(found)))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        expected = slim.train()(x)
+        torch.manual_seed(seed)
+        assert torch.allclose(net.train()(x), expected, atol=1e-6)
+    assert slim.f.in_features == features // 2 and torch.allclose(net.eval()(x), slim.eval()(x), atol=1e-6)
+
+
+def test_reshapes_that_name_the_width_and_norms_that_two_share_keep_it():
+    pytest.importorskip("torch_pruning", reason="these are its reasons")
+    fixed = Net(lambda s, x: s.f(s.b(s.a(x)).view(-1, 8 * 64)), a=conv(3, 8), b=conv(8, 8), f=nn.Linear(512, 4))
+    shared = Net(
+        lambda s, x: s.f(s.n(s.b(s.n(s.a(x)))).mean((2, 3))), a=conv(3, 8), b=conv(8, 8), n=nn.BatchNorm2d(8),
+        f=nn.Linear(8, 4),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    found = channels.analyse(fixed, x)
+    assert names(found) == ["a"] and "does not run without some of its channels" in found.reasons["b"]
+    found = channels.analyse(shared, x)
+    assert not names(found) and all("output" in found.reasons[name] for name in ("a", "b")), found.reasons
+
+
 def test_inputs_may_be_a_tuple_or_a_dict():
     net = Net(lambda s, x: s.b(F.relu(s.n(s.a(x)))), a=conv(3, 8), n=nn.BatchNorm2d(8), b=conv(8, 2))
     x = torch.randn(2, 3, 8, 8)

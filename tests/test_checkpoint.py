@@ -274,6 +274,23 @@ def test_narrow_model_round_trip(tmp_path):
     back(x).sum().backward()
 
 
+@pytest.mark.parametrize("variant", [
+    lambda slim: slim.to(memory_format=torch.channels_last), lambda slim: slim.half(),
+    lambda slim: slim.requires_grad_(False),
+], ids=["channels last", "half", "frozen"])  # fmt: skip
+def test_narrow_models_of_all_kinds_round_trip(tmp_path, variant):
+    torch.manual_seed(0)
+    slim = variant(narrow_by_hand(models.build("resnet8", 3)).eval())
+    x = models.example_inputs("resnet8").to(slim.fc.weight.dtype)
+    checkpoint.save(slim, tmp_path / "a.safetensors")
+    fresh = models.build("resnet8", 3).requires_grad_(slim.fc.weight.requires_grad).eval()
+    back = checkpoint.load(tmp_path / "a.safetensors", fresh)
+    assert torch.allclose(back(x), slim(x)) and back.fc.weight.dtype == slim.fc.weight.dtype
+    assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in slim.parameters()]
+    for key, value in slim.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value)
+
+
 def test_what_is_loaded_under_inference_mode_can_be_trained(tmp_path):
     checkpoint.save(models.build("resnet8", 3), tmp_path / "a.safetensors")
     model = models.build("resnet8", 3)

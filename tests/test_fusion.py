@@ -1,6 +1,7 @@
 """A fused network is the network, whoever does what to whose activations."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torchvision
 from test_narrow import Oracle, calm, largest_difference, sgd, some, train_step
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from reprune_triton import REPrune, chains, fuse, fusion, models, norm, unfuse
@@ -579,6 +581,32 @@ def test_a_copy_and_unfuse():
     expected = model(x)
     assert unfuse(model) is model and "forward" not in vars(model) and "forward" not in vars(model.bn1)
     assert torch.equal(model(x), expected)
+
+
+def test_fused_or_not_averages_copies_and_pickles_of_a_pruned_network_are_the_same():
+    found = []
+    for impl in (None, "torch"):
+        model, x = tiny("bottleneck", "cpu")
+        model = model if impl is None else fuse(model, impl)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+        pruner = REPrune(model, optimizer, example_inputs=x, ema=ema, sparsity=0.5, until=2, every=1, tie="index")
+        for _ in range(2):
+            for _ in range(2):
+                train_step(model, optimizer, x, torch.arange(3))
+                ema.update_parameters(model)
+            pruner.step()
+        model.eval(), ema.eval()
+        expected = model(x)
+        for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.allclose(same(x), expected, rtol=1e-9)
+        assert torch.allclose(pruner.compact(ema)(x), ema(x), rtol=1e-9)
+        slim = pruner.finalize().eval()
+        assert torch.allclose(slim(x), expected, rtol=1e-9)
+        train_step(slim.train(), optimizer, x, torch.arange(3))
+        found.append([expected, ema(x), slim.eval()(x), *slim.state_dict().values()])
+    assert pruner.history[-1].sparsity >= 0.5
+    assert_alike(*found, rtol=1e-7, atol=1e-9)
 
 
 def test_momentum_none_is_the_plain_average(device):

@@ -427,20 +427,18 @@ def test_a_compiled_model_follows_every_event():
 def test_a_model_compiled_in_place_and_a_compiled_step():
     model, optimizer = small()
     pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=2, regrow=0.0)
-    model.compile(backend="aot_eager")
+    model.compile(backend="eager")
     step = torch.compile(optimizer.step, backend="eager")
     pruner.step()
     gone, before = pruner._state.pruned["conv1"], model.conv1.weight.detach().clone()
     for _ in range(2):
         optimizer.zero_grad()
-        F.cross_entropy(model(X), Y).backward()
+        found, expected = model(X), pruner.compact()(X)
+        assert torch.allclose(found, expected, atol=1e-5)
+        F.cross_entropy(found, Y).backward()
         step()
     assert len(gone) and torch.equal(model.conv1.weight[gone], before[gone])
     assert not torch.equal(model.conv1.weight, before)
-    with torch.no_grad():
-        assert torch.allclose(model(X), pruner.compact()(X), atol=1e-5)
-        pruner.step()
-        assert torch.allclose(model(X), pruner.compact()(X), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -528,8 +526,8 @@ class Noisy(nn.Module):
         own, numpys, pythons = self.own
         noise = torch.rand(()) + np.random.rand() + random.random()
         noise = noise + torch.rand((), generator=own) + numpys.random() + pythons.random()
-        x = self.bn1(self.conv1(x)) + 1e-9 * noise
-        return self.conv2(nn.functional.dropout(x.relu(), 0.1, self.training)).mean((2, 3))
+        x = nn.functional.dropout(self.bn1(self.conv1(x)).relu(), 0.01 * float(noise), self.training)
+        return self.conv2(x).mean((2, 3))
 
 
 class Langevin(torch.optim.SGD):
