@@ -52,9 +52,9 @@ class Config:
         min_keep: no layer keeps fewer channels.
         ignore: convs to leave alone, by name or pattern ("layer1.*").
         seed: decides every random choice here, whatever else the program draws.
-        compact: "auto" makes the model itself physically narrow at the last event, and the averages given as `ema=` with
-            it. Others keep the old shapes, as do lists of tensors: PyTorch refuses their next update with a size
-            mismatch, so make them anew after that event. "off" leaves all this to `finalize`.
+        compact: "auto" makes the model itself physically narrow at the last event, with the averages given as `ema=`.
+            Others keep the old shapes, as do lists of tensors: PyTorch refuses their next update with a size mismatch,
+            so make them anew after that event. "off" leaves all this to `finalize`.
         impl: of clustering, cut, coverage and draw, and of how narrow weights are gathered: "auto", "reference" or
             "triton", see `ops.ward_network` and `pack.Pack`.
     Raises:
