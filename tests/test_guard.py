@@ -16,6 +16,17 @@ def shift_kernel(x_ptr, y_ptr, n, BY: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y_ptr + i + BY, tl.load(x_ptr + i, mask=i < n), mask=i < n)
 
 
+@triton.jit
+def twice(x):
+    return tl.sum(x + x)
+
+
+@triton.jit
+def sums_kernel(x_ptr, y_ptr, ROUNDS: tl.constexpr):
+    for _ in range(ROUNDS):
+        tl.store(y_ptr, tl.load(y_ptr) + twice(tl.load(x_ptr + tl.arange(0, 4))))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64])
 @pytest.mark.parametrize("n", [1, 7, 64])
 def test_what_is_stored_beside_a_tensor_is_seen(n, dtype):
@@ -50,3 +61,14 @@ def test_what_is_read_beside_a_tensor_is_no_number():
 
 def test_every_interpreted_launch_is_guarded():
     assert triton.runtime.interpreter.GridExecutor is guard.Guarded
+
+
+def test_the_language_is_patched_once_a_launch(monkeypatch):
+    """However often functions call others; in the next launch again, and nothing is left of it in `tl`."""
+    patched, patch = [], guard._patch
+    monkeypatch.setattr(guard, "_patch", lambda fn: patched.append(fn.__module__) or patch(fn))
+    own, total = tl.load, torch.zeros(1)
+    for launches in (1, 2):
+        sums_kernel[(3,)](torch.ones(4), total, ROUNDS=5)
+        assert total == launches * 3 * 5 * 8 and tl.load is own
+        assert patched.count(__name__) == launches and len(patched) == launches * len(set(patched))
