@@ -364,18 +364,19 @@ def _compiled(configs: Sequence[Any], target: str) -> dict[Any, tuple[Binary, Co
 
 
 def binary(config: Any, target: str) -> Binary:
-    """Compile and disassemble. `compiled.machine_code` leaves out the predicates, by which branches are told apart."""
+    """Compile and disassemble. `compiled.machine_codes` leaves out the predicates, by which branches are told apart."""
     from reprune_triton.kernels import compiled
 
     built = compiled.build(config, target)
-    used = compiled.resources(built)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^(\.L_x_\d+:)|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text, re.M)
-    return Binary([label or instruction for label, instruction in found], used.registers, used.shared)
+    lines = [label or instruction for label, instruction in found]
+    used = compiled.resources(built, lines)
+    return Binary(lines, used.registers, used.shared)
 
 
 # Instructions of one warp of one program

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -101,8 +101,11 @@ def warm(config: Configuration, dtype: torch.dtype = torch.bfloat16, n_in: int =
     return config.kernel.warmup(*given, grid=(1,), **constants, **config.options())
 
 
-def resources(compiled: Any) -> Resources:
-    """Read the machine code."""
+def resources(compiled: Any, code: Sequence[str] | None = None) -> Resources:
+    """Read the machine code.
+
+    code: its instructions, where they are known; see `machine_codes`. Not used for AMD.
+    """
     if "hsaco" in compiled.asm:
         text = compiled.asm["amdgcn"]
 
@@ -118,7 +121,8 @@ def resources(compiled: Any) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-    code = machine_code(compiled)
+    if code is None:
+        (code,) = machine_codes([compiled])
     found = re.search(r"REG:(\d+)", usage)
     assert found, usage
     spills = sum(bool(re.match(r"(STL|LDL)\b", line)) for line in code)
@@ -126,15 +130,41 @@ def resources(compiled: Any) -> Resources:
     return Resources(int(found[1]), spills, compiled.metadata.shared, barriers, len(code))
 
 
-@functools.lru_cache(maxsize=1)  # whoever asks for the resources wants the code too
-def machine_code(compiled: Any) -> list[str]:
-    """The instructions of an NVIDIA binary, without predicates, and labels as 'LABEL:'."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+def machine_codes(binaries: Sequence[Any]) -> list[list[str]]:
+    """The instructions of NVIDIA binaries for one GPU, without predicates, and labels as 'LABEL:'.
+
+    nvdisasm takes 0.3 s to start, and then 0.01 s for a kernel: hence all at once, as one text.
+    """
+    texts = [_text(binary.asm["cubin"]) for binary in binaries]
+    arch = binaries[0].metadata.target.arch
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(texts))
         file.flush()
-        text = _tool("nvdisasm", "-c", file.name)
-    found = re.findall(r"^(\.L_x_\d+:)|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text, re.M)
-    return [label or instruction for label, instruction in found]
+        text = _tool("nvdisasm", "-b", f"SM{arch}{'a' if arch >= 90 else ''}", file.name)
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text, re.M)
+    lines = {
+        int(address, 16): _JUMP.sub(lambda to: f"{to[1]}`(.L_x_{int(to[2], 16)})", line) for address, line in found
+    }
+    labels = {int(to[1]) for line in lines.values() if (to := re.search(r"`\(\.L_x_(\d+)\)$", line))}
+    codes, begin = [], 0
+    for size in map(len, texts):
+        own = (at for at in range(begin, begin + size, 16) if at in lines)
+        codes.append([part for at in own for part in ([f".L_x_{at}:"] if at in labels else []) + [lines[at]]])
+        begin += size
+    return codes
+
+
+_JUMP = re.compile(r"^((?:BRA|BRX|BSSY|CALL|JMP|RET|WARPSYNC|BREAK|BSYNC)\b.*?)(0x[0-9a-f]+)$")
+
+
+def _text(cubin: bytes) -> bytes:
+    """The section of an ELF file with the instructions of its kernel."""
+    (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
+    for name, _, _, _, offset, length in sections:
+        if cubin.startswith(b".text.", sections[names][4] + name):
+            return cubin[offset : offset + length]
+    raise RepruneError("the binary has no instructions.")
 
 
 def _tool(name: str, *arguments: str) -> str:

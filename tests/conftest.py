@@ -1,6 +1,9 @@
 """Set-up shared by all tests."""
 
+import functools
 import os
+import shutil
+import tempfile
 from importlib import metadata
 
 import pytest
@@ -52,6 +55,9 @@ def pytest_configure(config):
         import guard
 
         guard.install()
+        if "TRITON_CACHE_DIR" not in os.environ:  # what one test compiles is there for the others, in any process
+            cache = os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="reprune-triton-")
+            config.add_cleanup(functools.partial(shutil.rmtree, cache, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(config, items):

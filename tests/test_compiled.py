@@ -1,20 +1,14 @@
 """Every kernel that can be launched, compiled for GPUs that are not here: what it costs, and where it has barriers."""
 
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
+import apart
 import pytest
 
 from reprune_triton.kernels import chain, compiled, launch
 
-ROOT = Path(__file__).resolve().parents[1]
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 
@@ -70,34 +64,25 @@ def deepest_spill(code):
     return max((sum(begin < at < end for begin, end in loops.items()) for at in spills), default=0)
 
 
-for config in launch.configurations():
-    binary = compiled.build(config, sys.argv[1])
-    cuda = "cubin" in binary.asm
+configurations = list(launch.configurations())
+binaries = [compiled.build(config, sys.argv[1]) for config in configurations]
+cuda = sys.argv[1].startswith("sm")
+codes = compiled.machine_codes(binaries) if cuda else [[]] * len(binaries)
+for config, binary, code in zip(configurations, binaries, codes):
     print(json.dumps({
         "kernel": config.kernel.__name__, "constants": dict(config.constants), "warps": config.warps,
-        "resources": compiled.resources(binary)._asdict(), "ttgir": binary.asm["ttgir"],
-        "code": compiled.machine_code(binary) if cuda else [],
-        "deepest_spill": deepest_spill(compiled.machine_code(binary)) if cuda else 0,
+        "resources": compiled.resources(binary, code)._asdict(), "ttgir": binary.asm["ttgir"], "code": code,
+        "deepest_spill": deepest_spill(code) if cuda else 0,
         "scratch": 0 if cuda else int(re.search(r"private_segment_fixed_size: *(\\d+)", binary.asm["amdgcn"])[1]),
         "parameters": [[p.name, p.is_constexpr, p.do_not_specialize_on_alignment] for p in config.kernel.params],
     }))
 """
 
 
-def compile_all(target: str, cache: Path) -> list[dict]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, target], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{target}: {done.stderr}"
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> dict[str, list[dict]]:
-    """What PROGRAM prints, for every target; two compilers at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda target: compile_all(target, tmp_path_factory.mktemp(target)), compiled.TARGETS)
-        return dict(zip(compiled.TARGETS, found, strict=True))
+def built() -> dict[str, list[dict]]:
+    """What PROGRAM prints, for every target."""
+    return dict(zip(compiled.TARGETS, apart.run_each(PROGRAM, [[x] for x in compiled.TARGETS]), strict=True))
 
 
 def name(row: dict) -> str:

@@ -1,14 +1,9 @@
 """The convolution of active channels is PyTorch's own on the gathered weight, and so is what is fused around it."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
+import apart
 import pytest
 import torch
 from torch.nn import functional as F
@@ -17,7 +12,6 @@ from reprune_triton import conv, ops
 from reprune_triton.errors import RepruneError
 from reprune_triton.norm import ACTIVATIONS, Norm
 
-ROOT = Path(__file__).resolve().parents[1]
 # B, input and output channels, H, W, kernel, stride, padding, dilation
 CASES = {
     "1x1": (2, 19, 37, 5, 7, (1, 1), 1, 0, 1),
@@ -397,11 +391,12 @@ import torch
 from reprune_triton.kernels import compiled, masked_conv
 target, name, tf32 = sys.argv[1], sys.argv[2], sys.argv[3] == "tf32"
 dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-for config in masked_conv.configurations(dtype, tf32):
-    binary = compiled.build_training(config, target, name)
-    code = compiled.machine_code(binary) if "cubin" in binary.asm else []
+configurations = list(masked_conv.configurations(dtype, tf32))
+binaries = [compiled.build_training(config, target, name) for config in configurations]
+codes = compiled.machine_codes(binaries) if target.startswith("sm") else [[]] * len(binaries)
+for config, binary, code in zip(configurations, binaries, codes):
     print(json.dumps({"kernel": config.kernel.__name__, "constants": dict(config.constants), "warps": config.warps,
-                      "resources": compiled.resources(binary)._asdict(), "code": code}))
+                      "resources": compiled.resources(binary, code)._asdict(), "code": code}))
 """
 BUILDS = [
     ("sm_100", "bf16", ""), ("sm_90", "bf16", ""), ("sm_80", "bf16", ""), ("gfx942", "bf16", ""),
@@ -410,20 +405,10 @@ BUILDS = [
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
 
-def compile_all(build, cache):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *build], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{build}: {done.stderr}"
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """What PROGRAM prints, for every target and type; two compilers at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda build: compile_all(build, tmp_path_factory.mktemp(build[0])), BUILDS)
-        return dict(zip(BUILDS, found, strict=True))
+def built():
+    """What PROGRAM prints, for every target and type."""
+    return dict(zip(BUILDS, apart.run_each(PROGRAM, BUILDS), strict=True))
 
 
 def main_loop(code, instruction):

@@ -1,15 +1,9 @@
 """What a launch on a GPU would compile is what the ahead-of-time tests compile, once for each configuration."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import apart
 
-ROOT = Path(__file__).resolve().parents[1]
-
-# Apart from this process, in which Triton interprets kernels. A driver without a device: launches are compiled as for a
-# GPU, arguments and all, but not run.
+# What the programs print: [kernel, how often launched, hashes of the machine codes] of everything that was launched. A
+# driver without a device: launches are compiled as for a GPU, arguments and all, but not run.
 DRIVER = """
 import hashlib
 import json
@@ -156,27 +150,17 @@ print(json.dumps(found))
 """
 
 
-def test_a_launch_that_is_made_again_is_the_same(tmp_path):
+def test_a_launch_that_is_made_again_is_the_same():
     """Triton's own code finds the binary for what is new; what is given to its launcher then does not change."""
-    found = compiled(AGAIN, tmp_path, driver="")
+    (found,) = apart.run(AGAIN)
     assert len(found["first"]) == 1 and found["again"] == found["first"] * 3 and found["looked for"] == 1
     assert found["hooked"] == ["apply_kernel"]  # as a profiler's would be
     looked = {"same": 0, "other size": 1, "once more": 0, "half": 1, "not aligned": 1, "nor again": 1, "forgotten": 1}
     assert {name: found[name] for name in (*looked, "then")} == looked | {"then": 0}
 
 
-def compiled(program, cache, driver=DRIVER):
-    """What the launches of this program compile: [kernel, how often launched, hashes of the machine codes]."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}  # cached code may have old line numbers
-    environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", driver + program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_a_launch_compiles_what_was_tested_and_nothing_else(tmp_path):
-    found = compiled(EVENT, tmp_path)
+def test_a_launch_compiles_what_was_tested_and_nothing_else():
+    (found,) = apart.run(DRIVER + EVENT)
     kernels = {"magnitude_kernel", "chain_kernel", "reciprocal_kernel", "line_kernel", "level_kernel", "label_kernel"}
     kernels |= {"membership_kernel", "cover_kernel", "bits_kernel"}
     assert {name for name, _, _ in found} == kernels
@@ -185,9 +169,9 @@ def test_a_launch_compiles_what_was_tested_and_nothing_else(tmp_path):
     assert max(launches for _, launches, _ in found) >= 6, "shared by networks of different sizes and alignments"
 
 
-def test_a_training_step_compiles_once_for_all_widths_and_batches(tmp_path):
+def test_a_training_step_compiles_once_for_all_widths_and_batches():
     """Every launch of it, with the types that its arguments have under autocast."""
-    found = compiled(STEP, tmp_path)
+    (found,) = apart.run(DRIVER + STEP)
     kernels = {"copy_kernel", "statistics_kernel", "merge_kernel", "apply_kernel", "sums_kernel", "gradient_kernel"}
     kernels |= {"forward_kernel", "input_gradient_kernel", "weight_gradient_kernel"}
     assert {name for name, _, _ in found} == kernels

@@ -1,12 +1,6 @@
 """BatchNorm, addition and activation in one operation are the three of PyTorch, and a fused network is the network."""
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
+import apart
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reprune_triton import norm
 from reprune_triton.errors import RepruneError
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(3, 19, 5, 7), (2, 1, 3, 5), (2, 70, 4, 4), (1, 16, 1, 2), (9, 33, 13, 11), (2, 5, 1, 1)]
 
 
@@ -192,31 +185,22 @@ def test_what_cannot_run_says_why(device):
 PROGRAM = """
 import json, sys
 from reprune_triton.kernels import compiled, norm_act
-for config in norm_act.configurations():
-    binary = compiled.build_training(config, sys.argv[1])
-    code = compiled.machine_code(binary) if "cubin" in binary.asm else []
+configurations = list(norm_act.configurations())
+binaries = [compiled.build_training(config, sys.argv[1]) for config in configurations]
+codes = compiled.machine_codes(binaries) if sys.argv[1].startswith("sm") else [[]] * len(binaries)
+for config, binary, code in zip(configurations, binaries, codes):
     print(json.dumps({"kernel": config.kernel.__name__, "constants": dict(config.constants),
-                      "resources": compiled.resources(binary)._asdict(), "code": code}))
+                      "resources": compiled.resources(binary, code)._asdict(), "code": code}))
 """
 
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def compile_all(target, cache):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, target], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{target}: {done.stderr}"
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """What PROGRAM prints, for every target; two compilers at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda target: compile_all(target, tmp_path_factory.mktemp(target)), TARGETS)
-        return dict(zip(TARGETS, found, strict=True))
+def built():
+    """What PROGRAM prints, for every target."""
+    return dict(zip(TARGETS, apart.run_each(PROGRAM, [[target] for target in TARGETS]), strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
