@@ -16,9 +16,9 @@ QUICK := data models ops_errors pool regrow sparsity guard bench_rows
 check: lint
 	$(BIN)/python -m pytest -q $(QUICK:%=tests/test_%.py)
 
-# A file's tests stay in one process, and share what they have compiled.
+# Which tests stay together in one process: tests/conftest.py.
 test: lint
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
 
 lint: .venv/.test
 	$(BIN)/ruff check .

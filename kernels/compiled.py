@@ -154,7 +154,7 @@ def machine_codes(binaries: Sequence[Any]) -> list[list[str]]:
     return codes
 
 
-_JUMP = re.compile(r"^((?:BRA|BRX|BSSY|CALL|JMP|RET|WARPSYNC|BREAK|BSYNC)\b.*?)(0x[0-9a-f]+)$")
+_JUMP = re.compile(r"^((?:BRA|BSSY|CALL|JMP|WARPSYNC\.COLLECTIVE)\b.*?)(0x[0-9a-f]+)$")
 
 
 def _text(cubin: bytes) -> bytes:

@@ -60,8 +60,17 @@ def pytest_configure(config):
             config.add_cleanup(functools.partial(shutil.rmtree, cache, ignore_errors=True))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    """In the emulator only what runs kernels: tests that ask for a device or for Triton, and its own."""
+    """In the emulator only what runs kernels: tests that ask for a device or for Triton, and its own.
+
+    Tests that share a fixture, compiled kernels say, stay in one process; all others go to whichever is free.
+    """
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            fixtures = item._fixtureinfo.name2fixturedefs.values()
+            if any(fixture.scope == "module" for some in fixtures for fixture in some):
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if config.getoption("--emulate") is None:
         return
 

@@ -93,6 +93,50 @@ def barriers_of(row: dict) -> int:
     return BUDGET[row["kernel"]].barriers + 2 * (row["constants"].get("LINKAGE", 0) != chain.LINKAGES["ward"])
 
 
+# What machine_codes gives for several kernels, and what nvdisasm shows of each alone.
+TOGETHER = """
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from reprune_triton.kernels import compiled, launch
+
+
+def numbered(code):
+    \"\"\"Without labels; where one was, its place.\"\"\"
+    places, lines = {}, []
+    for line in code:
+        if line.endswith(":"):
+            places[line[:-1]] = len(lines)
+        else:
+            lines.append(line)
+    lines = [re.sub(r"`\\((.*)\\)", lambda name: str(places.get(name[1])), line) for line in lines]
+    return [re.sub(r"(CALL\\S*|RET\\S*.*) \\S+$", r"\\1", line) for line in lines]  # functions have names there
+
+
+for target in sys.argv[1:]:
+    binaries = [compiled.build(config, target) for config in list(launch.configurations())[::8]]
+    for binary, code in zip(binaries, compiled.machine_codes(binaries), strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "binary")
+            path.write_bytes(binary.asm["cubin"])
+            text = compiled._tool("nvdisasm", "-c", path)
+        alone = re.findall(r"^(\\.L_x_\\d+:)|^\\s+/\\*[0-9a-f]{4,}\\*/\\s+(?:@!?U?P\\w+\\s+)?(.*?)\\s*;", text, re.M)
+        alone = [label or instruction for label, instruction in alone]
+        labels = sum(line.endswith(":") for line in alone)
+        print(json.dumps([binary.metadata.name, numbered(code) == numbered(alone), len(code), labels]))
+"""
+
+
+def test_kernels_that_are_disassembled_together_have_the_same_instructions():
+    """Branches lead to the same places."""
+    found = apart.run(TOGETHER, *NVIDIA)
+    assert len(found) == 12 and all(labels > 0 for *_, labels in found)
+    assert [name for name, same, *_ in found if not same] == []
+
+
 def test_a_layer_is_always_given_a_configuration_that_is_compiled_here():
     found = list(launch.configurations())
     known = set(found)

@@ -35,7 +35,7 @@ def sources(part):
     return sorted(f"{part}/{path.name}" for path in (ROOT / part).glob("*.py"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of the tree with its symlinks, so that building leaves nothing behind here."""
     copy = tmp_path_factory.mktemp("checkout")
@@ -47,7 +47,7 @@ def checkout(tmp_path_factory):
     return copy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dist(checkout, tmp_path_factory):
     """The sdist, and the wheel that is built from it."""
     pytest.importorskip("build")

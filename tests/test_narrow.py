@@ -30,12 +30,12 @@ def mobilenet_v2():
     return net
 
 
-NETS = {  # how to build it, image size, the last BatchNorm of a residual branch
-    "resnet8": (lambda: models.build("resnet8", num_classes=10), 16, "bn2"),
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 48, "bn2"),
-    "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), 48, "bn3"),
-    "vgg16_bn": (vgg16_bn, 32, None),
-    "mobilenet_v2": (mobilenet_v2, 48, "conv.3"),
+NETS = {  # how to build it, image size, the last BatchNorm of a residual branch, steps
+    "resnet8": (lambda: models.build("resnet8", num_classes=10), 16, "bn2", 10),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 48, "bn2", 4),
+    "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), 48, "bn3", 3),
+    "vgg16_bn": (vgg16_bn, 32, None, 3),
+    "mobilenet_v2": (mobilenet_v2, 48, "conv.3", 4),
 }
 
 
@@ -134,7 +134,7 @@ def calm(model, branch_end):
 @pytest.mark.parametrize("name", NETS)
 def test_narrow_equals_masked_after_activation(name):
     torch.manual_seed(0)
-    build, size, branch_end = NETS[name]
+    build, size, branch_end, steps = NETS[name]
     model = build().double()
     x0 = torch.randn(2, 3, size, size, dtype=torch.float64)
     found = channels.analyse(model, x0)
@@ -154,7 +154,7 @@ def test_narrow_equals_masked_after_activation(name):
     for active in (some(found, 0.4, generator), some(found, 0.7, generator)):  # pruned, then partly regrown
         oracle.prune(active)
         narrowing.set(found.slices(active))
-        for step in range(10):
+        for step in range(steps):
             x, y = batches[step % 5]
             assert abs(train_step(model, optimizer, x, y) - oracle.step(x, y)) < 1e-12, step
         assert largest_difference(model.state_dict(), full.state_dict()) < 1e-12

@@ -8,6 +8,7 @@ import threading
 import traceback
 from pathlib import Path
 
+import guard
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,6 +76,7 @@ def equal(a, b) -> bool:
 
 def work(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
+    guard.install()
     result = Path(folder) / f"result{rank}"
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
@@ -82,8 +84,9 @@ def work(rank: int, size: int, folder: str) -> None:
         for name in SETTINGS:
             pruner, model = pruned(name, nn.parallel.DistributedDataParallel)
             assert equal(found(pruner, model), expected[name]), f"{name}: not what one process alone finds"
-        failing(rank, size)
-        diverged(rank, size)
+        if size == 3:  # one that fails, and others before and behind it
+            failing(rank, size)
+            diverged(rank, size)
         result.write_text("passed")
     except BaseException:
         result.write_text(traceback.format_exc())
