@@ -425,6 +425,8 @@ class _Shadow:
         parts = None if compiling else self._served(module)
         if parts is None:
             parts = {}
+            if not compiling:
+                _move_inside(module)  # it may run without the whole model
             with _unseen():
                 for name, cut in self.where.items():
                     full = _whole(module, name)
@@ -849,7 +851,8 @@ def remove_hooks(model: nn.Module) -> None:
 
 
 def _move_inside(module: nn.Module) -> None:
-    """Our hooks next to the forward, so that all others see whole tensors."""
+    """Our hooks next to the forward, so that all others of the module see whole tensors. Global forward hooks do not:
+    PyTorch calls them before those of the module."""
     for hooks, last in ((module._forward_pre_hooks, True), (module._forward_hooks, False)):
         if len(hooks) > 1:
             for key in _shadows(hooks):

@@ -266,6 +266,15 @@ def test_a_hook_of_the_user_sees_whole_parameters():
         assert torch.allclose(pruner.compact().eval()(X), model.eval()(X), atol=1e-6)
 
 
+def test_a_hook_of_the_user_sees_whole_parameters_where_a_part_runs_alone():
+    model, optimizer, pruner = start()
+    go_on(model, optimizer, pruner, 2)
+    seen = []
+    model.conv2.register_forward_hook(lambda module, *_: seen.append(module.weight.shape[0]), prepend=True)
+    nn.Sequential(model.conv1, model.bn1, model.conv2)(X)
+    assert seen == [8]
+
+
 def folded(model):
     for i in (1, 2):
         conv, norm = getattr(model, f"conv{i}"), getattr(model, f"bn{i}")
