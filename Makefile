@@ -18,7 +18,7 @@ check: lint
 
 # Which tests stay together in one process: tests/conftest.py.
 test: lint
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope
 
 lint: .venv/.test
 	$(BIN)/ruff check .

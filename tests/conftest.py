@@ -60,17 +60,26 @@ def pytest_configure(config):
             config.add_cleanup(functools.partial(shutil.rmtree, cache, ignore_errors=True))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    """In the emulator only what runs kernels: tests that ask for a device or for Triton, and its own.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files whose tests share something, compiled kernels say, go to one process each, and first; then each test of the
+    others goes to whichever process is free."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    Tests that share a fixture, compiled kernels say, stay in one process; all others go to whichever is free.
-    """
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            fixtures = item._fixtureinfo.name2fixturedefs.values()
-            if any(fixture.scope == "module" for some in fixtures for fixture in some):
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    @functools.cache
+    def shares(file):
+        return 'scope="module"' in (config.rootpath / file).read_text()
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if shares(file) else nodeid
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """In the emulator only what runs kernels: tests that ask for a device or for Triton, and its own."""
     if config.getoption("--emulate") is None:
         return
 
