@@ -114,48 +114,49 @@ def choose(
     """For `run`, by one of norm.IMPLS: "auto" is whichever of "mixed" and "triton" is faster, by measurement."""
     if impl == "auto" and torch.compiler.is_compiling():
         return "torch"  # torch.compile fuses by itself
+    key = None
+    if impl == "auto":
+        device = x.device
+        key = _key(x, device.type, weight, norm, moves, stats_eps is not None, residual, shared)
+        known = dispatch.recall(device, key)
+        if known is not None:
+            return "mixed" if known == dispatch.UNKNOWN else known
     dtype = x.dtype if norm is not None else _type(x)
-    asked = x, dtype, weight, norm, moves, stats_eps is not None, residual, shared
-    key = _key(*asked) if impl == "auto" else None
-    case = None if key is None else _CASES.get(key)
-    if case is None:
-        why_not = _why_not(x, dtype, weight, norm, moves)
-        if impl == "triton" and why_not:
-            message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
-            raise availability.refusal(message, x.device)
-        if impl != "auto":
-            return impl
-        plain = x.numel() == 0 or refuses(x)
-        other = "torch" if plain and residual is None and not shared else "mixed"
-        if why_not or other == "torch":
-            return other
-        case = dispatch.remember(x, _CASES, key, _case(*asked))
+    why_not = _why_not(x, dtype, weight, norm, moves)
+    if impl == "triton" and why_not:
+        message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
+        raise availability.refusal(message, x.device)
+    if impl != "auto":
+        return impl
+    plain = x.numel() == 0 or refuses(x)
+    other = "torch" if plain and residual is None and not shared else "mixed"
+    if why_not or other == "torch":
+        return other
 
     def candidates() -> dispatch.Candidates:
         return _candidates(x, dtype, weight, norm, moves, stats_eps, residual, shared, _differentiable(x, weight, norm))
 
-    found = dispatch.choose(x, case, candidates)
+    case = _case(x, dtype, weight, norm, moves, stats_eps is not None, residual, shared)
+    found = dispatch.choose(x, case, candidates, key)
     if found == dispatch.UNKNOWN:
         return "torch" if dtype == torch.float64 and residual is None and not shared else "mixed"
     return found
 
 
-_CASES: dict[Any, dispatch.Case] = {}  # that the kernels can do, by `_key`
-
-
 def _key(
-    x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, moves: Moves, has_stats: bool,
-    residual: Tensor | None, shared: bool,
+    x: Tensor, device: str, weight: Tensor, norm: Norm | None, moves: Moves, has_stats: bool, residual: Tensor | None,
+    shared: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """All that decides whether the kernels can do it, and which case it is."""
-    of_norm = None
+    """All that decides whether the kernels can do it, and which case it is. device: the type of x's."""
+    of_norm, last = None, torch.channels_last
     if norm is not None:
         mean, rstd, gamma, beta, act, batch = norm
-        of_norm = mean.shape, rstd.shape, gamma.shape, beta.shape, act, batch
+        of_norm = mean.shape, rstd.shape, gamma.shape, beta.shape, gamma.requires_grad, act, batch
     return (
-        x.device, dtype, x.shape, dispatch.is_channels_last(x), _type(weight), weight.shape,
-        dispatch.is_channels_last(weight), moves, has_stats, shared, _differentiable(x, weight, norm), of_norm,
-        None if residual is None else dispatch.is_channels_last(residual), dispatch.settings(dtype),
+        "conv", type(x), x.dtype, x.shape, x.is_contiguous(memory_format=last), x.requires_grad,
+        weight.dtype, weight.shape, weight.is_contiguous(memory_format=last), weight.requires_grad,
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None, moves, has_stats, shared,
+        of_norm, None if residual is None else residual.is_contiguous(memory_format=last), dispatch.state(),
     )  # fmt: skip
 
 

@@ -72,6 +72,7 @@ class Table:
     def __init__(self, path: Path | None, clock: Callable[[Callable[[], Any]], float]):
         self.path, self._clock = path, clock
         self.choices: dict[Case, str] = {} if path is None else _read(path)
+        self.known: dict[Any, str] = {}  # some of them, by keys that are quicker to make than cases
         self._assumed: dict[Case, str] = {}  # of cases that are not measured, until `share`
         self._wanted: dict[Case, Candidates] = {}  # those of them that could not be measured when they came
         self._failures: Counter[Case] = Counter()
@@ -116,6 +117,7 @@ class Table:
             self._wanted = {}
         given = self.choices, dict.fromkeys(self._failures, UNKNOWN)
         self.choices, self._assumed = ranks.broadcast(given, group, device)
+        self.known = {}
 
     def _learn(self, case: Case, candidates: Candidates) -> None:
         """Measure, and keep what comes of it."""
@@ -220,13 +222,15 @@ _TABLES: dict[torch.device, Table | None] = {}
 
 def table(device: torch.device) -> Table | None:
     """Of this device; None where there is nothing to choose, which is everywhere but on CUDA."""
-    if device not in _TABLES:
+    try:
+        return _TABLES[device]
+    except KeyError:
         found = None
         if device.type == "cuda":  # without Triton nothing is measured, but processes share their tables all the same
             without = availability.why_not(device) is not None
             found = Table(None if without else _path(torch.cuda.get_device_name(device)), Clock(device))
         _TABLES[device] = found
-    return _TABLES[device]
+        return found
 
 
 def share(group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -236,12 +240,26 @@ def share(group: dist.ProcessGroup | None, device: torch.device) -> None:
         found.share(group, device)
 
 
-def choose(x: Tensor, case: Case, candidates: Callable[[], Candidates]) -> str:
-    """The implementation for an operation on x, wherever that is; see `Table.choose`."""
+def recall(device: torch.device, key: Any) -> str | None:
+    """What `choose` has found for this key; None if it has to be asked."""
+    found = table(device)
+    return None if found is None else found.known.get(key)
+
+
+def choose(x: Tensor, case: Case, candidates: Callable[[], Candidates], key: Any) -> str:
+    """The implementation for an operation on x, wherever that is; see `Table.choose`.
+
+    key: what `recall` will be asked for, when it is the same case once more.
+    """
     if type(x) not in (Tensor, torch.nn.Parameter) or x.dtype == torch.float64:
         return UNKNOWN
     found = table(x.device)
-    return UNKNOWN if found is None else found.choose(case, candidates, _now)
+    if found is None:
+        return UNKNOWN
+    choice = found.choose(case, candidates, _now)
+    if case in found.choices:
+        found.known[key] = choice
+    return choice
 
 
 def settings(dtype: torch.dtype) -> tuple[int, ...]:
@@ -256,11 +274,14 @@ def settings(dtype: torch.dtype) -> tuple[int, ...]:
     return conv, matmul, int(torch._C._get_cudnn_enabled()), int(deterministic), benchmark
 
 
-def remember(x: Tensor, cases: dict[Any, Case], key: Any, case: Case) -> Case:
-    """Keep the case of an operation on x by a key that is quicker to make, where it will be asked for again."""
-    if table(x.device) is not None:
-        cases[key] = case
-    return case
+def state() -> tuple[Any, ...]:
+    """What of PyTorch's state a choice depends on, for keys: quicker to get than `settings`."""
+    precision, benchmark = torch._C._get_fp32_precision_getter, torch._C._get_cudnn_benchmark()
+    return (
+        precision("cuda", "conv"), precision("cuda", "matmul"), torch._C._get_cudnn_enabled(),
+        torch._C._get_cudnn_deterministic(), torch._C._get_deterministic_algorithms(), torch.is_grad_enabled(),
+        benchmark and torch.backends.cudnn.benchmark_limit,
+    )  # fmt: skip
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -99,7 +99,7 @@ def fuse(model: nn.Module, impl: str = "auto") -> nn.Module:
         _replace_forward(modules[str(node.target)], _conv_forward, impl)
     graph.lint()
     traced = fx.GraphModule(model, graph)
-    _replace_forward(model, type(traced).forward, impl)
+    model.__dict__ |= {_FUSED: impl, "forward": _Traced(model, type(traced).forward)}
     return model
 
 
@@ -121,10 +121,45 @@ class _Forward:
         return self.function(self.module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
-        return _Forward(copy.deepcopy(self.module, memo), self.function)
+        return type(self)(copy.deepcopy(self.module, memo), self.function)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _own_forward, (self.module,)
+
+
+class _Traced(_Forward):
+    """In the place of a whole model's: what torch.fx has traced, which finds every module by its name."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]):
+        super().__init__(module, function)
+        self._names: _Names | None = None
+        self._dicts: list[dict[str, nn.Module | None]] = []  # of all modules, and what is in them
+        self._known: list[nn.Module | None] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        inside = [child for named in self._dicts for child in named.values()]
+        same = len(inside) == len(self._known) and all(map(operator.is_, inside, self._known))
+        if self._names is None or not same:  # a module may have been exchanged
+            self._names, self._dicts = _Names(self.module), [module._modules for module in self.module.modules()]
+            self._known = [child for named in self._dicts for child in named.values()]
+        return self.function(self._names, *args, **kwargs)
+
+
+class _Names:
+    """What a module has, with those inside as plain attributes: a module takes ten times longer to find one."""
+
+    def __init__(self, module: nn.Module):
+        inside = {name: child for name, child in module._modules.items() if child is not None}
+        found = {name: _Names(child) if child._modules else child for name, child in inside.items()}
+        self.__dict__ |= found | {"_reprune_module": module}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reprune_module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._reprune_module(*args, **kwargs)
 
 
 def _own_forward(module: nn.Module) -> Any:

@@ -403,7 +403,8 @@ class _Shadow:
 
     def __init__(self, where: dict[str, Cuts], widths: dict[str, tuple[int, int]], number: int, current: Current):
         self.where, self.widths = where, widths  # widths: attribute -> (narrow, full)
-        self.narrow, self.full = ({key: pair[i] for key, pair in widths.items()} for i in (0, 1))
+        self.narrow: dict[str, Any] = {key: narrow for key, (narrow, _) in widths.items()}
+        self.full = {key: full for key, (_, full) in widths.items()}
         self.number, self.current = number, current
         self.turn = _Turn()
         self.run: _Run | None = None  # while it lasts, and where the module's slices are in it
@@ -422,9 +423,9 @@ class _Shadow:
         if not compiling and "_is_replica" not in module.__dict__:
             if not self.turn.take(self.PATIENCE):
                 self.turn.seize()
-        parts = None if compiling else self._served(module)
+        parts = None if compiling or self.run is None else self._served(module, self.run)
         if parts is None:
-            parts = {}
+            parts = self.narrow.copy()
             if not compiling:
                 _move_inside(module)  # it may run without the whole model
             with _unseen():
@@ -434,7 +435,6 @@ class _Shadow:
                         full = module.__dict__.get(name)
                     if full is not None:
                         parts[name] = gather(full, cut)
-        parts.update(self.narrow)
         if compiling:
             for name, part in parts.items():
                 module.__dict__[name] = part
@@ -455,14 +455,11 @@ class _Shadow:
         if not apart:
             self.turn.leave()
 
-    def _served(self, module: nn.Module) -> dict[str, Any] | None:
-        """What was gathered for the whole model, if there is such, and it is what the module needs now: of the same
-        values, and in a type that its operations take now."""
-        run = self.run
-        if run is None:
-            return None
+    def _served(self, module: nn.Module, run: _Run) -> dict[str, Any] | None:
+        """What was gathered for the whole model, if it is what the module needs now: of the same values, and in a type
+        that its operations take now."""
         slices, whole, versions, cast, thread = run
-        parameters, buffers, parts = module._parameters, module._buffers, dict[str, Any]()
+        parameters, buffers, parts = module._parameters, module._buffers, self.narrow.copy()
         right = thread == self.turn.thread and (not self.casts or _autocast_dtype(whole[0].device) == cast)
         for name, number in self.numbers:
             full, own = whole[number], parameters if name in parameters else buffers
@@ -481,8 +478,7 @@ class _Shadow:
 
     def _uncover(self, module: nn.Module) -> None:
         own = module.__dict__
-        for name, width in self.full.items():
-            own[name] = width
+        own.update(self.full)
         for name in self.where:
             own.pop(name, None)
 

@@ -97,38 +97,34 @@ def choose(
         raise RepruneError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
     if impl == "auto" and torch.compiler.is_compiling():
         return "torch"  # torch.compile fuses by itself
-    key = case = None
+    key, has_stats = None, stats is not None
     if impl == "auto" and (residual is None or isinstance(residual, Tensor)):
-        key = _key(x, residual, bn, stats is not None, twice)
-        case = _CASES.get(key)
-    if case is None:
-        why_not = _why_not(x, residual, bn)
-        if impl == "triton" and why_not:
-            message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
-            raise availability.refusal(message, x.device)
-        if impl != "auto" or why_not:
-            return "torch" if why_not else impl
-        case = dispatch.remember(x, _CASES, key, _case(x, residual, bn, stats is not None, twice))
+        key = _key(x, residual, bn, has_stats, twice)
+        known = dispatch.recall(x.device, key)
+        if known is not None:
+            return known
+    why_not = _why_not(x, residual, bn)
+    if impl == "triton" and why_not:
+        message = f'impl="triton" cannot run: {why_not}. Use impl="torch" or "auto".'
+        raise availability.refusal(message, x.device)
+    if impl != "auto" or why_not:
+        return "torch" if why_not else impl
+    case = _case(x, residual, bn, has_stats, twice)
     return dispatch.choose(
-        x, case, lambda: _candidates(x, residual, bn, _differentiable(x, bn), stats is not None, twice)
+        x, case, lambda: _candidates(x, residual, bn, _differentiable(x, bn), has_stats, twice), key
     )
-
-
-_CASES: dict[Any, dispatch.Case] = {}  # that the kernels can do, by `_key`
 
 
 def _key(x: Tensor, residual: Tensor | None, bn: BatchNorm, has_stats: bool, twice: bool) -> tuple[Any, ...]:
     """All that decides whether the kernels can do it, and which case it is."""
+    last, (weight, bias, mean, variance, training, _, _, act) = torch.channels_last, bn
     return (
-        x.device, x.dtype, x.shape, dispatch.is_channels_last(x), bn.act, bn.batch, has_stats, twice,
-        _differentiable(x, bn), _size(bn.weight), _size(bn.bias), _size(bn.running_mean), _size(bn.running_var),
-        None if residual is None else (residual.shape, residual.dtype, dispatch.is_channels_last(residual)),
-        dispatch.settings(x.dtype),
+        "norm", type(x), x.dtype, x.shape, x.is_contiguous(memory_format=last), x.requires_grad, act, training,
+        has_stats, twice, weight is not None and (weight.shape, weight.requires_grad),
+        bias is not None and bias.shape, mean is not None and mean.shape, variance is not None and variance.shape,
+        residual is not None and (residual.shape, residual.dtype, residual.is_contiguous(memory_format=last)),
+        dispatch.state(),
     )  # fmt: skip
-
-
-def _size(vector: Tensor | None) -> torch.Size | None:
-    return None if vector is None else vector.shape
 
 
 def _case(x: Tensor, residual: Tensor | None, bn: BatchNorm, has_stats: bool, twice: bool) -> dispatch.Case:

@@ -5,13 +5,15 @@ For CUDA. Elsewhere, and wherever something is in the way, `Pack.gather` says no
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from . import availability, capture
 
@@ -33,7 +35,42 @@ class Room(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype | None  # None: nothing but room
     offset: int  # bytes
-    begin: int  # the same in elements
+
+
+class _Layout(NamedTuple):
+    """Tensors side by side in a buffer, those of the same shape, strides and dtype next to each other."""
+
+    rooms: list[Room]
+    stacks: list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]  # dtype, shape, strides, first element
+    places: list[int]  # of each room in all stacks, one after the other
+    bytes: int
+
+
+class _Look:
+    """Where tensors are, and how they lie there."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.forms: _Forms = [t.data_ptr() for t in tensors], [t.dtype for t in tensors], [t.stride() for t in tensors]
+        once = _once(tensors)
+        sizes: list[Any] = [list(t.shape) for t in once]
+        strides: list[Any] = [list(t.stride()) for t in once]
+        self._guards = TensorGuards(*once, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._count = len(once)
+
+    def finds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are just the same, also in shape, class, device and requires_grad. It may say no to the same
+        tensors in another mode, as under autocast.
+
+        The guards are what torch.compile asks before it runs its code: one call for all tensors.
+        """
+        once = tensors if self._count == len(tensors) else _once(tensors)
+        same = len(once) == self._count and self._guards.check(*once)
+        return same and self.forms[0] == list(map(Tensor.data_ptr, tensors))
+
+
+def _once(tensors: Sequence[Tensor]) -> Collection[Tensor]:
+    """Each of them once, which guards ask for."""
+    return {id(t): t for t in tensors}.values()
 
 
 class Pack:
@@ -49,7 +86,9 @@ class Pack:
 
     def __init__(self, cuts: Sequence[Cut], impl: str = "auto"):
         self.cuts, self.impl = cuts, impl
-        self._form: tuple[_Forms, list[torch.dtype], list[bool]] | None = None
+        self._look: _Look | None = None
+        self._wanted: tuple[list[torch.dtype], list[bool]] = [], []  # dtypes of the slices; which need gradients
+        self._far: dict[Any, _Look] = {}
         self._copies: dict[Any, Copies] = {}
         self._captured: list[Copies] = []  # what graphs may replay
 
@@ -62,7 +101,7 @@ class Pack:
         Differentiable, once; the gradients are zero outside of the slices, and in the tensors' types. They all come
         in the end of a backward; under torch.distributed group after group, so that what is done is on its way.
         """
-        if not tensors or not self._possible(tensors) or not self._prepare(tensors, list(dtypes)):
+        if not self._prepare(tensors, list(dtypes)):
             return None
         found = _views(self._to_narrow(), self._narrow)
         for group in self._groups if torch.is_grad_enabled() else ():
@@ -74,7 +113,7 @@ class Pack:
 
     def hold(self, tensors: Sequence[Tensor]) -> Tensor | None:
         """All slices, in the tensors' types, in one buffer, for `put_back`. None: not here."""
-        if not tensors or not self._possible(tensors) or not self._prepare(tensors, [t.dtype for t in tensors]):
+        if not self._prepare(tensors, [t.dtype for t in tensors]):
             return None
         return self._to_narrow()
 
@@ -87,10 +126,13 @@ class Pack:
         """
         if targets:
             numbers, tensors, zeros = zip(*targets, strict=True)
-            slices = (self._narrow[number] for number in numbers)
+            key = "back", numbers, zeros
+            slices = (self._narrow.rooms[number] for number in numbers)
             rooms = (x._replace(dtype=None) if zero else x for x, zero in zip(slices, zeros, strict=True))
-            copies = self._cached(("back", numbers, zeros), rooms, numbers, "far", False)
-            copies.run(_forms(tensors), _buffer(slice))
+            look = self._far.get(key)
+            if look is None or not look.finds(tensors):
+                look = self._far[key] = _Look(tensors)
+            self._cached(key, rooms, numbers, "far", False).run(look.forms, _buffer(slice))
             torch.autograd.graph.increment_version(tensors)
 
     def takes(self, tensor: Tensor) -> bool:
@@ -100,10 +142,6 @@ class Pack:
     # ------------------------------------------------------------------ one launch each
 
     def _possible(self, tensors: Sequence[Tensor]) -> bool:
-        if self.impl == "torch" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return False
-        if torch._C._len_torch_dispatch_stack():  # fake tensors, and whoever else wants to see all operations
-            return False
         if not _PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_inference, tensors)):
             return False
         device = tensors[0].device
@@ -117,15 +155,26 @@ class Pack:
 
     def _prepare(self, tensors: Sequence[Tensor], dtypes: list[torch.dtype]) -> bool:
         """Make what depends on the tensors, if they are not those of the last time; False if they cannot be packed."""
-        form = _forms(tensors), dtypes, [tensor.requires_grad for tensor in tensors]
-        if form == self._form:
+        if not tensors or self.impl == "torch" or torch.compiler.is_compiling():
+            return False
+        # Fake tensors, and whoever else wants to see all operations.
+        if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+            return False
+        before = self._look
+        if before is not None and dtypes == self._wanted[0] and before.finds(tensors):
+            return True
+        if not self._possible(tensors):
+            return False
+        look, wanted = _Look(tensors), (dtypes, [tensor.requires_grad for tensor in tensors])
+        if before is not None and wanted == self._wanted and look.forms == before.forms:
+            self._look = look
             return True
         if capture.capturing():  # what there is for other tensors goes to the device at once, or not at all
             return False
         device = tensors[0].device
         if not all(_fits(tensor, device) for tensor in tensors) or not set(dtypes) <= set(_DTYPES):
             return False
-        self._form, self._device, self._copies = form, device, {}
+        self._look, self._wanted, self._device, self._far, self._copies = look, wanted, device, {}, {}
         cuts = [{dim: index.to(device) for dim, index in cut} for cut in self.cuts]
         self._lists = [(cut.get(0), cut.get(1)) for cut in cuts]
         narrow = [
@@ -133,33 +182,35 @@ class Pack:
             for t, cut in zip(tensors, cuts, strict=True)
         ]
         last = [_is_channels_last(t) for t in tensors]
-        self._narrow, self._narrow_bytes = _rooms(narrow, last, dtypes)
+        self._narrow = _layout(narrow, last, dtypes)
         self._groups, numbers, size = [], [], 0
-        wanted = [number for number, tensor in enumerate(tensors) if tensor.requires_grad]
-        for number in wanted:
+        needing = [number for number, tensor in enumerate(tensors) if tensor.requires_grad]
+        for number in needing:
             numbers.append(number)
             size += tensors[number].numel() * tensors[number].itemsize
-            if size >= _group_bytes() or number == wanted[-1]:
+            if size >= _group_bytes() or number == needing[-1]:
                 own = [tensors[i] for i in numbers]
-                full = _rooms([tuple(t.shape) for t in own], [last[i] for i in numbers], [t.dtype for t in own])
-                self._groups.append(_Group(numbers, *full))
+                full = _layout([tuple(t.shape) for t in own], [last[i] for i in numbers], [t.dtype for t in own])
+                self._groups.append(_Group(numbers, full))
                 numbers, size = [], 0
         return True
 
     def _to_narrow(self) -> Tensor:
         """The slices, from the tensors, side by side."""
-        assert self._form is not None
-        buffer = torch.empty(self._narrow_bytes, dtype=torch.uint8, device=self._device)
-        copies = self._cached("gather", self._narrow, range(len(self._narrow)), "far", True)
-        copies.run(self._form[0], buffer)
+        assert self._look is not None
+        buffer = torch.empty(self._narrow.bytes, dtype=torch.uint8, device=self._device)
+        rooms = self._narrow.rooms
+        self._cached("gather", rooms, range(len(rooms)), "far", True).run(self._look.forms, buffer)
         return buffer
 
     def _to_full(self, group: _Group, narrow: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Tensors that are zero but for their slices; None where the slice is."""
-        buffer = torch.zeros(group.bytes, dtype=torch.uint8, device=self._device)
-        copies = self._cached(("scatter", group.numbers[0]), group.full, group.numbers, "near", True)
-        rooms = [self._narrow[number] for number in group.numbers]
-        strides = [room.strides if t is None else t.stride() for room, t in zip(rooms, narrow, strict=True)]
+        buffer = torch.zeros(group.full.bytes, dtype=torch.uint8, device=self._device)
+        copies = self._cached(("scatter", group.numbers[0]), group.full.rooms, group.numbers, "near", True)
+        strides = [
+            self._narrow.rooms[number].strides if t is None else t.stride()
+            for number, t in zip(group.numbers, narrow, strict=True)
+        ]
         addresses = [0 if t is None else t.data_ptr() for t in narrow]
         copies.run((addresses, [None if t is None else t.dtype for t in narrow], strides), buffer)
         return [None if a is None else b for a, b in zip(narrow, _views(buffer, group.full), strict=True)]
@@ -170,7 +221,7 @@ class Pack:
         if found is None:
             from reprune_triton.kernels.pack import Copies, Near
 
-            shapes = [self._narrow[number].shape for number in numbers]
+            shapes = [self._narrow.rooms[number].shape for number in numbers]
             near = [Near(shape, x.offset, x.dtype, x.strides) for shape, x in zip(shapes, rooms, strict=True)]
             lists = [self._lists[number] for number in numbers]
             found = Copies(near, lists, full, to_buffer, self._device)
@@ -185,8 +236,7 @@ class _Group(NamedTuple):
     """Tensors whose gradients come together."""
 
     numbers: list[int]
-    full: list[Room]
-    bytes: int
+    full: _Layout
 
 
 def _group_bytes() -> int:
@@ -213,10 +263,6 @@ class _Gather(torch.autograd.Function):
         return None, None, None, *ctx.pack._to_full(ctx.group, grads)
 
 
-def _forms(tensors: Sequence[Tensor]) -> _Forms:
-    return [t.data_ptr() for t in tensors], [t.dtype for t in tensors], [t.stride() for t in tensors]
-
-
 def _fits(tensor: Tensor, device: torch.device) -> bool:
     whole = tensor.is_contiguous() or _is_channels_last(tensor)
     return whole and tensor.device == device and tensor.dtype in _DTYPES and tensor.dim() in (1, 2, 4)
@@ -229,25 +275,36 @@ def _is_channels_last(tensor: Tensor) -> bool:
     )
 
 
-def _rooms(
+def _layout(
     shapes: Sequence[tuple[int, ...]], channels_last: Sequence[bool], dtypes: Sequence[torch.dtype]
-) -> tuple[list[Room], int]:
-    """Tensors side by side; and the bytes of all."""
-    found, offset = [], 0
-    for shape, last, dtype in zip(shapes, channels_last, dtypes, strict=True):
+) -> _Layout:
+    """Give these tensors their places in a buffer."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, (shape, last, dtype) in enumerate(zip(shapes, channels_last, dtypes, strict=True)):
         format = torch.channels_last if last else torch.contiguous_format
         strides = torch.empty(shape, dtype=dtype, device="meta", memory_format=format).stride()
-        found.append(Room(shape, strides, dtype, offset, offset // dtype.itemsize))
-        offset += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    return found, offset
+        alike.setdefault((dtype, shape, strides), []).append(number)
+    rooms: dict[int, Room] = {}
+    stacks, offset = [], 0
+    for (dtype, shape, strides), numbers in alike.items():
+        each = -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        rooms |= {number: Room(shape, strides, dtype, offset + i * each) for i, number in enumerate(numbers)}
+        stack = (len(numbers), *shape), (each // dtype.itemsize, *strides)
+        stacks.append((dtype, *stack, offset // dtype.itemsize))
+        offset += len(numbers) * each
+    places = {number: place for place, number in enumerate(itertools.chain(*alike.values()))}
+    every = range(len(shapes))
+    return _Layout([rooms[number] for number in every], stacks, [places[number] for number in every], offset)
 
 
-def _views(buffer: Tensor, rooms: Sequence[Room]) -> list[Tensor]:
+def _views(buffer: Tensor, layout: _Layout) -> list[Tensor]:
     """Tensors in the buffer, which autograd does not take for views of it: each has a version of its own, for BatchNorm
     updates one while others are saved."""
-    cut = {dtype: buffer.view(dtype).as_strided for dtype in {room.dtype for room in rooms} if dtype is not None}
+    found: list[Tensor] = []
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return [cut[dtype](shape, strides, begin) for shape, strides, dtype, _, begin in rooms if dtype is not None]
+        for dtype, shape, strides, begin in layout.stacks:
+            found += buffer.view(dtype).as_strided(shape, strides, begin).unbind()
+    return [found[place] for place in layout.places]
 
 
 def _buffer(view: Tensor) -> Tensor:

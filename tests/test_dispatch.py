@@ -1,6 +1,7 @@
 """The faster implementation is taken, a wrong one never; choices last, and processes share them."""
 
 import contextlib
+import functools
 import json
 import sys
 
@@ -206,6 +207,22 @@ def test_a_choice_depends_on_all_that_decides_which_code_runs(table):
     with setting(cudnn.conv, "fp32_precision", "ieee"):  # which only float32 goes by
         assert measured(x.bfloat16(), one.bfloat16()) == both
     assert measured(x.bfloat16(), one.bfloat16()) == set()
+
+
+@interpreted
+def test_what_is_shared_is_taken_from_then_on(table, monkeypatch):
+    """Also for shapes whose choice has been asked for before."""
+    x, vector = torch.ones(2, 3, 4, 4), torch.ones(3)
+    bn = norm.BatchNorm(vector, vector, None, None, True, 0.1, 1e-5, "none")
+    asked = functools.partial(norm.choose, x, None, bn, "auto"), functools.partial(
+        conv.choose, x, torch.ones(2, 3, 1, 1), None, ((1, 1), (0, 0), (1, 1)), None, "auto"
+    )
+    for _ in range(2):
+        assert [ask() for ask in asked] == ["torch", "mixed"] and set(table.choices.values()) == {"torch"}
+    monkeypatch.setattr(dispatch.ranks, "broadcast", lambda given, *_: (dict.fromkeys(given[0], "triton"), {}))
+    monkeypatch.setattr(dispatch.dist, "get_rank", lambda group: 1)
+    table.share(object(), CPU)
+    assert [ask() for ask in asked] == ["triton"] * 2
 
 
 def test_settings_where_pytorch_is_built_without_cuda(monkeypatch):

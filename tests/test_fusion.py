@@ -155,7 +155,7 @@ def test_whichever_implementation_is_chosen(device, name, monkeypatch):
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
 
-        def choose(x, case, candidates, generator=generator):
+        def choose(x, case, candidates, key, generator=generator):
             found = ("torch", "triton")[int(torch.randint(2, (), generator=generator))]
             seen.add((case.operation, found))
             return found
@@ -567,6 +567,18 @@ def test_many_steps_narrow_masked_and_compact(device):
     for model in (masked, narrow, small):
         model.eval()
     assert torch.allclose(narrow(x), masked(x), rtol=1e-9) and torch.allclose(small(x), masked(x), rtol=1e-9)
+
+
+def test_a_module_that_is_exchanged_is_the_one_that_runs():
+    first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2))
+    model = fuse(nn.Sequential(first, nn.Flatten(), nn.Linear(36, 2)), impl="torch").eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    for inside, number, other in ((model, 2, nn.Linear(36, 2)), (first, 3, nn.MaxPool2d(2))):
+        inside[number] = other
+        after = model(x)
+        assert torch.equal(after, unfuse(copy.deepcopy(model))(x)) and not torch.equal(after, before)
+        before = after
 
 
 def test_a_copy_and_unfuse():

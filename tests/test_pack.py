@@ -106,6 +106,41 @@ def test_one_slice_may_change_while_others_are_saved(device):
     assert b.tolist() == [1, 0, 1, 0, 0, 1] and a.grad.abs().max() == 0
 
 
+def test_tensors_that_have_changed_are_looked_at_again(device):
+    """A pack knows the tensors of the last time by few signs: where they are, and how they lie there."""
+    weight, vector = nn.Parameter(torch.randn(6, 6, 2, 2, device=device)), nn.Parameter(torch.randn(6, device=device))
+    index, state = torch.tensor([1, 2, 5], device=device), torch.randn(6, device=device)
+    cuts = [[(0, index), (1, index)], [(0, index)]]
+    pack = Pack(cuts, "triton")
+
+    def check():
+        some = [weight, vector]
+        found = pack.gather(some, [t.dtype for t in some])
+        for part, t, cut in zip(found, some, cuts, strict=True):
+            assert torch.equal(part, gather(t, cut)) and part.requires_grad == t.requires_grad
+        for part, t in zip(found, some, strict=True):
+            if t.requires_grad:
+                (grad,) = torch.autograd.grad(part.sum(), t)
+                assert grad.shape == t.shape and grad.dtype == t.dtype and grad.sum() == part.numel()
+        pack.put_back(found[0], [(1, state, False)])
+        assert torch.equal(state[index], vector[index].to(state)) and len(state[state != 0]) == 6
+
+    check()
+    for parameter in (weight, vector):
+        parameter.data = 2 * parameter.data
+        check()
+    last = weight.data.contiguous(memory_format=torch.channels_last).stride()
+    weight.data = weight.data.as_strided(weight.shape, last)  # at the same place
+    check()
+    with torch.autocast(device, torch.bfloat16):  # changes nothing about the tensors
+        check()
+    vector.requires_grad_(False)
+    check()
+    vector.requires_grad_(True)
+    vector.data, state.data = vector.data.double(), state.data.clone()
+    check()
+
+
 def test_gradients_may_come_in_groups(device, monkeypatch):
     """Each as soon as its own slices have theirs; a slice that nobody used has none."""
     monkeypatch.setattr("reprune_triton.pack._group_bytes", lambda: 60 * 1024)
