@@ -1,4 +1,4 @@
-"""python -m reprune_triton.bench COMMAND: each command is a module beside this one."""
+"""python -m reprune_triton.bench COMMAND: each command is a module of a room beside this one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import sys
 from reprune_triton.errors import RepruneError
 
 COMMANDS = {
-    "demo": "train a network dense and pruned, and compare the two",
-    "ablate": "answer a question of the method by training, arm by arm and seed by seed",
-    "report": "make tables, pictures and text of all results, and renew the README's tables",
-    "event": "time one pruning event against SciPy and fastcluster",
-    "scaling": "time clustering against the size and the number of problems",
-    "cost": "estimate an event's time on an H100 from the machine code",
-    "step": "time a training step, dense and narrow, against the roofline",
-    "host": "time what the host does in a training step, with nothing left for a device to do",
-    "hours": "add up a whole training from measured steps and events",
-    "roofline": "estimate the least time of a training step from bytes and FLOPs",
-    "dispatch": "compare dispatch's choices with times of CUDA graphs",
-    "smoke": "check every kernel on the shapes of a network",
+    "measure.demo": "train a network dense and pruned, and compare the two",
+    "study.ablate": "answer a question of the method by training, arm by arm and seed by seed",
+    "study.report": "make tables, pictures and text of all results, and renew the README's tables",
+    "measure.event": "time one pruning event against SciPy and fastcluster",
+    "measure.scaling": "time clustering against the size and the number of problems",
+    "estimate.cost": "estimate an event's time on an H100 from the machine code",
+    "measure.step": "time a training step, dense and narrow, against the roofline",
+    "measure.host": "time what the host does in a training step, with nothing left for a device to do",
+    "estimate.hours": "add up a whole training from measured steps and events",
+    "estimate.roofline": "estimate the least time of a training step from bytes and FLOPs",
+    "measure.dispatch": "compare dispatch's choices with times of CUDA graphs",
+    "measure.smoke": "check every kernel on the shapes of a network",
     "gpu": "run the tests, sanitizers and benchmarks that need a GPU, one after the other",
 }
 
@@ -33,12 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     given = sys.argv[1:] if arguments is None else arguments
     wanted = next((word for word in given if not word.startswith("-")), None)
-    for name, summary in COMMANDS.items():
+    for module, summary in COMMANDS.items():
+        name = module.rpartition(".")[2]
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == wanted:  # the others are not even imported: each has its own optional dependencies
-            module = importlib.import_module(f"reprune_triton.bench.{name}")
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            found = importlib.import_module(f"reprune_triton.bench.{module}")
+            found.add_arguments(command)
+            command.set_defaults(run=found.run)
     parsed = parser.parse_args(given)
     if parsed.wait and not sys.stdin.readline():
         return 1  # who asked for it is gone

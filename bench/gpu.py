@@ -510,7 +510,8 @@ def compile_all(what: str) -> None:
 def jobs(what: str) -> list[tuple[Any, ...]]:
     """Arguments of `compiled.warm`: for the benchmarks, in bfloat16 and channels in multiples of 16, as networks have
     them, but for the images'; for the tests also other types and any number of channels."""
-    from reprune_triton.kernels import launch, masked_conv, norm_act, pack
+    from reprune_triton.kernels.clustering import launch
+    from reprune_triton.kernels.step import masked_conv, norm_act, pack
 
     bf16, odd = torch.bfloat16, 17
     found: list[tuple[Any, ...]] = [(config,) for config in launch.configurations()]  # some of them take longest

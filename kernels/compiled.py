@@ -15,8 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from reprune_triton.errors import RepruneError
-from reprune_triton.kernels.launch import Configuration
+from reprune_triton.kernels.configuration import Configuration
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,7 +55,7 @@ def build(
         layers are never told (`table.kernel`).
     """
     if not isinstance(config.kernel, triton.JITFunction):
-        raise RepruneError("Triton interprets kernels in this process: unset TRITON_INTERPRET to compile them.")
+        raise RuntimeError("Triton interprets kernels in this process: unset TRITON_INTERPRET to compile them.")
     constants, names = dict(config.constants), config.kernel.arg_names
     known = _TYPES | dict(types or {})
     signature = {name: "constexpr" if name in constants else known.get(name, "*i32") for name in names}
@@ -164,7 +163,7 @@ def _text(cubin: bytes) -> bytes:
     for name, _, _, _, offset, length in sections:
         if cubin.startswith(b".text.", sections[names][4] + name):
             return cubin[offset : offset + length]
-    raise RepruneError("the binary has no instructions.")
+    raise RuntimeError("the binary has no instructions.")
 
 
 def _tool(name: str, *arguments: str) -> str:

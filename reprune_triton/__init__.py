@@ -1,9 +1,9 @@
 """REPrune: prune the channels of a CNN while it trains."""
 
-from .checkpoint import load, save
-from .errors import RepruneError
-from .fusion import fuse, unfuse
-from .pruner import Config, Event, REPrune
+from reprune_triton.errors import RepruneError
+from reprune_triton.fused.fusion import fuse, unfuse
+from reprune_triton.pruner import Config, Event, REPrune
+from reprune_triton.training.checkpoint import load, save
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Event", "REPrune", "RepruneError", "fuse", "load", "save", "unfuse"]

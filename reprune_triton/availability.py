@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from .errors import RepruneError
+from reprune_triton.errors import RepruneError
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 

@@ -1,136 +1,50 @@
-"""The operations of one pruning event: ward, cut, cover; ward_network and cluster_network for all layers at once.
+"""The functional core: clustering, cut and coverage of one layer or of a network, and convolution on active channels.
 
-And `masked_conv2d`, what training on the active channels consists of.
+    ward, ward_network          kernels -> merges
+    cut, cluster_network        merges -> clusters
+    cover, select_filters       clusters -> kept filters
+    masked_conv2d               a training step on the kept filters alone
 
-This is where input is checked and where an implementation is chosen. What the operations compute is defined by
-`reprune_triton.reference`; every implementation must give the same answer.
+This is where input is checked and where an implementation is chosen. What the first six compute is defined by
+`reprune_triton.selection.definition`; every implementation must give the same answer.
 
 Park et al., "REPrune: Channel Pruning via Kernel Representative Selection", AAAI 2024 (arXiv:2402.17862).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from reprune_triton import availability, reference
-from reprune_triton.conv import masked_conv2d as masked_conv2d
 from reprune_triton.errors import RepruneError
-from reprune_triton.pool import Pool
-from reprune_triton.reference import LINKAGES, TIES
+from reprune_triton.fused import conv
+from reprune_triton.running.layers import gather
+from reprune_triton.selection import reference, steps
+from reprune_triton.selection.pool import Pool
+from reprune_triton.selection.problems import (
+    IMPLS,
+    Clusters,
+    Layer,
+    Merges,
+    checked,
+    grouped,
+    kernel_points,
+    uses_triton,
+)
+from reprune_triton.selection.reference import LINKAGES, TIES
+from reprune_triton.selection.widths import keep_count
 
-IMPLS = ("auto", "reference", "triton")
+__all__ = [
+    "ALGORITHMS", "IMPLS", "LINKAGES", "MAX_FILTERS", "TIES", "Clusters", "Cover", "Layer", "Merges", "cluster_network",
+    "cover", "cut", "filter_norms", "keep_count", "kernel_points", "masked_conv2d", "select_filters", "ward",
+    "ward_network",
+]
 ALGORITHMS = ("auto", "chain", "reciprocal")
 MAX_FILTERS = 1 << reference.INDEX_BITS  # the sort key of `cover` has this many bits for the index
 _MAX_CHANNELS = 1 << (63 - reference.INDEX_BITS - reference.TIE_BITS)  # ... and for the gain
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_SAFE_EXPONENTS = {torch.float32: (-40, 50), torch.float64: (-400, 400)}  # of max|x|: squares stay normal numbers
-
-
-class Layer(NamedTuple):
-    """A conv weight whose kernels are to be clustered, one problem for every active input channel."""
-
-    weight: Tensor  # (n_out, n_in, kh, kw), any strides
-    filters: Tensor | None = None  # (n,) the active filters; None: all
-    inputs: Tensor | None = None  # (P,) the active input channels; None: all
-    name: str = "weight"  # for messages
-
-    @property
-    def n_out(self) -> int:
-        """All filters, active or not."""
-        return self.weight.shape[0]
-
-    @property
-    def n(self) -> int:
-        """Points of every problem: active filters."""
-        return (self.weight if self.filters is None else self.filters).shape[0]
-
-    @property
-    def columns(self) -> int:
-        """Problems: active input channels."""
-        return self.weight.shape[1] if self.inputs is None else self.inputs.shape[0]
-
-    @property
-    def d(self) -> int:
-        """Dimensions of the points: kh * kw."""
-        return self.weight.shape[2] * self.weight.shape[3]
-
-    def points(self) -> Tensor:
-        """The clustering problems, copied if only some are active: (P, n, d)."""
-        weight = self.weight.detach()
-        if self.filters is not None:
-            weight = weight[self.filters]
-        if self.inputs is not None:
-            weight = weight[:, self.inputs]
-        return kernel_points(weight)
-
-    def rows(self) -> Tensor:
-        """All filters over the active input channels, one a row, copied if only some are active: (n_out, m)."""
-        weight = self.weight.detach()
-        return (weight if self.inputs is None else weight.index_select(1, self.inputs)).flatten(1)
-
-
-class Merges(NamedTuple):
-    """Dendrograms of P problems of n points, as absorption forests.
-
-    Each merge kills one representative j, the higher of the two: parent[j] = i < j, at height[j]. The root has
-    parent[r] = r = 0 and height +inf. Heights never decrease along a path to the root.
-    """
-
-    parent: Tensor  # (P, n) int32
-    height: Tensor  # (P, n) float32, or float64 for float64 points; I for ward, Euclidean distance for the others
-    linkage: str
-    scale: float = 1.0  # true height = height * scale; a power of two, 1 unless the points are tiny or huge
-
-    def problems(self, start: int, stop: int) -> Merges:
-        """The problems start .. stop - 1, for layers that were clustered in one call."""
-        return self._replace(parent=self.parent[start:stop], height=self.height[start:stop])
-
-    def to_scipy(self) -> np.ndarray:
-        """SciPy's linkage matrices, (P, n - 1, 4) float64, with SciPy's heights (ward: sqrt(2 I)).
-
-        Merges of exactly equal height are ordered so that the matrix is valid; SciPy may order them otherwise.
-        """
-        parent = self.parent.long().cpu().numpy()
-        height = self.height.double().cpu().numpy()
-        P, n = parent.shape
-        problem = np.arange(P)
-        depth, above = np.zeros_like(parent), parent  # hops to the root
-        for _ in range(n):
-            depth, above = depth + (above != 0), np.take_along_axis(parent, above, 1)
-            if not above.any():
-                break
-        else:
-            raise RepruneError("these parents do not lead to point 0: the dendrograms are not complete.")
-        order = np.lexsort((-depth, height), axis=1)  # of equal heights the deeper goes first: children before parents
-        name, size = np.tile(np.arange(n), (P, 1)), np.ones_like(parent)
-        Z = np.empty((P, n - 1, 4))
-        for t in range(n - 1):
-            j = order[:, t]
-            i = parent[problem, j]
-            a, b = name[problem, i], name[problem, j]
-            size[problem, i] += size[problem, j]
-            Z[:, t, 0], Z[:, t, 1] = np.minimum(a, b), np.maximum(a, b)
-            Z[:, t, 2], Z[:, t, 3] = height[problem, j], size[problem, i]
-            name[problem, i] = n + t
-        if self.linkage == "ward":
-            Z[:, :, 2] = np.sqrt(2 * Z[:, :, 2]) * math.sqrt(self.scale)
-        else:
-            Z[:, :, 2] *= self.scale
-        return Z
-
-
-class Clusters(NamedTuple):
-    """What the cut leaves of every problem."""
-
-    labels: Tensor  # (P, n) int32: equal label = same cluster; numbered from 0 by the lowest member
-    h: float  # height of the cut, in true units (I for ward)
 
 
 class Cover(NamedTuple):
@@ -147,40 +61,9 @@ class Cover(NamedTuple):
         return self.covered / self.clusters
 
 
-def keep_count(n: int, sparsity: float | str | Fraction) -> int:
-    """n - ceil(sparsity * n), in exact integers, with the sparsity read as the decimal that was typed.
-
-    Floats misround: 1 - 0.9 is a little under 0.1, and 0.07 * 100 is a little over 7.
-    """
-    try:
-        exact = Fraction(str(sparsity))
-    except ValueError as error:
-        raise RepruneError(f"sparsity is {sparsity!r}; it must be a number like 0.5.") from error
-    if not 0 <= exact < 1:
-        raise RepruneError(f"sparsity is {sparsity}; it must be at least 0 and less than 1.")
-    return n - math.ceil(exact * n)
-
-
-def kernel_points(weight: Tensor) -> Tensor:
-    """The clustering problems of a conv weight (n_out, n_in, kh, kw): points (n_in, n_out, kh * kw)."""
-    if weight.dim() != 4:
-        raise RepruneError(f"weight has shape {tuple(weight.shape)}; it must be (n_out, n_in, kh, kw).")
-    return weight.detach().flatten(2).transpose(0, 1)
-
-
 def filter_norms(weight: Tensor) -> Tensor:
     """L2 norm of every filter of a conv weight (n_out, n_in, kh, kw): (n_out,) float64, the score of tie="norm"."""
     return weight.detach().flatten(1).double().norm(dim=1)
-
-
-def scale_of(points: Tensor) -> int:
-    """e such that `ward` works on points * 2^-e. It is 0 unless max|x| is so tiny or huge that squares would leave
-    the normal range. Layers may share one call of `ward` when n, d and this exponent are equal.
-    """
-    largest = points.detach().abs().max().to(torch.float64).item() if points.numel() else 0.0
-    low, high = _SAFE_EXPONENTS[working_dtype(points)]
-    exponent = math.frexp(largest)[1]
-    return 0 if largest == 0 or not math.isfinite(largest) or low <= exponent <= high else exponent
 
 
 def ward(points: Tensor, linkage: str = "ward", impl: str = "auto", algorithm: str = "auto") -> Merges:
@@ -230,7 +113,7 @@ def cut(merges: Merges, keep: int, impl: str = "auto") -> Clusters:
     """
     _check_keep(keep, merges.parent.shape[1])
     if _cut_by_triton(merges, impl):
-        from reprune_triton.kernels import launch
+        from reprune_triton.kernels.clustering import launch
 
         labels, h = launch.cut_layer(merges.parent, merges.height, keep)
     else:
@@ -279,7 +162,7 @@ def cover(
     if not uses_triton(Layer(torch.empty(1, device=labels.device).expand(n_out, n_in, 1, 1), name="labels"), impl):
         order, gains, covered, clusters = reference.cover(labels, keep, tie, seed, score)
         return Cover(order.to(torch.int32), gains.to(torch.int32), covered, clusters)
-    from reprune_triton.kernels import launch
+    from reprune_triton.kernels.clustering import launch
 
     value, order = labels.sort(dim=1, stable=True)
     number = torch.nn.functional.pad((value[:, 1:] != value[:, :-1]).long().cumsum(1), (1, 0))  # from 0, any integers
@@ -314,12 +197,33 @@ def select_filters(
     return cover(clusters.labels, keep, tie, seed, impl, score), clusters
 
 
+def masked_conv2d(
+    x: Tensor, weight: Tensor, out_index: Tensor | None = None, in_index: Tensor | None = None, stride: conv.Size = 1,
+    padding: conv.Size = 0, dilation: conv.Size = 1, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """conv2d(x, weight[out_index][:, in_index]), differentiable in x and weight.
+
+    Args:
+        x: (B, active inputs, H, W).
+        weight: (n_out, n_in, kh, kw), the full shape. Its gradient is zero in rows and columns that are not active.
+        out_index, in_index: the active output and input channels, sorted int64; None: all.
+        stride, padding, dilation: a number, or two: for height and width.
+        impl: "torch": PyTorch's convolution. "triton": the kernels. "auto": whichever is quicker on this GPU, torch
+            wherever the kernels cannot run.
+    Returns:
+        (B, active outputs, P, Q); channels_last from the kernels. Under autocast in its type, as conv2d.
+    Raises:
+        RepruneError: for an unknown impl, channels that do not fit, or if impl="triton" cannot run.
+    """
+    cut = [(dim, index) for dim, index in enumerate((out_index, in_index)) if index is not None]
+    y, _ = conv.norm_act_conv2d(x, gather(weight, cut), None, stride, padding, dilation, None, impl)
+    return y
+
+
 def _network(
     layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, impl: str, algorithm: str
 ) -> list[tuple[Merges, Clusters | None]]:
     """Merges of every layer, and its clusters if keeps are given."""
-    from reprune_triton import steps
-
     _one_of("linkage", linkage, LINKAGES)
     _one_of("impl", impl, IMPLS)
     _one_of("algorithm", algorithm, ALGORITHMS)
@@ -345,82 +249,12 @@ def _network(
     return found
 
 
-def grouped(layers: Sequence[Layer], impl: str) -> dict[tuple[bool, torch.device], list[int]]:
-    """Layer numbers by what works on them (Triton? else the reference), and where."""
-    parts: dict[tuple[bool, torch.device], list[int]] = {}
-    for number, layer in enumerate(layers):
-        parts.setdefault((uses_triton(layer, impl), layer.weight.device), []).append(number)
-    return parts
-
-
-def uses_triton(layer: Layer, impl: str) -> bool:
-    """Does Triton cluster this layer, or the reference? The one asked for, never another one in silence.
-
-    Raises RepruneError for impl="triton" where the kernels cannot run.
-    """
-    if impl == "reference" or (impl == "auto" and layer.weight.device.type != "cuda"):
-        return False
-    reason = availability.why_not(layer.weight.device)
-    if reason is None:
-        from reprune_triton.kernels import launch
-
-        reason = launch.why_not(layer)
-    if reason and impl == "triton":
-        message = f'impl="triton" cannot cluster {layer.name}: {reason}. Or use impl="auto" or "reference".'
-        raise availability.refusal(message, layer.weight.device)
-    return not reason
-
-
 def _cut_by_triton(merges: Merges, impl: str) -> bool:
     _one_of("impl", impl, IMPLS)
     if impl == "reference" or (impl == "auto" and merges.parent.device.type != "cuda"):
         return False
     like = Layer(merges.height[:, :, None, None].transpose(0, 1), name="the dendrogram")
     return uses_triton(like, impl)
-
-
-def checked(layer: Layer) -> Layer:
-    """The layer with int64 index lists, if it can be clustered at all."""
-    weight, name = layer.weight, layer.name
-    if weight.dim() != 4:
-        raise RepruneError(f"{name} has shape {tuple(weight.shape)}; it must be (n_out, n_in, kh, kw).")
-    for what, index in (("filters", layer.filters), ("inputs", layer.inputs)):
-        if index is not None and (not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in _INTEGERS):
-            raise RepruneError(
-                f"{name}: {what} must be a tensor of indices, one-dimensional and of integers "
-                "(of a mask: mask.nonzero().squeeze(1))."
-            )
-    if 0 in (layer.n, layer.columns, layer.d):
-        raise RepruneError(f"{name} has {layer.n} filters, {layer.columns} inputs and kernels of {layer.d} numbers; "
-                           "at least one of each is needed to cluster.")  # fmt: skip
-    working_dtype(weight, name)
-    indices = [i if i is None else i.to(weight.device, torch.int64).contiguous() for i in (layer.filters, layer.inputs)]
-    layer = Layer(weight.detach(), indices[0], indices[1], name)
-    if weight.device.type == "cpu":
-        check_indices(layer)  # on a GPU the kernels do it
-    return layer
-
-
-def check_indices(layer: Layer) -> None:
-    for what, index, size in zip(("filters", "inputs"), layer[1:3], layer.weight.shape, strict=False):
-        if index is not None and not ((index >= 0) & (index < size)).all():
-            raise RepruneError(f"{layer.name}: {what} has an index outside 0 .. {size - 1}.")
-
-
-def check_finite(name: str, points: Tensor) -> None:
-    finite = points.isfinite().flatten(1).all(dim=1)
-    if not finite.all():
-        bad = (~finite).nonzero().squeeze(1)
-        raise RepruneError(
-            f"{name} has NaN or infinity in problem {int(bad[0])} ({len(bad)} of {len(points)} problems). "
-            "Look for a diverged layer: lower the learning rate or load an earlier checkpoint."
-        )
-
-
-def working_dtype(points: Tensor, name: str = "points") -> torch.dtype:
-    if not points.dtype.is_floating_point:
-        raise RepruneError(f"{name}: the type is {points.dtype}; convert to a floating-point type first.")
-    return torch.float64 if points.dtype == torch.float64 else torch.float32
 
 
 def _check_keep(keep: int, n: int) -> None:

@@ -1,6 +1,6 @@
 """REPrune while training (Park et al., AAAI 2024): when to prune, and the story of one event, top to bottom.
 
-widths (sparsity.py) -> merges -> cut -> cover -> regrow, all on the device (event.py) -> run narrow (narrow.py)
+widths (widths.py) -> merges -> cut -> cover -> regrow, all on the device (event.py) -> run narrow (narrow.py)
 """
 
 import functools
@@ -18,14 +18,19 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from . import channels as channel_analysis
-from . import copies, dispatch, event, narrow, ops, regrow, sparsity
-from .channels import Channels, Prunable
-from .errors import RepruneError
-from .optimizers import Optimizers
-from .pool import Pool, to_device
-from .ranks import Ranks
-from .rng import derive_seeds, random_bits
+from reprune_triton import ops
+from reprune_triton.errors import RepruneError
+from reprune_triton.fused import dispatch
+from reprune_triton.kernels.host import to_device
+from reprune_triton.running import channels as channel_analysis
+from reprune_triton.running import compact, copies, layers, narrow
+from reprune_triton.running.channels import Channels, Prunable
+from reprune_triton.running.optimizers import Optimizers
+from reprune_triton.selection import event, regrow
+from reprune_triton.selection.pool import Pool
+from reprune_triton.selection.ranks import Ranks
+from reprune_triton.selection.rng import derive_seeds, random_bits
+from reprune_triton.selection.widths import Budget, Scales, Widths, at_flops, at_sparsity, regrow_share, round_up
 
 FORMAT = 4  # of state_dict
 SELECTIONS = ("coverage", "l1", "gamma", "random")
@@ -339,7 +344,7 @@ class REPrune:
         """The event of this epoch, in terms of tensors."""
         config, prunable = self.config, self.channels.prunable
         assert config.until is not None
-        extra = sparsity.regrow_share(epoch, config.until, config.regrow)
+        extra = regrow_share(epoch, config.until, config.regrow)
         inputs = self.channels.inputs(self.active)
         layers = [ops.Layer(self._weight(x), self.active[x.name], inputs[x.name], x.name) for x in prunable]
         seeds = derive_seeds(config.seed, epoch, len(layers), 2).tolist()
@@ -357,14 +362,14 @@ class REPrune:
             regrow_by=config.regrow_by, watched=watched, check=functools.partial(self._check_watched, epoch),
         )  # fmt: skip
 
-    def _gone(self, outcome: event.Outcome) -> narrow.Slices:
+    def _gone(self, outcome: event.Outcome) -> layers.Slices:
         """What coverage did not choose: it has no momentum when it comes back."""
         rows = self._pool.split(self._pool.partition(outcome.kept))
         names, kept = [x.name for x in self.channels.prunable], [found.kept for found in outcome.layers]
         gone = {name: row[count:] for name, row, count in zip(names, rows, kept, strict=True)}
         return self.channels.frozen(gone)
 
-    def _setting(self, state: _State, gone: narrow.Slices | None = None) -> narrow.Setting:
+    def _setting(self, state: _State, gone: layers.Slices | None = None) -> narrow.Setting:
         """For the model to run on the channels of this state."""
         home = self._parameter(self.channels.prunable[0].name).device
         active, pruned = ({name: index.to(home) for name, index in x.items()} for x in (state.active, state.pruned))
@@ -399,23 +404,23 @@ class REPrune:
             layers=layers,
         )
 
-    def _widths(self, extra: float) -> Callable[[], sparsity.Widths]:
+    def _widths(self, extra: float) -> Callable[[], Widths]:
         """How to find the filters to choose by coverage, and those to have after regrowth."""
         config = self.config
         if isinstance(config.sparsity, Mapping):
             own = [(self._own_width(x, 0.0), self._own_width(x, extra)) for x in self.channels.prunable]
             keep, width = to_device(own, self._pool.device).T.unbind()
             none = torch.zeros_like(keep[0])
-            given = sparsity.Widths(keep, width, none, none, none > 0)
+            given = Widths(keep, width, none, none, none > 0)
             return lambda: given
 
-        def counted() -> sparsity.Widths:
+        def counted() -> Widths:
             assert config.round_to is not None
             scales = self._scales()
             if config.flops is None:
                 assert isinstance(config.sparsity, (int, float))
-                return sparsity.at_sparsity(scales, config.sparsity, extra, config.round_to, config.min_keep)
-            return sparsity.at_flops(scales, self._budget, extra, config.round_to, config.min_keep)
+                return at_sparsity(scales, config.sparsity, extra, config.round_to, config.min_keep)
+            return at_flops(scales, self._budget, extra, config.round_to, config.min_keep)
 
         return counted
 
@@ -440,13 +445,13 @@ class REPrune:
             self._budget = self._new_budget()
             self._state = self._state._replace(mask=self._state.mask.to(device))
 
-    def _new_budget(self) -> sparsity.Budget:
+    def _new_budget(self) -> Budget:
         """The most multiply-adds of which `Channels.flops` says that they are in the budget."""
         flops, dense = self.config.flops or 0.0, sum(cost.macs for cost in self.channels.costs)
         most = int(flops * dense) + 1
         while most / dense > flops:
             most -= 1
-        return sparsity.Budget(self._pool, self.channels.terms(), most)
+        return Budget(self._pool, self.channels.terms(), most)
 
     def _parameter(self, name: str) -> Tensor:
         return self.model.get_submodule(name)._parameters["weight"]  # type: ignore[return-value]
@@ -454,8 +459,8 @@ class REPrune:
     def _weight(self, layer: Prunable) -> Tensor:
         return self._parameter(layer.name).to(self._pool.device)
 
-    def _scales(self) -> sparsity.Scales:
-        return sparsity.Scales(self._pool, self._gammas(), self._state.mask)
+    def _scales(self) -> Scales:
+        return Scales(self._pool, self._gammas(), self._state.mask)
 
     def _gammas(self) -> Tensor:
         """|gamma| of every prunable layer: (T,)."""
@@ -472,7 +477,7 @@ class REPrune:
         assert isinstance(self.config.sparsity, Mapping) and self.config.round_to is not None
         share = max(_own_sparsity(layer.name, self.config.sparsity) - extra, 0.0)
         width = ops.keep_count(layer.n_out, share)
-        return sparsity.round_up(width, layer.n_out, self.config.round_to, self.config.min_keep)
+        return round_up(width, layer.n_out, self.config.round_to, self.config.min_keep)
 
     # ------------------------------------------------------------------ the narrow model
 
@@ -487,15 +492,15 @@ class REPrune:
         self._narrowing.settle()
         model = self.model if model is None else _unwrapped(model)
         if self._swapped and any(model is x for x in (self.model, *self._averages)):
-            return narrow.copied(model)
+            return compact.copied(model)
         known = copies.of(model)
         if known is None:  # an average that was made before the pruner
-            found = narrow.compact(model, self.channels.slices(self.active))
+            found = compact.compact(model, self.channels.slices(self.active))
             average = copies.Belonging(model, self.channels, self._belonging.impl, origin=self._belonging)
             average.follow()
             return found
         known.follow()
-        found = narrow.compact(model, self.channels.slices(known.active))
+        found = compact.compact(model, self.channels.slices(known.active))
         copies.remove(found)
         return found
 
@@ -523,13 +528,13 @@ class REPrune:
                 self._shrink()
                 return self.model
             slices = self.channels.slices(self.active)
-            slim = narrow.compact(self.model, slices)
+            slim = compact.compact(self.model, slices)
             copies.remove(slim)
-            moves = narrow.moves(self.model, slim, slices)
-            narrow.carry(moves, gradients=not self._narrowing.spent())
+            moves = compact.moves(self.model, slim, slices)
+            compact.carry(moves, gradients=not self._narrowing.spent())
 
             def change() -> None:
-                narrow.carry_optimizers(self._optimizers, moves)
+                compact.carry_optimizers(self._optimizers, moves)
                 self._slim, self._finished = slim, True
 
             self._narrowing.end(change, optimizer_only=True)
@@ -543,13 +548,13 @@ class REPrune:
     def _shrink(self) -> None:
         """Make the model, its averages and what the optimizer holds physically narrow, in place."""
         slices = self.channels.slices(self.active)
-        shrinking = [narrow.Shrinking(model, slices) for model in (self.model, *self._averages)]
+        shrinking = [compact.Shrinking(model, slices) for model in (self.model, *self._averages)]
         spent = self._narrowing.spent()
 
         def change() -> None:
             if spent:
                 self.model.zero_grad()
-            narrow.carry_optimizers(self._optimizers, shrinking[0].moves())
+            compact.carry_optimizers(self._optimizers, shrinking[0].moves())
             for shrink in shrinking:
                 shrink()
             for model in (self.model, *self._averages):
@@ -726,7 +731,7 @@ class REPrune:
         if self.config.flops is not None:
             assert self.config.round_to is not None
             least = self.channels.flops({
-                x.name: sparsity.round_up(0, x.n_out, self.config.round_to, self.config.min_keep)
+                x.name: round_up(0, x.n_out, self.config.round_to, self.config.min_keep)
                 for x in self.channels.prunable
             })  # fmt: skip
             if least > self.config.flops:
@@ -751,7 +756,7 @@ class REPrune:
         self._narrowing.follow(optimizers)
         self._await_training()
 
-    def _concerned(self) -> narrow.Slices:
+    def _concerned(self) -> layers.Slices:
         """All that can be frozen or made narrow: the modules with all their channels that can go."""
         return self.channels.frozen({x.name: torch.arange(x.n_out) for x in self.channels.prunable})
 
@@ -760,7 +765,7 @@ class REPrune:
         found: dict[nn.Parameter, str] = {}
         for name, part in self._concerned().items():
             module = self.model.get_submodule(name)
-            for key in narrow.cuts(module, part):
+            for key in layers.cuts(module, part):
                 parameter = module._parameters.get(key)
                 if parameter is not None:
                     found[parameter] = f"{name}.{key}"
@@ -824,7 +829,7 @@ class REPrune:
                 "frozen. Name the one that trains it: pruner.optimizer = optimizer"
             )
         for model in (self.model, *self._averages):
-            copies.remove(narrow.check_copy(model))  # else each would be asked at events whether it is written to
+            copies.remove(compact.check_copy(model))  # else each would be asked at events whether it is written to
         for average in self._averages:
             _average(average, self.model)
 
@@ -848,7 +853,7 @@ class REPrune:
                 )
         if not isinstance(self.config.sparsity, Mapping):
             assert self.config.until is not None
-            extra = sparsity.regrow_share(epoch, self.config.until, self.config.regrow)
+            extra = regrow_share(epoch, self.config.until, self.config.regrow)
             found = self._widths(extra)()
             for rank in (found.rank, found.regrown):
                 self._scales().check(int(rank))

@@ -30,13 +30,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import capture, checkpoint, models, narrow, ops, sparsity
-from reprune_triton.channels import analyse
-from reprune_triton.data import Data
-from reprune_triton.data import load as load_data
+from reprune_triton import capture, ops
 from reprune_triton.errors import RepruneError
-from reprune_triton.fusion import fuse
+from reprune_triton.fused.fusion import fuse
 from reprune_triton.pruner import Config, REPrune
+from reprune_triton.running import compact
+from reprune_triton.running.channels import analyse
+from reprune_triton.selection.widths import round_up
+from reprune_triton.training import checkpoint, models
+from reprune_triton.training.data import Data
+from reprune_triton.training.data import load as load_data
 
 PARADIGMS = ("concurrent", "three-stage", "scratch")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -430,12 +433,12 @@ def thin(model: nn.Module, example: torch.Tensor, options: Options) -> tuple[nn.
         shares = sorted({Fraction(gone, x.n_out) for x in found.prunable for gone in range(x.n_out)})
     for share in shares:
         widths = {
-            x.name: sparsity.round_up(ops.keep_count(x.n_out, share), x.n_out, round_to, 1) for x in found.prunable
+            x.name: round_up(ops.keep_count(x.n_out, share), x.n_out, round_to, 1) for x in found.prunable
         }
         flops = found.flops(widths)
         if wanted is None or flops <= wanted:
             active = {name: torch.arange(width, device=device) for name, width in widths.items()}
-            return narrow.compact(model, found.slices(active)), flops
+            return compact.compact(model, found.slices(active)), flops
     raise RepruneError(f"flops={wanted} is out of reach for a {options.model} from scratch: it still has {flops:.3f}")
 
 

@@ -8,9 +8,12 @@ from unittest import mock
 import torch
 import triton
 
-from reprune_triton import fuse, narrow, ops
-from reprune_triton.bench import gpu, host, variants
-from reprune_triton.kernels import compiled, coverage, launch
+from reprune_triton import fuse, ops
+from reprune_triton.bench import gpu
+from reprune_triton.bench.measure import host, variants
+from reprune_triton.kernels import compiled
+from reprune_triton.kernels.clustering import coverage, launch
+from reprune_triton.running import narrow
 
 known, found = set(), set()
 

@@ -124,7 +124,7 @@ def device(request) -> str:
 @pytest.fixture
 def unplanned(monkeypatch):
     """Launches of convolutions are planned at every call: for tests that change what plans are made of."""
-    from reprune_triton.kernels import masked_conv
+    from reprune_triton.kernels.step import masked_conv
 
     for name in ("_forward_plan", "_input_plan", "_weight_plan"):
         monkeypatch.setattr(masked_conv, name, getattr(masked_conv, name).__wrapped__)

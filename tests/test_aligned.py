@@ -11,7 +11,7 @@ import torch
 import triton
 from torch.nn import functional as F
 
-from reprune_triton.kernels import masked_conv, norm_act
+from reprune_triton.kernels.step import masked_conv, norm_act
 
 COMPILED = isinstance(masked_conv.forward_kernel, triton.JITFunction)
 # Of bfloat16: to the nearest, but the interpreter cuts off.

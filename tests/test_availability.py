@@ -140,8 +140,9 @@ BROKEN = {
 WITHOUT = """
 import json
 from torch import nn
-from reprune_triton import RepruneError, availability, norm, ops
-from reprune_triton.pack import Pack
+from reprune_triton import RepruneError, availability, ops
+from reprune_triton.fused import norm
+from reprune_triton.running.pack import Pack
 
 x, causes = torch.randn(2, 8, 6, 6), []
 bn = norm.BatchNorm(torch.ones(8), torch.zeros(8), None, None, True, 0.1, 1e-5, "relu")

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from reprune_triton import train
-from reprune_triton.bench import ablate, arms
 from reprune_triton.bench.__main__ import main
+from reprune_triton.bench.study import ablate, arms
 from reprune_triton.errors import RepruneError
 
 pytest.importorskip("sklearn")

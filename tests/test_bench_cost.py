@@ -11,9 +11,9 @@ import torch
 from families import gaussian, problems
 
 from reprune_triton import ops
-from reprune_triton.bench import cost
+from reprune_triton.bench.estimate import cost
 from reprune_triton.errors import RepruneError
-from reprune_triton.kernels import launch
+from reprune_triton.kernels.clustering import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 

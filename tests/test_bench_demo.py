@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from reprune_triton import checkpoint, models
 from reprune_triton.bench.__main__ import main
+from reprune_triton.training import checkpoint, models
 
 
 def demo(tmp_path, *arguments):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from played import NAME, OnCPU, play
 
-from reprune_triton.bench import device as devices
-from reprune_triton.bench import roofline
 from reprune_triton.bench.__main__ import main
+from reprune_triton.bench.estimate import roofline
+from reprune_triton.bench.measure import device as devices
 from reprune_triton.errors import RepruneError
 
 

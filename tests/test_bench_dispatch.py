@@ -7,9 +7,9 @@ import pytest
 import torch
 from played import MS, play
 
-from reprune_triton import dispatch
-from reprune_triton.bench import dispatch as bench_dispatch
 from reprune_triton.bench.__main__ import main
+from reprune_triton.bench.measure import dispatch as bench_dispatch
+from reprune_triton.fused import dispatch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` runs it there")
 CASES = [dispatch.Case("conv", "torch.bfloat16", (number,), (16, 32), (0,)) for number in range(4)]

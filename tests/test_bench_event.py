@@ -12,11 +12,15 @@ from families import gaussian, problems
 from played import play
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 
-from reprune_triton import bench, channels, models, ops, regrow, sparsity, steps
-from reprune_triton import event as events
-from reprune_triton.bench import event as bench_event
+from reprune_triton import bench, ops
 from reprune_triton.bench.__main__ import main
+from reprune_triton.bench.measure import event as bench_event
 from reprune_triton.errors import RepruneError
+from reprune_triton.running import analysis
+from reprune_triton.selection import event as events
+from reprune_triton.selection import regrow, steps
+from reprune_triton.selection.widths import at_sparsity
+from reprune_triton.training import models
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +114,13 @@ def fewer_come_back(monkeypatch):
 
 
 def one_more_to_keep(monkeypatch):
-    count = sparsity.at_sparsity
-    monkeypatch.setattr(sparsity, "at_sparsity", lambda *given: (found := count(*given))._replace(keep=found.keep + 1))
+    count = at_sparsity
+
+    def more(*given):
+        found = count(*given)
+        return found._replace(keep=found.keep + 1)
+
+    monkeypatch.setattr(bench_event, "at_sparsity", more)
 
 
 def chance(monkeypatch):
@@ -185,7 +194,7 @@ def test_rule_for_resnets_is_what_the_analysis_finds(model):
     if model != "resnet8":
         pytest.importorskip("torchvision")
     network = models.build(model, 10)
-    found = channels.analyse(network, models.example_inputs(model, size=32)).prunable
+    found = analysis.analyse(network, models.example_inputs(model, size=32)).prunable
     assert bench_event.resnet_rule(network) == [layer.name for layer in found]
 
 
@@ -229,7 +238,7 @@ def test_floor_of_the_sums(monkeypatch, capsys):
         return types.SimpleNamespace(ms=100.0)
 
     cost = types.SimpleNamespace(estimate=estimate)
-    monkeypatch.setitem(sys.modules, "reprune_triton.bench.cost", cost)
+    monkeypatch.setitem(sys.modules, "reprune_triton.bench.estimate.cost", cost)
     monkeypatch.setattr(bench, "cost", cost, raising=False)
     bench_event.add_floor(console, parts, args)
     assert asked == [(layers, "ward", "chain")] and "share" not in parts[0].figures

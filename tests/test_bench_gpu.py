@@ -16,7 +16,8 @@ from reprune_triton import ops
 from reprune_triton.bench import gpu
 from reprune_triton.bench.__main__ import main
 from reprune_triton.errors import RepruneError
-from reprune_triton.kernels import launch, masked_conv, norm_act
+from reprune_triton.kernels.clustering import launch
+from reprune_triton.kernels.step import masked_conv, norm_act
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ import pytest
 from reprune_triton.errors import RepruneError
 
 pytest.importorskip("matplotlib")
-from reprune_triton.bench import arms, pictures  # noqa: E402
+from reprune_triton.bench.study import arms, pictures  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 

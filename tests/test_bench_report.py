@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from reprune_triton.bench import ablate, arms, document, findings, report, tables
 from reprune_triton.bench.__main__ import main
+from reprune_triton.bench.study import ablate, arms, document, findings, report, tables
 from reprune_triton.errors import RepruneError
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -233,7 +233,7 @@ def test_rows_that_are_none(tmp_path, capsys):
 
 
 def test_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reprune_triton.bench.pictures", None)
+    monkeypatch.setitem(sys.modules, "reprune_triton.bench.study.pictures", None)
     with pytest.raises(RepruneError, match="report draws with matplotlib: pip install"):
         report.picture("step_parts", "", [])
 

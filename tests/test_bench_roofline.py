@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import chains, narrow
-from reprune_triton.bench import roofline
 from reprune_triton.bench.__main__ import main
+from reprune_triton.bench.estimate import roofline
 from reprune_triton.errors import RepruneError
+from reprune_triton.running import analysis, compact
 
 
 def on_meta(name: str) -> nn.Module:
@@ -23,9 +23,9 @@ def step_ms(model: nn.Module, shape: tuple[int, ...], level: str) -> float:
 
 
 def slim_of(model: nn.Module, shape: tuple[int, ...], share: float, round_to: int = 16) -> nn.Module:
-    found = chains.prunable(model, shape)
+    found = analysis.prunable(model, shape)
     widths = roofline.widths_at(found, share, round_to)
-    return narrow.compact(model, found.slices(roofline.choose(found, widths, seed=0)))
+    return compact.compact(model, found.slices(roofline.choose(found, widths, seed=0)))
 
 
 @pytest.mark.parametrize("level", roofline.LEVELS)
@@ -33,7 +33,7 @@ def slim_of(model: nn.Module, shape: tuple[int, ...], share: float, round_to: in
 def test_flops_are_three_forwards(name, level):
     """Without the gradient of the images."""
     model, shape = on_meta(name), (4, 3, 64, 64)
-    costs = chains.prunable(model, shape).costs
+    costs = analysis.prunable(model, shape).costs
     macs = sum(cost.macs for cost in costs)
     found = sum(kernel.flops for kernel in roofline.kernels(model, shape, level))
     assert found == 4 * 2 * (3 * macs - costs[0].macs)
@@ -155,7 +155,7 @@ def test_narrower_is_never_slower(name):
 
 
 def test_widths_are_rounded_up_to_whole_groups():
-    found = chains.prunable(on_meta("resnet18"), (1, 3, 32, 32))
+    found = analysis.prunable(on_meta("resnet18"), (1, 3, 32, 32))
     widths = roofline.widths_at(found, 0.9, 16)
     assert [widths[f"layer{stage}.0.conv1"] for stage in (1, 2, 3, 4)] == [16, 16, 32, 64]
     assert set(roofline.widths_at(found, 0.0, 16).values()) == {64, 128, 256, 512}

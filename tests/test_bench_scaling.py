@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from reprune_triton import ops
-from reprune_triton.bench import event
-from reprune_triton.bench import scaling as scaling_bench
 from reprune_triton.bench.__main__ import main
+from reprune_triton.bench.measure import event
+from reprune_triton.bench.measure import scaling as scaling_bench
 
 SMALL = ("--d", "1", "9", "--sizes", "8", "32", "--problems", "2", "--size", "16", "--counts", "1", "4")
 

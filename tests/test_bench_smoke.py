@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 
-from reprune_triton.bench import smoke
 from reprune_triton.bench.__main__ import main
-from reprune_triton.kernels import launch, masked_conv, norm_act, pack
+from reprune_triton.bench.measure import smoke
+from reprune_triton.kernels.clustering import launch
+from reprune_triton.kernels.configuration import Configuration
+from reprune_triton.kernels.step import masked_conv, norm_act, pack
 
 TINY = "smoke --model resnet8 --batch 1 --size 8 --shapes 1 --columns 1".split()
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` runs it there")
@@ -40,13 +42,13 @@ def test_every_kernel_is_checked():
 @pytest.mark.parametrize("family", ["forward", "gradients", "clustering"])
 def test_kernels_are_right(tmp_path, capfd, monkeypatch, family):
     """The two other families are part of the rehearsal of `make gpu`."""
-    launched, run = set(), launch.Configuration.run
+    launched, run = set(), Configuration.run
 
     def noted(config, *given):
         launched.add(config.kernel.__name__)
         run(config, *given)
 
-    monkeypatch.setattr(launch.Configuration, "run", noted)
+    monkeypatch.setattr(Configuration, "run", noted)
     assert main([*TINY, "--family", family, "--json", str(tmp_path / "rows")]) == 0
     rows, printed = lines(tmp_path / "rows"), capfd.readouterr().out
     for row in rows:

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from reprune_triton import capture, fusion, narrow
-from reprune_triton.bench import device as devices
-from reprune_triton.bench import hours, roofline, step, variants
+from reprune_triton import capture
 from reprune_triton.bench.__main__ import main
+from reprune_triton.bench.estimate import hours, roofline
+from reprune_triton.bench.measure import device as devices
+from reprune_triton.bench.measure import step, variants
 from reprune_triton.errors import RepruneError
+from reprune_triton.fused import fusion
+from reprune_triton.running import compact, layers, narrow
 
 TINY = ("--model", "resnet8", "--device", "cpu", "--batch", "4", "--size", "16", "--warmup", "1", "--steps", "2")
 ALL = ("dense", "dense-fused", "narrow", "narrow-fused", "compact")
@@ -132,7 +135,7 @@ def test_forward_of_narrow_at_0(tmp_path, monkeypatch):
 
 def other_biases(monkeypatch):
     """A gather that takes the wrong channels of a BatchNorm."""
-    cuts = narrow._cuts
+    cuts = layers.possible_cuts
 
     def wrong(module, part):
         found = cuts(module, part)
@@ -145,7 +148,7 @@ def other_biases(monkeypatch):
 
 def no_gradient(monkeypatch):
     """A gather that lets no gradient through to the weights: the first outputs are right."""
-    gather = narrow.gather
+    gather = layers.gather
     monkeypatch.setattr(narrow, "gather", lambda tensor, where: gather(tensor.detach(), where))
 
 
@@ -218,7 +221,7 @@ def test_all_are_timed_from_the_weights_as_they_are_built():
 
     class Stopped(variants.Runner):
         def time(self, steps):
-            slim = narrow.compact(task.dense, self.slices) if self.variant.net == "compact" else task.dense
+            slim = compact.compact(task.dense, self.slices) if self.variant.net == "compact" else task.dense
             state = self.model.state_dict()
             timed.append(all(torch.equal(tensor, state[name]) for name, tensor in slim.state_dict().items()))
             assert not any(x["momentum_buffer"].any() for x in self.optimizer.state.values())

@@ -10,8 +10,10 @@ from test_channels import REFUSED, Net, conv, names
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import REPrune, chains, channels, fuse, models
+from reprune_triton import REPrune, fuse
 from reprune_triton.errors import RepruneError
+from reprune_triton.running import analysis, chains
+from reprune_triton.training import models
 
 NETWORKS = (
     "resnet8", "resnet20", "resnet56", "resnet18", "resnet34", "resnet50", "vgg11_bn", "vgg16", "mobilenet_v2",
@@ -55,28 +57,28 @@ def test_they_are_those_of_torch_pruning(name):
     model, x = built(name)
 
     def found(finder):
-        twin = channels._twin(model)
-        return channels.unproved(twin.requires_grad_(), x, (), finder)
+        twin = analysis._twin(model)
+        return analysis.unproved(twin.requires_grad_(), x, (), finder)
 
-    theirs, ours = found(channels._by_torch_pruning), found(chains.finder)
+    theirs, ours = found(analysis._by_torch_pruning), found(chains.finder)
     assert ours.prunable == theirs.prunable and ours.costs == theirs.costs and theirs.prunable
     assert list(ours.reasons) == list(theirs.reasons)
     assert name != "other" or names(ours) == ["last"]
-    assert chains.prunable(model, (4, *x.shape[1:])) == ours
+    assert analysis.prunable(model, (4, *x.shape[1:])) == ours
     if name in ("resnet8", "resnet18"):
-        assert chains.prunable(fuse(model), (4, *x.shape[1:])) == ours
+        assert analysis.prunable(fuse(model), (4, *x.shape[1:])) == ours
 
 
 def test_the_proof_is_the_same(alone):
     model, x = built("mobilenet_v2")
-    found = channels.analyse(model, x)
-    assert len(found.prunable) == 20 and found == chains.prunable(model, x.shape)
+    found = analysis.analyse(model, x)
+    assert len(found.prunable) == 20 and found == analysis.prunable(model, x.shape)
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_go_says_why(case, alone):
     net, reason = REFUSED[case]
-    found = channels.analyse(net, torch.randn(2, 3, 8, 8))
+    found = analysis.analyse(net, torch.randn(2, 3, 8, 8))
     assert "a" not in names(found)
     why = found.reasons["a"]
     assert re.search(reason, why) or why.endswith(chains._HINT) or re.search("an output|meets another|cat", why), why
@@ -92,8 +94,8 @@ class Flipping(nn.BatchNorm2d):
 def test_the_answer_is_proved(alone):
     net = Net(lambda s, x: s.b(s.n(s.a(x))), a=conv(3, 8), n=Flipping(8), b=conv(8, 2))
     x = torch.randn(2, 3, 8, 8)
-    assert names(chains.prunable(net, x.shape)) == ["a"]
-    assert "mixes channels" in channels.analyse(net, x).reasons["a"]
+    assert names(analysis.prunable(net, x.shape)) == ["a"]
+    assert "mixes channels" in analysis.analyse(net, x).reasons["a"]
 
 
 class Plain(nn.Conv2d):
@@ -130,21 +132,21 @@ def test_chains_of_all_kinds_are_understood(case, alone):
     )  # fmt: skip
     if case == "own class":
         net.b = conv(4, 2)
-    found = channels.analyse(net, torch.randn(2, 3, 8, 8))
+    found = analysis.analyse(net, torch.randn(2, 3, 8, 8))
     assert names(found) == (["a", "own"] if case == "own class" else ["a"]), found.reasons
 
 
 def test_arguments_left_out_are_as_the_forward_has_them(alone):
     net, x = Optional(None, a=conv(3, 8), b=conv(8, 2)), torch.randn(2, 3, 8, 8)
     for inputs in (x, (x,), {"x": x}, (x, False), {"x": x, "scale": None}):
-        assert names(channels.analyse(net, inputs)) == ["a"]
-    assert "an output, too" in channels.analyse(net, (x, True)).reasons["a"]
+        assert names(analysis.analyse(net, inputs)) == ["a"]
+    assert "an output, too" in analysis.analyse(net, (x, True)).reasons["a"]
 
 
 def test_a_forward_that_cannot_be_traced_says_what_would_help(alone):
     net = Net(lambda s, x: s.b(s.a(x)) if x.sum() > 0 else s.a(x), a=conv(3, 8), b=conv(8, 2))
     with pytest.raises(RepruneError, match="pip install torch-pruning") as caught:
-        channels.analyse(net, torch.ones(2, 3, 8, 8))
+        analysis.analyse(net, torch.ones(2, 3, 8, 8))
     assert isinstance(caught.value.__cause__, torch.fx.proxy.TraceError)
 
 
@@ -162,5 +164,5 @@ def test_a_pruner_works_without_it(alone):
 
 def test_what_the_other_cannot_follow():
     """Channels that are shuffled: chains end there, others are found."""
-    found = chains.prunable(torchvision.models.shufflenet_v2_x0_5(), (1, 3, 64, 64))
+    found = analysis.prunable(torchvision.models.shufflenet_v2_x0_5(), (1, 3, 64, 64))
     assert names(found) and "stage2.0.branch2.5" not in names(found)

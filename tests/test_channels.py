@@ -10,11 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from reprune_triton import availability, channels, fuse, models, narrow, norm
-from reprune_triton import conv as conv_module
+from reprune_triton import availability, fuse
 from reprune_triton.errors import RepruneError
-from reprune_triton.narrow import Narrowing, compact
-from reprune_triton.pack import Pack
+from reprune_triton.fused import conv as conv_module
+from reprune_triton.fused import norm
+from reprune_triton.running import analysis, channels, narrow
+from reprune_triton.running.compact import compact
+from reprune_triton.running.narrow import Narrowing
+from reprune_triton.running.pack import Pack
+from reprune_triton.training import models
 
 
 def names(found):
@@ -30,7 +34,7 @@ def halves(found):
     (lambda: torchvision.models.resnet18(), 1472),
 ])  # fmt: skip
 def test_resnets_follow_the_paper(build, problems):
-    found = channels.analyse(build(), torch.randn(1, 3, 32, 32))
+    found = analysis.analyse(build(), torch.randn(1, 3, 32, 32))
     inner = {50: ("conv1", "conv2"), 18: ("conv1",)}[50 if problems == 16896 else 18]
     assert names(found) == [n for n in found.reasons if n.startswith("layer") and n.endswith(inner)]
     assert sum(layer.n_in for layer in found.prunable) == problems
@@ -42,12 +46,12 @@ def test_resnets_follow_the_paper(build, problems):
 
 
 def test_cifar_resnet_prunes_the_first_conv_of_each_block():
-    found = channels.analyse(models.build("resnet20", num_classes=10), torch.randn(1, 3, 32, 32))
+    found = analysis.analyse(models.build("resnet20", num_classes=10), torch.randn(1, 3, 32, 32))
     assert len(found.prunable) == 9
 
 
 def test_depthwise_convs_follow_and_flattened_channels_spread():
-    found = channels.analyse(torchvision.models.mobilenet_v2(), torch.randn(1, 3, 32, 32))
+    found = analysis.analyse(torchvision.models.mobilenet_v2(), torch.randn(1, 3, 32, 32))
     layer = next(x for x in found.prunable if x.name == "features.2.conv.0.0")
     assert layer.followers == ("features.2.conv.0.1", "features.2.conv.1.0", "features.2.conv.1.1")
     assert layer.norm == "features.2.conv.0.1" and layer.readers == (("features.2.conv.2", 1),)
@@ -56,7 +60,7 @@ def test_depthwise_convs_follow_and_flattened_channels_spread():
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
     )
-    found = channels.analyse(net, torch.randn(2, 3, 8, 8))
+    found = analysis.analyse(net, torch.randn(2, 3, 8, 8))
     assert found.prunable[0].readers == (("5", 4),)
     slices = found.slices({"0": torch.tensor([1, 6])})
     assert slices["5"].in_.tolist() == [4, 5, 6, 7, 24, 25, 26, 27]
@@ -113,7 +117,7 @@ nn.init.zeros_(REFUSED["zero head"][0].c.weight)
 def test_what_cannot_go_says_why(case):
     pytest.importorskip("torch_pruning", reason="these are its reasons; test_chains.py has the others")
     net, reason = REFUSED[case]
-    found = channels.analyse(net, torch.randn(2, 3, 8, 8))
+    found = analysis.analyse(net, torch.randn(2, 3, 8, 8))
     assert "a" not in names(found)
     assert re.search(reason, found.reasons["a"]), found.reasons
 
@@ -121,13 +125,13 @@ def test_what_cannot_go_says_why(case):
 def test_shared_weights_stay():
     net = Net(lambda s, x: s.c(s.b(s.a(x))), a=conv(3, 3), b=conv(3, 3), c=conv(3, 2))
     net.b.weight = net.a.weight
-    assert "shares its weight with b" in channels.analyse(net, torch.randn(2, 3, 8, 8)).reasons["a"]
+    assert "shares its weight with b" in analysis.analyse(net, torch.randn(2, 3, 8, 8)).reasons["a"]
 
 
 def test_a_reader_or_follower_that_shares_a_parameter_stays():
     net = Net(lambda s, x: s.c(s.b(s.a(x)).relu()), a=conv(3, 8), b=conv(8, 8), c=conv(8, 8))
     net.c.weight = net.b.weight
-    assert "b shares a parameter with c" in channels.analyse(net, torch.randn(2, 3, 8, 8)).reasons["a"]
+    assert "b shares a parameter with c" in analysis.analyse(net, torch.randn(2, 3, 8, 8)).reasons["a"]
 
 
 def test_odd_but_good_models_are_understood():
@@ -135,13 +139,13 @@ def test_odd_but_good_models_are_understood():
     keyword = Net(lambda s, x: s.b(input=s.a(x).relu()), a=conv(3, 8), b=conv(8, 2))
     dropout = Net(lambda s, x: s.b(F.dropout(s.a(x), 0.5, s.training)), a=conv(3, 8), b=conv(8, 2))
     for net in (cast, keyword, dropout):
-        assert names(channels.analyse(net, torch.randn(2, 3, 8, 8))) == ["a"]
+        assert names(analysis.analyse(net, torch.randn(2, 3, 8, 8))) == ["a"]
 
 
 def test_ignore_takes_names_and_patterns():
     net, x = models.build("resnet20", num_classes=10), torch.randn(1, 3, 16, 16)
-    everything = names(channels.analyse(net, x))
-    found = channels.analyse(net, x, ignore=[everything[0], everything[-1][:-1] + "?"])
+    everything = names(analysis.analyse(net, x))
+    found = analysis.analyse(net, x, ignore=[everything[0], everything[-1][:-1] + "?"])
     assert found.reasons[everything[0]] == "ignored, as asked"
     assert everything[0] not in names(found) and everything[-1] not in names(found)
 
@@ -151,7 +155,7 @@ def test_the_model_is_not_changed():
     for p in list(net.parameters())[:3]:
         p.requires_grad_(False)
     before, flags = copy.deepcopy(net.state_dict()), [p.requires_grad for p in net.parameters()]
-    channels.analyse(net, torch.randn(2, 3, 32, 32))
+    analysis.analyse(net, torch.randn(2, 3, 32, 32))
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before.values(), strict=True))
     assert [p.requires_grad for p in net.parameters()] == flags and all(m.training for m in net.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
@@ -161,7 +165,7 @@ def test_the_model_is_not_changed():
 def test_flops_are_those_of_the_physical_network(name):
     net = torchvision.models.get_model(name, num_classes=10)
     x = torch.randn(1, 3, 32, 32)
-    found = channels.analyse(net, x)
+    found = analysis.analyse(net, x)
     active = halves(found)
     for index, model in (({}, net), (active, compact(net, found.slices(active)))):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -178,7 +182,7 @@ def test_flops_are_those_of_the_physical_network(name):
 def test_channelwise_modules_follow(norm):
     net = Net(lambda s, x: s.b(F.relu(s.n(s.a(x)))), a=conv(3, 8, 3), n=norm, b=conv(8, 2)).train()
     x = torch.randn(4, 3, 8, 8)
-    found = channels.analyse(net, x)
+    found = analysis.analyse(net, x)
     assert names(found) == ["a"] and found.reasons["a"] == channels.PRUNABLE
     has_scale = isinstance(norm, nn.BatchNorm2d) and norm.affine
     assert found.prunable[0].norm == ("n" if has_scale else None)
@@ -207,7 +211,7 @@ def test_channels_are_followed_through_reshapes(case):
         n=nn.BatchNorm2d(8), b=conv(8, 8, 3), m=nn.BatchNorm2d(8), f=nn.Linear(features, 4),
     )  # fmt: skip
     x = torch.randn(4, 3, 8, 8)
-    found = channels.analyse(net, x)
+    found = analysis.analyse(net, x)
     assert names(found) == ["a", "b"], found.reasons
     assert found.prunable[1].readers == (("f", features // 8),)
     slim = compact(net, found.slices(halves(found)))
@@ -228,26 +232,26 @@ def test_reshapes_that_name_the_width_and_norms_that_two_share_keep_it():
         f=nn.Linear(8, 4),
     )  # fmt: skip
     x = torch.randn(2, 3, 8, 8)
-    found = channels.analyse(fixed, x)
+    found = analysis.analyse(fixed, x)
     assert names(found) == ["a"] and "does not run without some of its channels" in found.reasons["b"]
-    found = channels.analyse(shared, x)
+    found = analysis.analyse(shared, x)
     assert not names(found) and all("output" in found.reasons[name] for name in ("a", "b")), found.reasons
 
 
 def test_inputs_may_be_a_tuple_or_a_dict():
     net = Net(lambda s, x: s.b(F.relu(s.n(s.a(x)))), a=conv(3, 8), n=nn.BatchNorm2d(8), b=conv(8, 2))
     x = torch.randn(2, 3, 8, 8)
-    assert names(channels.analyse(net, (x,))) == names(channels.analyse(net, {"x": x})) == ["a"]
+    assert names(analysis.analyse(net, (x,))) == names(analysis.analyse(net, {"x": x})) == ["a"]
 
 
 def test_errors_name_the_way_out():
     with pytest.raises(RepruneError, match="no nn.Conv2d"):
-        channels.analyse(nn.Linear(3, 3), torch.randn(1, 3))
+        analysis.analyse(nn.Linear(3, 3), torch.randn(1, 3))
     with pytest.raises(RepruneError, match="does not run on example_inputs"):
-        channels.analyse(models.build("resnet8", num_classes=10), torch.randn(1, 4, 8, 8))
+        analysis.analyse(models.build("resnet8", num_classes=10), torch.randn(1, 4, 8, 8))
     pytest.importorskip("torch_pruning", reason="chains end where channels are shuffled: test_chains.py")
     with pytest.raises(RepruneError, match="shuffle or regroup"):
-        channels.analyse(torchvision.models.shufflenet_v2_x0_5(), torch.randn(1, 3, 64, 64))
+        analysis.analyse(torchvision.models.shufflenet_v2_x0_5(), torch.randn(1, 3, 64, 64))
 
 
 class Failing(nn.BatchNorm2d):
@@ -262,7 +266,7 @@ class Failing(nn.BatchNorm2d):
 def failing(error):
     net = Net(lambda s, x: s.b(s.f(s.a(x))), a=conv(3, 8), f=Failing(8), b=conv(8, 2))
     net.f.error = error
-    return channels.analyse(net, torch.randn(2, 3, 8, 8))
+    return analysis.analyse(net, torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize("error", [
@@ -291,17 +295,17 @@ def test_what_fails_while_training_only_is_no_objection_but_want_of_memory_is():
 
         net = Net(forward, a=conv(3, 8), b=conv(8, 2))
         if isinstance(error, ValueError):
-            assert names(channels.analyse(net, torch.randn(2, 3, 8, 8))) == ["a"]
+            assert names(analysis.analyse(net, torch.randn(2, 3, 8, 8))) == ["a"]
         else:
             with pytest.raises(RepruneError, match="CUDA out of memory"):
-                channels.analyse(net, torch.randn(2, 3, 8, 8))
+                analysis.analyse(net, torch.randn(2, 3, 8, 8))
 
 
 def test_it_runs_without_triton_whatever_the_model_is_fused_by(monkeypatch):
     """The twin is the unfused model, and its slices are gathered tensor by tensor."""
     net = models.build("resnet8", num_classes=10)
     x = torch.randn(2, 3, 16, 16)
-    expected = channels.analyse(net, x)
+    expected = analysis.analyse(net, x)
 
     def fail(*_):
         raise RuntimeError("Failed to find C compiler")
@@ -315,7 +319,7 @@ def test_it_runs_without_triton_whatever_the_model_is_fused_by(monkeypatch):
     monkeypatch.setattr(narrow, "Pack", pack)
     for impl in ("triton", "auto"):
         fuse(net, impl)
-        assert channels.analyse(net, x) == expected
+        assert analysis.analyse(net, x) == expected
     with pytest.raises(RuntimeError, match="C compiler"):
         net(x)
 
@@ -327,6 +331,6 @@ def test_what_is_compiled_inside_runs_as_written():
 
     net = Net(lambda s, x: s.b(s.c(s.a(x))), a=conv(3, 8), c=nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), b=conv(8, 2))
     net.c = torch.compile(net.c, backend=backend)
-    assert names(channels.analyse(net, torch.randn(2, 3, 8, 8))) == ["a"]
+    assert names(analysis.analyse(net, torch.randn(2, 3, 8, 8))) == ["a"]
     with pytest.raises(Exception, match=r"no C\+\+ compiler"), torch.no_grad():
         net(torch.randn(2, 3, 8, 8))

@@ -29,7 +29,7 @@ from trained import (
 )
 
 from reprune_triton import RepruneError
-from reprune_triton.optimizers import Optimizers
+from reprune_triton.running.optimizers import Optimizers
 
 
 def test_another_optimizer_that_takes_over_is_noticed():

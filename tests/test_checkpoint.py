@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from reprune_triton import checkpoint, models
 from reprune_triton.errors import RepruneError
+from reprune_triton.training import checkpoint, models
 
 
 def identical(a, b):

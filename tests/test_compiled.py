@@ -7,7 +7,8 @@ from typing import NamedTuple
 import apart
 import pytest
 
-from reprune_triton.kernels import chain, compiled, launch
+from reprune_triton.kernels import compiled
+from reprune_triton.kernels.clustering import chain, launch
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 
@@ -48,7 +49,8 @@ PROGRAM = """
 import json
 import re
 import sys
-from reprune_triton.kernels import compiled, launch
+from reprune_triton.kernels import compiled
+from reprune_triton.kernels.clustering import launch
 
 
 def deepest_spill(code):
@@ -101,7 +103,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from reprune_triton.kernels import compiled, launch
+from reprune_triton.kernels import compiled
+from reprune_triton.kernels.clustering import launch
 
 
 def numbered(code):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from reprune_triton import conv, ops
+from reprune_triton import ops
 from reprune_triton.errors import RepruneError
-from reprune_triton.norm import ACTIVATIONS, Norm
+from reprune_triton.fused import conv
+from reprune_triton.fused.norm import ACTIVATIONS, Norm
 
 # B, input and output channels, H, W, kernel, stride, padding, dilation
 CASES = {
@@ -60,7 +61,7 @@ def close(found, expected):
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_do_what_pytorch_does(device, name):
     x, weight, moves = operands(CASES[name], device)
-    found = outcome(lambda x, w: [conv.masked_conv2d(x, w, None, None, *moves, impl="triton")], x, weight)
+    found = outcome(lambda x, w: [ops.masked_conv2d(x, w, None, None, *moves, impl="triton")], x, weight)
     assert close(found, outcome(lambda x, w: [F.conv2d(x, w, None, *moves)], x, weight))
 
 
@@ -167,7 +168,7 @@ def test_a_normalisation_that_is_written(device, name, with_residual, batch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_thousands_of_tiles_are_merged(device, dtype):
     """In three rounds, the last chunk not full; as exact as two passes, with a mean far from zero."""
-    from reprune_triton.kernels import norm_act
+    from reprune_triton.kernels.step import norm_act
 
     x = (draw(140001, 2) + 50).to(device, dtype)
     assert -(-len(x) // 2) > norm_act.CHUNKS**2
@@ -224,7 +225,7 @@ def test_operands_are_rounded_to_tf32(device, kernel, float32_convolutions):
     x[0, :2, 0, 0] = torch.tensor([1 + 2.0**-11, -1 - 2.0**-11])  # in the middle
     grad = draw(2, 20, 5, 6, seed=7).to(device, torch.float32)
     x, weight = x.requires_grad_(), weight.requires_grad_()
-    y = conv.masked_conv2d(x, weight, None, None, *moves, impl="triton")
+    y = ops.masked_conv2d(x, weight, None, None, *moves, impl="triton")
     found = [y, *torch.autograd.grad(y, (x, weight), grad)]
     wide = [nearest_tf32(tensor.detach()).double().requires_grad_() for tensor in (x, weight)]
     exact = F.conv2d(*wide, None, *moves)
@@ -234,7 +235,7 @@ def test_operands_are_rounded_to_tf32(device, kernel, float32_convolutions):
     bad = x.detach().clone()
     bad[0, 3, 2, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # what a GPU computes
     bad[1, 3, 2, 2] = torch.inf
-    y = conv.masked_conv2d(bad, weight.detach(), None, None, *moves, impl="triton")
+    y = ops.masked_conv2d(bad, weight.detach(), None, None, *moves, impl="triton")
     assert y[0, :, 2, 2].isnan().all() and y[1, :, 2, 2].isinf().all()
 
 
@@ -244,7 +245,7 @@ def test_operands_are_rounded_to_tf32(device, kernel, float32_convolutions):
 )
 def test_errors_are_no_larger_than_pytorchs(device, kind, tile, kernel, float32_convolutions, unplanned, monkeypatch):
     """Against float64 on the same rounded numbers, gradients and statistics too, with every tile there is."""
-    from reprune_triton.kernels import masked_conv
+    from reprune_triton.kernels.step import masked_conv
 
     float32_convolutions.fp32_precision = "ieee" if kind == "ieee" else "tf32"
     monkeypatch.setattr(masked_conv, "_FEW", 0 if tile == "large" else 1000)
@@ -326,22 +327,22 @@ def test_only_the_gradients_that_are_asked_for(device, monkeypatch):
     for name in ("_input_gradient", "_weight_gradient"):
         original = getattr(conv, name)
         monkeypatch.setattr(conv, name, lambda *a, name=name, original=original: calls.append(name) or original(*a))
-    conv.masked_conv2d(x, weight.clone().requires_grad_(), None, None, *moves, impl="triton").sum().backward()
+    ops.masked_conv2d(x, weight.clone().requires_grad_(), None, None, *moves, impl="triton").sum().backward()
     assert calls == ["_weight_gradient"]
-    conv.masked_conv2d(x.clone().requires_grad_(), weight, None, None, *moves, impl="triton").sum().backward()
+    ops.masked_conv2d(x.clone().requires_grad_(), weight, None, None, *moves, impl="triton").sum().backward()
     assert calls[1:] == ["_input_gradient"]
 
 
 def test_under_autocast_it_casts_as_conv2d(device):
     x, weight, moves = operands(CASES["3x3"], device, torch.float32)
     with torch.autocast(device, torch.bfloat16):
-        found = outcome(lambda x, w: [conv.masked_conv2d(x, w, None, None, *moves, impl="triton")], x, weight)
+        found = outcome(lambda x, w: [ops.masked_conv2d(x, w, None, None, *moves, impl="triton")], x, weight)
         expected = outcome(lambda x, w: [F.conv2d(x, w, None, *moves)], x, weight)
     assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
     assert found[0].dtype == torch.bfloat16
     assert all((a - b).abs().max() <= 0.02 * b.abs().max() for a, b in zip(found, expected, strict=True))
     with pytest.raises(RepruneError, match="x is torch.bfloat16, and the weight torch.float32"):
-        conv.masked_conv2d(x.bfloat16(), weight, None, None, *moves, impl="triton")
+        ops.masked_conv2d(x.bfloat16(), weight, None, None, *moves, impl="triton")
 
 
 def test_nan_goes_through(device):
@@ -356,7 +357,7 @@ def test_nan_goes_through(device):
 
 def test_auto_takes_torch_as_long_as_nothing_is_measured(device):
     x, weight, moves = operands(CASES["3x3"], device, torch.float32)
-    assert torch.equal(conv.masked_conv2d(x, weight, None, None, *moves), F.conv2d(x, weight, None, *moves))
+    assert torch.equal(ops.masked_conv2d(x, weight, None, None, *moves), F.conv2d(x, weight, None, *moves))
 
 
 def test_what_cannot_run_says_why(device):
@@ -388,7 +389,8 @@ def test_what_cannot_run_says_why(device):
 PROGRAM = """
 import json, sys
 import torch
-from reprune_triton.kernels import compiled, masked_conv
+from reprune_triton.kernels import compiled
+from reprune_triton.kernels.step import masked_conv
 target, name, tf32 = sys.argv[1], sys.argv[2], sys.argv[3] == "tf32"
 dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 configurations = list(masked_conv.configurations(dtype, tf32))
@@ -446,7 +448,7 @@ def test_every_configuration_compiles_within_its_budget(build, built):
 
 
 def test_what_a_launch_picks_is_compiled_here():
-    from reprune_triton.kernels import masked_conv as kernels
+    from reprune_triton.kernels.step import masked_conv as kernels
 
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False), (torch.float64, True)):
         known = set(kernels.configurations(dtype, tf32))

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from reprune_triton import REPrune, RepruneError, capture, copies
+from reprune_triton import REPrune, RepruneError, capture
+from reprune_triton.running import copies
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4

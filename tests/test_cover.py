@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from reprune_triton import ops, reference
-from reprune_triton.rng import derive_seed, derive_seeds, philox, random_bits
+from reprune_triton import ops
+from reprune_triton.selection import reference
+from reprune_triton.selection.rng import derive_seed, derive_seeds, philox, random_bits
 
 
 def random_labels(n_in: int, n_out: int, clusters: int, seed: int) -> torch.Tensor:

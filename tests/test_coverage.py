@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from reprune_triton import ops, reference, rng
-from reprune_triton.kernels import coverage, launch, table
+from reprune_triton import ops
+from reprune_triton.kernels.clustering import coverage, launch, table
+from reprune_triton.selection import reference, rng
 
 
 def labels_of(n_in: int, n_out: int, clusters: int, seed: int, device: str = "cpu") -> torch.Tensor:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from reprune_triton import data
 from reprune_triton.errors import RepruneError
+from reprune_triton.training import data
 
 
 def batches(source, epoch):

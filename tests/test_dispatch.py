@@ -12,8 +12,9 @@ import torch.multiprocessing as mp
 from played import play
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reprune_triton import availability, conv, dispatch, norm
-from reprune_triton.dispatch import Case, Table
+from reprune_triton import availability, ops
+from reprune_triton.fused import conv, dispatch, norm
+from reprune_triton.fused.dispatch import Case, Table
 
 CASE = Case("norm_act", "bfloat16", (4, 8, 8, 1), (64,), (0, 1))
 CPU = torch.device("cpu")
@@ -183,7 +184,7 @@ def test_a_choice_depends_on_all_that_decides_which_code_runs(table):
     def measured(x=x, weight=one) -> set[str]:
         before = set(table.choices)
         for _ in range(2):
-            conv.masked_conv2d(x, weight)
+            ops.masked_conv2d(x, weight)
             norm.batch_norm_act(x, vector, vector, None, None, residual=x)
         return {case.operation for case in set(table.choices) - before}
 
@@ -257,7 +258,7 @@ def test_float64_is_not_measured(table):
     by_torch = conv.norm_act_conv2d(x + x.new_tensor([0, 1, 2, 3]), weight, own, stats_eps=1e-5, impl="torch")
     assert torch.equal(y, by_torch[0]) and all(map(torch.equal, stats, by_torch[1]))
     assert not table.choices and not table._assumed
-    conv.masked_conv2d(x.float(), weight.float())
+    ops.masked_conv2d(x.float(), weight.float())
     assert len(table.choices) == 1
 
 
@@ -459,7 +460,7 @@ def test_on_a_gpu_auto_takes_what_the_table_says(tmp_path, monkeypatch):
     vector = torch.ones(64, device="cuda")
     for choice in ("triton", "torch"):
         norm.batch_norm_act(x, vector, vector, None, None, act="relu")
-        conv.masked_conv2d(x, x.new_ones(32, 64, 1, 1))
+        ops.masked_conv2d(x, x.new_ones(32, 64, 1, 1))
         table = dispatch.table(x.device)
         assert {case.operation for case in table.choices} == {"norm_act", "conv"} and list(tmp_path.rglob("*.json"))
         table.choices = dict.fromkeys(table.choices, choice)

@@ -10,15 +10,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reprune_triton import REPrune, event, ops, reference, regrow, sparsity
+from reprune_triton import REPrune, ops
 from reprune_triton.errors import RepruneError
-from reprune_triton.kernels import launch
-from reprune_triton.pool import Pool
-from reprune_triton.rng import derive_seeds, random_bits
+from reprune_triton.kernels.configuration import Configuration
+from reprune_triton.selection import event, reference, regrow
+from reprune_triton.selection.pool import Pool
+from reprune_triton.selection.rng import derive_seeds, random_bits
+from reprune_triton.selection.widths import Budget, Scales, Widths, at_flops, at_sparsity
 
 SHAPES = ((12, 3, 3), (10, 4, 1), (33, 3, 1), (9, 3, 2), (1, 4, 1))  # n_out, n_in, k
-TERMS = [sparsity.Term(9, 0, None), sparsity.Term(4, 1, 0), sparsity.Term(2, 2, 1), sparsity.Term(30, None, None)]
-BUDGET = sum(term.unit * math.prod(SHAPES[i][0] for i in term[1:] if i is not None) for term in TERMS) // 2
+TERMS = [(9, 0, None), (4, 1, 0), (2, 2, 1), (30, None, None)]
+BUDGET = sum(unit * math.prod(SHAPES[i][0] for i in layers if i is not None) for unit, *layers in TERMS) // 2
 
 
 def network(device, seed=0, dtypes=(torch.float32,)) -> list[ops.Layer]:
@@ -41,13 +43,13 @@ def request(layers, seed=0, tie="random", budget=False, extra=0.15, **options) -
     for layer, row in zip(layers, pool.split(active), strict=True):
         if layer.filters is not None:
             row[layer.n :] = False
-    most = sparsity.Budget(pool, TERMS, BUDGET)
+    most = Budget(pool, TERMS, BUDGET)
 
-    def widths() -> sparsity.Widths:
-        scales = sparsity.Scales(pool, gammas, active)
+    def widths() -> Widths:
+        scales = Scales(pool, gammas, active)
         if budget:
-            return sparsity.at_flops(scales, most, extra, 1, 1)
-        return sparsity.at_sparsity(scales, 0.5, extra, 1, 1)
+            return at_flops(scales, most, extra, 1, 1)
+        return at_sparsity(scales, 0.5, extra, 1, 1)
 
     scores = {
         "norm": lambda: torch.cat([layer.rows().double().norm(dim=1) for layer in layers]),
@@ -208,7 +210,7 @@ def test_an_event_can_be_launched_again(impl, device):
 def test_more_to_keep_than_there_are_is_all(impl, device):
     layers = network(device)
     ask = request(layers)
-    wide = sparsity.Widths(ask.pool.n_out, ask.pool.n_out, *ask.widths()[2:])
+    wide = Widths(ask.pool.n_out, ask.pool.n_out, *ask.widths()[2:])
     found = event.Event(event.Request(layers, ask.pool, lambda: wide, ask.seeds, impl=impl, regrow=False))
     found.launch()
     assert [layer.kept for layer in found.read().layers] == [layer.n for layer in layers]
@@ -255,7 +257,7 @@ def played_gpu(monkeypatch):
         assert all(argument.device.type == "cuda" for argument in arguments)
         log.append(f"{self.kernel.__name__} {programs} {[tuple(a.shape) for a in arguments]}")
 
-    monkeypatch.setattr(launch.Configuration, "run", record)
+    monkeypatch.setattr(Configuration, "run", record)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 0)
     with FakeTensorMode():
@@ -305,13 +307,13 @@ def request_of_nothing(layers, tie, budget) -> event.Request:
     pool = Pool([layer.n_out for layer in layers], layers[0].weight.device)
     gammas = torch.empty(pool.total, device="cuda")
     active = torch.empty(pool.total, device="cuda", dtype=torch.bool)
-    most = sparsity.Budget(pool, TERMS, BUDGET)
+    most = Budget(pool, TERMS, BUDGET)
 
-    def widths() -> sparsity.Widths:
-        scales = sparsity.Scales(pool, gammas, active)
+    def widths() -> Widths:
+        scales = Scales(pool, gammas, active)
         if budget:
-            return sparsity.at_flops(scales, most, 0.15, 16, 1)
-        return sparsity.at_sparsity(scales, 0.5, 0.15, 16, 1)
+            return at_flops(scales, most, 0.15, 16, 1)
+        return at_sparsity(scales, 0.5, 0.15, 16, 1)
 
     scores = None if tie in ("random", "index") else lambda: gammas
     seeds = derive_seeds(0, 3, len(layers), 2).tolist()

@@ -13,9 +13,13 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from reprune_triton import REPrune, chains, fuse, fusion, models, norm, unfuse
+from reprune_triton import REPrune, fuse, unfuse
 from reprune_triton.errors import RepruneError
-from reprune_triton.narrow import Narrowing, compact
+from reprune_triton.fused import fusion, norm
+from reprune_triton.running import analysis
+from reprune_triton.running.compact import compact
+from reprune_triton.running.narrow import Narrowing
+from reprune_triton.training import models
 
 NETS = {  # how to build it; how many operations remain behind BatchNorms that are not fused into them
     "resnet8": lambda: models.build("resnet8", num_classes=10),
@@ -160,7 +164,7 @@ def test_whichever_implementation_is_chosen(device, name, monkeypatch):
             seen.add((case.operation, found))
             return found
 
-        monkeypatch.setattr("reprune_triton.dispatch.choose", choose)
+        monkeypatch.setattr("reprune_triton.fused.dispatch.choose", choose)
         fused = fuse(copy.deepcopy(start))
         assert_alike(outcome(fused, x, passes=1), expected)
     assert len(seen) == 4
@@ -168,7 +172,7 @@ def test_whichever_implementation_is_chosen(device, name, monkeypatch):
 
 def work(model, x, monkeypatch):
     """How often the kernels run over activations, by what they do."""
-    from reprune_triton.kernels import masked_conv, norm_act
+    from reprune_triton.kernels.step import masked_conv, norm_act
 
     names = ("statistics", "apply", "prologue", "epilogue", "backward", "backward inside", "two gradients")
     counts = dict.fromkeys(names, 0)
@@ -389,7 +393,7 @@ def test_odd_networks(device, number, monkeypatch):
             return results
 
     for choice in ("triton", "torch"):
-        monkeypatch.setattr("reprune_triton.dispatch.choose", lambda *_, choice=choice: choice)
+        monkeypatch.setattr("reprune_triton.fused.dispatch.choose", lambda *_, choice=choice: choice)
         plain, fused = copy.deepcopy(start), fuse(copy.deepcopy(start))
         for training in (True, False):
             assert_alike(flat(fused, training), flat(plain, training))
@@ -546,7 +550,7 @@ def test_many_steps_narrow_masked_and_compact(device):
     """In float64, all through the kernels but the masked one; fifty on a GPU, a few in the interpreter."""
     start, x = tiny("bottleneck", device)
     calm(start, None)
-    found = chains.prunable(start, tuple(x.shape))
+    found = analysis.prunable(start, tuple(x.shape))
     assert len(found.prunable) == 6
     active = some(found, 0.5, torch.Generator().manual_seed(0))
     slices = found.slices({name: index.to(device) for name, index in active.items()})

@@ -32,7 +32,8 @@ def run(command, cwd, **env):
 
 def sources(part):
     """All but bench/suites/, which `make bench` runs from a checkout."""
-    return sorted(f"{part}/{path.name}" for path in (ROOT / part).glob("*.py"))
+    found = (ROOT / part).rglob("*.py")
+    return sorted(str(path.relative_to(ROOT)) for path in found if "suites" not in path.parts)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def install(python, *what):
 def check(python, cwd, inside, **env):
     """Both parts can be imported from `cwd`, and come from the folder `inside`."""
     code = (
-        "import importlib.util as u, reprune_triton.kernels.launch as k, reprune_triton.bench\n"
+        "import importlib.util as u, reprune_triton.kernels.clustering.launch as k, reprune_triton.bench\n"
         "print(k.__file__, u.find_spec('reprune_triton.bench.__main__').origin, sep='\\n')"
     )
     cwd.mkdir(exist_ok=True)

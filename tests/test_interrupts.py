@@ -15,11 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import reprune_triton
-from reprune_triton import REPrune, narrow
+from reprune_triton import REPrune
+from reprune_triton.running import narrow
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4
-OURS = tuple(f"{reprune_triton.__path__[0]}/{name}.py" for name in ("pruner", "narrow", "pack"))
+PARTS = ("pruner", "running/narrow", "running/compact", "running/pack")
+OURS = tuple(f"{reprune_triton.__path__[0]}/{part}.py" for part in PARTS)
 
 
 def network(seed=0):

@@ -32,9 +32,11 @@ from scipy.cluster.hierarchy import is_monotonic, is_valid_linkage, linkage
 from test_ward import check_forest, same_partition, seed_of
 
 from reprune_triton import ops
-from reprune_triton.bench import event
+from reprune_triton.bench.measure import event
 from reprune_triton.errors import RepruneError
-from reprune_triton.kernels import chain, launch, line, reciprocal, table
+from reprune_triton.kernels.clustering import chain, launch, line, reciprocal, table
+from reprune_triton.kernels.configuration import Configuration
+from reprune_triton.selection.problems import scale_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.cuda.is_available()
@@ -374,7 +376,7 @@ def test_a_layer_is_the_same_in_any_company(device):
         assert torch.equal(clusters.labels, wanted.labels), layer.name
         assert clusters.h == pytest.approx(wanted.h, rel=1e-5), layer.name
         if layer.weight.dtype == torch.float32:
-            assert merges.scale == 4.0 ** ops.scale_of(layer.points()), layer.name
+            assert merges.scale == 4.0 ** scale_of(layer.points()), layer.name
     assert {merges.scale == 1 for merges, _ in found} == {True, False}
 
 
@@ -419,9 +421,9 @@ def test_little_memory_means_more_launches(name, device, monkeypatch):
     ]
     plain = ops.ward_network(layers, method, "triton", algorithm)
     runs = []
-    run = launch.Configuration.run
+    run = Configuration.run
     monkeypatch.setattr(
-        launch.Configuration, "run", lambda self, programs, *arguments: (
+        Configuration, "run", lambda self, programs, *arguments: (
             runs.append((self.kernel.__name__, programs, arguments[-2].numel() + arguments[-1].numel())),
             run(self, programs, *arguments),
         )

@@ -19,7 +19,10 @@ class Driver:
 
 
 driver.set_active(Driver())
-from reprune_triton.kernels import compiled, launch
+from reprune_triton.running import analysis
+from reprune_triton.kernels import compiled
+from reprune_triton.kernels.clustering import launch
+from reprune_triton.kernels.configuration import Configuration
 
 kernels = {}
 
@@ -33,7 +36,7 @@ def compile_only(self, programs, *arguments):
     kernels.setdefault(self, []).append(digest(launched))
 
 
-launch.Configuration.run = compile_only
+Configuration.run = compile_only
 """
 EVENT = """
 from reprune_triton import ops
@@ -59,7 +62,8 @@ print(json.dumps([[config.kernel.__name__, len(hashes), sorted({*hashes, digest(
 STEP = """
 import torchvision
 from torch import nn
-from reprune_triton import availability, chains, fuse, narrow
+from reprune_triton import availability, fuse
+from reprune_triton.running import chains, narrow
 
 availability.why_not = lambda device: None  # so that tensors on the CPU are taken; what comes out is made of nothing
 shortcut = nn.Sequential(nn.Conv2d(16, 128, 1, bias=False), nn.BatchNorm2d(128))
@@ -70,7 +74,7 @@ model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.
 fuse(model, "triton")
 optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
 narrowing = narrow.Narrowing(model, optimizer, impl="triton")
-found = chains.prunable(model, (2, 16, 16, 16))
+found = analysis.prunable(model, (2, 16, 16, 16))
 for channels, batch in ((256, 2), (16, 3)):
     narrowing.set(found.slices({x.name: torch.arange(min(x.n_out, channels)) for x in found.prunable}))
     optimizer.zero_grad()
@@ -95,8 +99,10 @@ AGAIN = """
 import json
 import torch
 import triton
-from reprune_triton.bench import host
-from reprune_triton.kernels import launch, norm_act
+from reprune_triton.bench.measure import host
+from reprune_triton.kernels.clustering import launch
+from reprune_triton.kernels.configuration import Configuration
+from reprune_triton.kernels.step import norm_act
 
 taken = []
 
@@ -121,8 +127,8 @@ with host.no_device() as names:
     vectors = torch.zeros(4, 16).unbind()
     x, other = (torch.zeros(2, 16, n, n).contiguous(memory_format=torch.channels_last) for n in (4, 5))
     one = torch.zeros(513)[1:].view(2, 4, 4, 16).permute(0, 3, 1, 2)  # not aligned
-    configurations, create = [], launch.Configuration._launch_first
-    launch.Configuration._launch_first = lambda self, *given: configurations.append(self) or create(self, *given)
+    configurations, create = [], Configuration._launch_first
+    Configuration._launch_first = lambda self, *given: configurations.append(self) or create(self, *given)
     norm_act.apply(x, None, *vectors, "relu")
     binaries = configurations[0].binaries
     (binary, _, cache), = binaries.values()
@@ -137,7 +143,7 @@ with host.no_device() as names:
     hooks.calls.clear()
     found["hooked"] = hooked
     looked = []
-    launch.Configuration._launch_first = lambda *given: looked.append(1) or create(*given)
+    Configuration._launch_first = lambda *given: looked.append(1) or create(*given)
     for name, work in {
         "same": lambda: launches(x), "other size": lambda: launches(other), "once more": lambda: launches(other),
         "half": lambda: launches(x.half()), "not aligned": lambda: launches(one), "nor again": lambda: launches(one),

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from reprune_triton import models
 from reprune_triton.errors import RepruneError
+from reprune_triton.training import models
 
 
 @pytest.mark.parametrize("name", models.CIFAR_RESNETS)

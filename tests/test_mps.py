@@ -17,7 +17,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from reprune_triton import REPrune, models
+from reprune_triton import REPrune
+from reprune_triton.training import models
 
 WHERE = torch.device("privateuseone", 0)
 

@@ -8,9 +8,12 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import channels, models
 from reprune_triton.errors import RepruneError
-from reprune_triton.narrow import Narrowing, Slice, _Gathering, compact
+from reprune_triton.running import analysis
+from reprune_triton.running.compact import compact
+from reprune_triton.running.layers import Slice
+from reprune_triton.running.narrow import Narrowing, _Gathering
+from reprune_triton.training import models
 
 
 def vgg16_bn():
@@ -137,7 +140,7 @@ def test_narrow_equals_masked_after_activation(name):
     build, size, branch_end, steps = NETS[name]
     model = build().double()
     x0 = torch.randn(2, 3, size, size, dtype=torch.float64)
-    found = channels.analyse(model, x0)
+    found = analysis.analyse(model, x0)
     assert found.prunable
     calm(model, branch_end)
     batches = [(torch.randn(4, 3, size, size, dtype=torch.float64), torch.randint(0, 10, (4,))) for _ in range(5)]
@@ -174,7 +177,7 @@ def test_masking_weights_only_is_another_function():
     torch.manual_seed(0)
     model = models.build("resnet8", num_classes=10).double()
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
-    found = channels.analyse(model, x)
+    found = analysis.analyse(model, x)
     optimizer = sgd(model)
     for _ in range(3):
         train_step(model, optimizer, x, torch.arange(4))
@@ -195,7 +198,7 @@ def pruned():
     torch.manual_seed(0)
     model = models.build("resnet8", num_classes=10)
     x = torch.randn(4, 3, 16, 16)
-    found = channels.analyse(model, x)
+    found = analysis.analyse(model, x)
     return model, found, some(found, 0.5, torch.Generator().manual_seed(2)), x
 
 
@@ -318,7 +321,7 @@ def test_only_what_has_an_entry_for_every_channel_is_cut(pruned):
             module.register_buffer("histogram", torch.arange(module.num_features))
             module.register_parameter("temperature", nn.Parameter(torch.ones(1)))
             module.register_parameter("importance", nn.Parameter(torch.arange(float(module.num_features))))
-    assert channels.analyse(model, x).prunable == found.prunable
+    assert analysis.analyse(model, x).prunable == found.prunable
     Narrowing(model).set(found.slices(active))
     slim = compact(model, found.slices(active))
     assert torch.equal(slim.eval()(x), model.eval()(x))

@@ -6,8 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reprune_triton import norm
 from reprune_triton.errors import RepruneError
+from reprune_triton.fused import norm
 
 SHAPES = [(3, 19, 5, 7), (2, 1, 3, 5), (2, 70, 4, 4), (1, 16, 1, 2), (9, 33, 13, 11), (2, 5, 1, 1)]
 
@@ -66,7 +66,7 @@ def test_errors_are_no_larger_than_pytorchs(device, dtype, mean, std):
 
 def test_many_chunks_are_merged(device):
     """More rows than one program takes, the last chunk not full; the statistics themselves, to the last digits."""
-    from reprune_triton.kernels import norm_act
+    from reprune_triton.kernels.step import norm_act
 
     x = torch.randn(2, 3, 163, 167, generator=torch.Generator().manual_seed(0)).to(device) + 50
     x = x.contiguous(memory_format=torch.channels_last)
@@ -185,7 +185,8 @@ def test_what_cannot_run_says_why(device):
 
 PROGRAM = """
 import json, sys
-from reprune_triton.kernels import compiled, norm_act
+from reprune_triton.kernels import compiled
+from reprune_triton.kernels.step import norm_act
 configurations = list(norm_act.configurations())
 binaries = [compiled.build_training(config, sys.argv[1]) for config in configurations]
 codes = compiled.machine_codes(binaries) if sys.argv[1].startswith("sm") else [[]] * len(binaries)

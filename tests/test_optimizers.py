@@ -24,7 +24,8 @@ from trained import (
 )
 
 from reprune_triton import RepruneError
-from reprune_triton.narrow import Narrowing, Slice
+from reprune_triton.running.layers import Slice
+from reprune_triton.running.narrow import Narrowing
 
 
 def leaves(state):

@@ -16,11 +16,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import capture, chains, channels, models
+from reprune_triton import capture
 from reprune_triton.errors import RepruneError
-from reprune_triton.kernels.launch import Configuration
-from reprune_triton.narrow import Narrowing, Slice, gather
-from reprune_triton.pack import Pack
+from reprune_triton.kernels.configuration import Configuration
+from reprune_triton.running import analysis
+from reprune_triton.running.layers import Slice, gather
+from reprune_triton.running.narrow import Narrowing
+from reprune_triton.running.pack import Pack
+from reprune_triton.training import models
 
 
 def tensors(device, dtype):
@@ -143,7 +146,7 @@ def test_tensors_that_have_changed_are_looked_at_again(device):
 
 def test_gradients_may_come_in_groups(device, monkeypatch):
     """Each as soon as its own slices have theirs; a slice that nobody used has none."""
-    monkeypatch.setattr("reprune_triton.pack._group_bytes", lambda: 60 * 1024)
+    monkeypatch.setattr("reprune_triton.running.pack._group_bytes", lambda: 60 * 1024)
     pairs = tensors(device, torch.float32)
     some, cuts = [t for t, _ in pairs], [cut for _, cut in pairs]
     pack = Pack(cuts, "triton")
@@ -182,7 +185,7 @@ class Graphs:
         patch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(stream_id=7))
         patch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: self.capturing)
         patch.setattr(Configuration, "run", lambda *a: self.launch(*a))
-        patch.setattr("reprune_triton.kernels.pack._LAUNCHED", set())
+        patch.setattr("reprune_triton.kernels.step.pack._LAUNCHED", set())
 
     def launch(self, config, programs, *arguments):
         if not self.capturing:
@@ -337,7 +340,7 @@ def test_captured_steps_are_the_same_bits(monkeypatch, dtype):
     torch.manual_seed(0)
     model, y = models.build("resnet8", num_classes=10).cuda(), torch.arange(8, device="cuda")
     model = model.to(memory_format=torch.channels_last)
-    found = chains.prunable(model, (8, 3, 16, 16))
+    found = analysis.prunable(model, (8, 3, 16, 16))
     batches = [torch.randn(8, 3, 16, 16, device="cuda") for _ in range(4)]
     states, launches = [], []
     run = Configuration.run
@@ -378,7 +381,7 @@ def test_a_graph_captured_by_hand_after_steps_without_one():
     """With torch alone, on a stream of its own choice: nothing of the steps is left. With a loss left, it says so."""
     torch.manual_seed(0)
     model, y = models.build("resnet8", num_classes=10).cuda(), torch.arange(8, device="cuda")
-    found, x = chains.prunable(model, (8, 3, 16, 16)), torch.randn(8, 3, 16, 16, device="cuda")
+    found, x = analysis.prunable(model, (8, 3, 16, 16)), torch.randn(8, 3, 16, 16, device="cuda")
     narrowing = Narrowing(model)
     narrowing.set(found.slices({x.name: torch.arange(0, x.n_out, 2, device="cuda") for x in found.prunable}))
 
@@ -423,7 +426,7 @@ class Small(nn.Module):
 def small(device):
     torch.manual_seed(0)
     model, x = Small().to(device), torch.randn(4, 3, 4, 4, device=device)
-    found = channels.analyse(model, x)
+    found = analysis.analyse(model, x)
     assert len(found.prunable) == 2
     return model, found.slices({x.name: torch.arange(0, x.n_out, 2, device=device) for x in found.prunable}), x
 
@@ -460,7 +463,7 @@ def test_a_network_trains_to_the_same_bits_in_five_launches(small, make):
 def test_residual_blocks_train_to_the_same_bits(device):
     torch.manual_seed(0)
     model, x = models.build("resnet8", num_classes=10).double().to(device), torch.randn(4, 3, 8, 8).double().to(device)
-    found = channels.analyse(model, x)
+    found = analysis.analyse(model, x)
     slices = found.slices({x.name: torch.arange(0, x.n_out, 3, device=device) for x in found.prunable})
     (mine, _), (theirs, _) = (trained(model, slices, x, impl, steps=1) for impl in ("triton", "torch"))
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
@@ -772,7 +775,8 @@ def test_a_thread_gets_no_slices_of_another(small, impl, where):
 
 PROGRAM = """
 import json, sys
-from reprune_triton.kernels import compiled, pack
+from reprune_triton.kernels import compiled
+from reprune_triton.kernels.step import pack
 for target in sys.argv[1:]:
     kinds = [(to_buffer, wide) for to_buffer in (True, False) for wide in (False, True)]
     binaries = [compiled.build(pack.configuration(*kind), target, {"buffer_ptr": "*u8"}) for kind in kinds]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reprune_triton.pool import Pool
+from reprune_triton.selection.pool import Pool
 
 SIZES = [5, 1, 8, 3]
 

@@ -15,8 +15,10 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 from torch.nn import functional as F
 
-from reprune_triton import REPrune, RepruneError, channels, checkpoint, models, ops
-from reprune_triton import event as event_module
+from reprune_triton import REPrune, RepruneError, ops
+from reprune_triton.running import analysis
+from reprune_triton.selection import event as event_module
+from reprune_triton.training import checkpoint, models
 
 X = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 10
@@ -553,7 +555,7 @@ def test_the_programs_generators_are_left_as_they_are():
         )  # fmt: skip
 
     before = states()
-    channels.analyse(model, X[:2])
+    analysis.analyse(model, X[:2])
     pruner = REPrune(model, optimizer, example_inputs=X[:2], sparsity=0.5, every=1, until=2)
     assert states() == before
     pruner.step(), pruner.compact(), pruner.step(), pruner.finalize()

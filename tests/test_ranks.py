@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from reprune_triton import REPrune, RepruneError, dispatch, ranks, steps
+from reprune_triton import REPrune, RepruneError
+from reprune_triton.fused import dispatch
+from reprune_triton.selection import ranks, steps
 
 EVENTS = 2
 SETTINGS = {  # by name: how the pruners of this test differ

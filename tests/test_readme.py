@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reprune_triton.bench import ablate, arms, document, report
+from reprune_triton.bench.study import ablate, arms, document, report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from reprune_triton import regrow, rng
-from reprune_triton.pool import Pool
+from reprune_triton.selection import regrow, rng
+from reprune_triton.selection.pool import Pool
 
 
 def mask_of(n: int, *kept: int) -> torch.Tensor:

@@ -5,15 +5,17 @@ import math
 import pytest
 import torch
 
-from reprune_triton import channels, models, sparsity
 from reprune_triton.errors import RepruneError
-from reprune_triton.pool import Pool
+from reprune_triton.running import analysis
+from reprune_triton.selection.pool import Pool
+from reprune_triton.selection.widths import Budget, Scales, at_flops, at_sparsity, regrow_share, round_up
+from reprune_triton.training import models
 
 
 def scales_of(layers, active=None):
     pool = Pool([len(scale) for scale in layers])
     every = torch.cat([torch.as_tensor(scale) for scale in layers])
-    return sparsity.Scales(pool, every, torch.ones_like(every, dtype=torch.bool) if active is None else active)
+    return Scales(pool, every, torch.ones_like(every, dtype=torch.bool) if active is None else active)
 
 
 def brute_force(layers, percent):
@@ -31,7 +33,7 @@ def test_threshold_is_the_quantile(seed):
     layers = [torch.rand(n, generator=generator) for n in (7, 16, 31, 100)]
     scales = scales_of([scale * (-1) ** i for i, scale in enumerate(layers)])  # the sign does not count
     for percent in (0, 1, 7, 10, 29, 50, 55, 57, 90, 99):
-        found = sparsity.at_sparsity(scales, percent / 100, 0.05, 1, 1)
+        found = at_sparsity(scales, percent / 100, 0.05, 1, 1)
         floors = [[max(width, 1) for width in brute_force(layers, p)] for p in (percent, max(percent - 5, 0))]
         assert [found.keep.tolist(), found.width.tolist()] == floors, (seed, percent)
         assert int(found.rank) == -(-percent * 154 // 100) and not found.flat
@@ -73,7 +75,7 @@ def test_what_is_pruned_goes_before_what_is_dead():
 
 def test_scales_that_do_not_rank_are_found_and_refused():
     scales = scales_of([torch.ones(64)])
-    assert sparsity.at_sparsity(scales, 0.5, 0.0, 1, 1).flat
+    assert at_sparsity(scales, 0.5, 0.0, 1, 1).flat
     with pytest.raises(RepruneError, match="64 of 64 BatchNorm scales are equal .*Train before"):
         scales.check(32)
     pruned = scales_of([torch.rand(64)], torch.arange(64) >= 40)
@@ -86,34 +88,34 @@ def test_scales_that_do_not_rank_are_found_and_refused():
     (3, 8, 16, 1, 8), (5, 64, 1, 9, 9), (5, 64, 4, 9, 12), (2, 4, 1, 9, 4),
 ])  # fmt: skip
 def test_alignment_and_floor(width, n_out, round_to, min_keep, expected):
-    assert sparsity.round_up(width, n_out, round_to, min_keep) == expected
+    assert round_up(width, n_out, round_to, min_keep) == expected
 
 
 def test_flops_budget_is_met_as_closely_as_ranks_allow():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.rand(32, generator=generator), torch.rand(47, generator=generator)
     scales = scales_of([a, b])
-    terms = [sparsity.Term(1, 0, None), sparsity.Term(1, 1, 0), sparsity.Term(1, None, 1), sparsity.Term(5, None, None)]
+    terms = [(1, 0, None), (1, 1, 0), (1, None, 1), (5, None, None)]
     for rank in range(79):  # every rank is the answer to its own cost
         keep = [max(width, 1) for width in scales.widths(rank).tolist()]
         cost = keep[0] + keep[0] * keep[1] + keep[1] + 5
-        budget = sparsity.Budget(scales.pool, terms, cost)
+        budget = Budget(scales.pool, terms, cost)
         assert int(budget.multiply_adds(torch.tensor(keep))) == cost
-        found = sparsity.at_flops(scales, budget, 0.1, 1, 1)
+        found = at_flops(scales, budget, 0.1, 1, 1)
         assert found.keep.tolist() == keep
         least = next(r for r in range(79) if [max(w, 1) for w in scales.widths(r).tolist()] == keep)
         assert int(found.rank) == least and int(found.regrown) == max(least - 7, 0)  # 7.9 filters more
         assert found.width.tolist() == [max(width, 1) for width in scales.widths(max(least - 7, 0)).tolist()]
-    out_of_reach = sparsity.at_flops(scales, sparsity.Budget(scales.pool, terms, 0), 0.0, 1, 1)
+    out_of_reach = at_flops(scales, Budget(scales.pool, terms, 0), 0.0, 1, 1)
     assert int(out_of_reach.rank) == 78
 
 
 def test_the_budget_of_a_network_is_its_multiply_adds():
     """Products of widths, and the analysis' own exact count."""
     for name in ("resnet8", "mobilenet_v2"):
-        found = channels.analyse(models.build(name, num_classes=10), models.example_inputs(name))
+        found = analysis.analyse(models.build(name, num_classes=10), models.example_inputs(name))
         pool = Pool([layer.n_out for layer in found.prunable])
-        budget = sparsity.Budget(pool, found.terms(), 0)
+        budget = Budget(pool, found.terms(), 0)
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
             widths = {x.name: int(torch.randint(1, x.n_out + 1, (), generator=generator)) for x in found.prunable}
@@ -121,6 +123,6 @@ def test_the_budget_of_a_network_is_its_multiply_adds():
 
 
 def test_regrowth_follows_the_cosine():
-    assert sparsity.regrow_share(0, 100, 0.3) == pytest.approx(0.3)
-    assert sparsity.regrow_share(50, 100, 0.3) == pytest.approx(0.15)
-    assert sparsity.regrow_share(100, 100, 0.3) == 0.0
+    assert regrow_share(0, 100, 0.3) == pytest.approx(0.3)
+    assert regrow_share(50, 100, 0.3) == pytest.approx(0.15)
+    assert regrow_share(100, 100, 0.3) == 0.0

@@ -11,9 +11,10 @@ import time
 import pytest
 import torch
 
-from reprune_triton import channels, checkpoint, data, models
 from reprune_triton import train as trainer
 from reprune_triton.errors import RepruneError
+from reprune_triton.running import analysis
+from reprune_triton.training import checkpoint, data, models
 
 pytest.importorskip("sklearn")
 FAST = {"model": "resnet8", "epochs": 4, "batch": 256, "threads": 1, "device": "cpu"}
@@ -242,7 +243,7 @@ def test_a_thin_network_from_scratch(tmp_path, target, share):
         assert max(shares) - min(shares) <= 1 / 16
     example = models.example_inputs("resnet8", 1, 8)
     both = (result.model, models.build("resnet8", 10, 1))
-    macs = [sum(cost.macs for cost in channels.analyse(model, example).costs) for model in both]
+    macs = [sum(cost.macs for cost in analysis.analyse(model, example).costs) for model in both]
     assert macs[0] / macs[1] == result.flops == checkpoint.read_extra(tmp_path / "slim.safetensors")["flops"]
     crash_and_resume(tmp_path, FAST | target | {"paradigm": "scratch"}, after=2)
 

@@ -8,8 +8,10 @@ import torch
 from families import UNIQUE, coarse, gaussian, geometric, grid, half_zero, huge, offset, problems, simplex, tiny
 from scipy.cluster.hierarchy import fcluster, is_monotonic, is_valid_linkage, linkage
 
-from reprune_triton import ops, reference
+from reprune_triton import ops
 from reprune_triton.errors import RepruneError
+from reprune_triton.selection import reference
+from reprune_triton.selection.problems import scale_of
 
 P = 3
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -233,13 +235,13 @@ def test_half_zero_kernels_do_not_take_a_round_each(monkeypatch):
 
 
 def test_scale_is_a_power_of_two_and_only_where_needed():
-    assert ops.scale_of(torch.zeros(1, 2, 3)) == 0
+    assert scale_of(torch.zeros(1, 2, 3)) == 0
     for family, exponent in ((gaussian, 0), (offset, 0)):
         points = torch.from_numpy(problems(family, 2, 20, 9, 0)).float()
-        assert ops.scale_of(points) == exponent and ops.ward(points).scale == 1.0
+        assert scale_of(points) == exponent and ops.ward(points).scale == 1.0
     for family in (tiny, huge):
         points = torch.from_numpy(problems(family, 2, 20, 9, 0)).float()
-        e = ops.scale_of(points)
+        e = scale_of(points)
         assert e != 0 and ops.ward(points).scale == 4.0**e and ops.ward(points, "single").scale == 2.0**e
         normal = (points.double() * 2.0**-e).float()
         assert torch.equal(ops.ward(points).height, ops.ward(normal).height), "scaling is exact"

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from reprune_triton.bench import step, variants
+from reprune_triton.bench.measure import step, variants
 
 SPARSITY = 0.5
 

@@ -38,7 +38,7 @@ def main() -> None:
     driver.settings.count = True
 
     from reprune_triton import ops
-    from reprune_triton.kernels import launch
+    from reprune_triton.kernels.clustering import launch
 
     torch.manual_seed(0)
     for n, d, algorithm in CASES:

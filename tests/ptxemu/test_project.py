@@ -7,7 +7,7 @@ import torch
 
 from ptxemu import driver
 from reprune_triton import ops
-from reprune_triton.kernels import chain, coverage, launch, reciprocal
+from reprune_triton.kernels.clustering import chain, coverage, launch, reciprocal
 
 ORDERS = [(driver.ANY_WARP, 8), (driver.ANY_WARP, 0), (driver.FIRST_WARP, 8), (driver.LAST_WARP, 8)]  # and quantum
 

@@ -1,0 +1,620 @@
+"""Estimate what an event would take on an H100: instructions of the machine code times rounds counted on the CPU.
+
+The estimate is the issue-bound floor: the time in which the GPU's schedulers could hand out all instructions, if each
+handed out one in every cycle. It is computed, never measured on a GPU, and every row says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import heapq
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+
+from reprune_triton import ops
+from reprune_triton.bench import rows
+from reprune_triton.bench.measure import event
+from reprune_triton.errors import RepruneError
+from reprune_triton.selection import reference
+
+# H100 SXM, from its data sheet; the clock is the boost clock, which a real run may not hold.
+MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.755e9
+# Of one multiprocessor, from NVIDIA's tables of compute capability 9.0; registers are handed out 256 to a warp.
+REGISTERS, WARPS, PROGRAMS, SHARED = 65536, 64, 32, 228 << 10
+SHARED_RESERVED = 1024  # bytes of shared memory that every program takes on top of its own
+SAMPLED = 2  # problems per shape whose rounds are counted
+KEPT = 0.5  # of the filters, where the cut is taken whose climbing is counted
+
+
+class Loop(NamedTuple):
+    """A natural loop of the machine code. Its counts leave out the loops inside it."""
+
+    own: int  # instructions of the body
+    least: int  # ... on the shortest way through it, which leaves out what a branch can skip
+    inside: list[Loop]
+    text: list[str]  # the body, without predicates
+
+    def count(self, name: str) -> int:
+        """Instructions whose name begins so."""
+        return sum(line.startswith(name) for line in self.text)
+
+    def has(self, name: str) -> bool:
+        return self.count(name) > 0 or any(loop.has(name) for loop in self.inside)
+
+
+class Code(NamedTuple):
+    """A kernel's instructions: those outside of all loops, and the loops in their order."""
+
+    once: int
+    loops: list[Loop]
+
+
+class Binary(NamedTuple):
+    """A configuration as it is compiled."""
+
+    lines: list[str]  # of the disassembly: instructions with their predicates, and labels as 'LABEL:'
+    registers: int  # per thread
+    shared: int  # bytes
+
+
+class Part(NamedTuple):
+    """One launch, or the share of a layer shape in it."""
+
+    kernel: str  # with its configuration
+    shape: str
+    launch: str  # parts of one launch have the same
+    problems: int  # programs; of magnitude, one for each filter
+    instructions: float  # of all warps
+    alone_ms: float  # of one problem of the largest shape
+    resident: int  # programs that fit in one multiprocessor at once
+
+    @property
+    def ms(self) -> float:
+        return self.instructions / (MULTIPROCESSORS * SCHEDULERS * CLOCK) * 1e3
+
+
+class Estimate(NamedTuple):
+    """Issue-bound floor of an event on an H100."""
+
+    parts: list[Part]
+
+    @property
+    def ms(self) -> float:
+        return sum(part.ms for part in self.parts)
+
+    @property
+    def serial_ms(self) -> float:
+        """As `ms`, but no launch ends before a problem of its largest shape does. Launches follow each other."""
+        launches = [[part for part in self.parts if part.launch == name] for name in {p.launch for p in self.parts}]
+        return sum(max(sum(part.ms for part in some), max(part.alone_ms for part in some)) for some in launches)
+
+    def fills(self, launch: str) -> bool:
+        """Has this launch a program for every place on the GPU?"""
+        some = [part for part in self.parts if part.launch == launch]
+        return sum(part.problems for part in some) >= some[0].resident * MULTIPROCESSORS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
+    parser.add_argument("--layers", default="prunable", choices=event.RULES, help="as for event (default: prunable)")
+    parser.add_argument("--linkage", default="ward", choices=ops.LINKAGES)
+    parser.add_argument("--algorithm", default="auto", choices=ops.ALGORITHMS)
+    parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "sm_100"), help="whose machine code")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
+    parser.set_defaults(device="cpu", inputs=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.algorithm == "reciprocal" and args.linkage != "ward":
+        raise RepruneError(f'--algorithm reciprocal is for Ward; for --linkage {args.linkage} use "auto" or "chain".')
+    layers = event.choose(args)
+    found = estimate(layers, args.linkage, args.algorithm, args.target)
+    settings: dict[str, Any] = rows.environment() | {
+        "benchmark": "cost", "estimated": True, "model": args.model, "rule": args.layers, "linkage": args.linkage,
+        "algorithm": args.algorithm, "target": args.target, "seed": args.seed,
+        "assumed": f"{MULTIPROCESSORS} multiprocessors, {SCHEDULERS} instructions a cycle each, {CLOCK / 1e9} GHz",
+    }  # fmt: skip
+    table = Table(
+        title=f"Estimated, not measured: clustering and cut of {args.model} on an H100 ({args.linkage})",
+        caption=f"Instructions of the machine code for {args.target} times rounds counted on the CPU, if every "
+        f"scheduler issued in every cycle ({settings['assumed']}). Memory, barriers and launches come on top. Alone: "
+        "one problem of the row's largest shape, if each of its warps issued in every cycle; no launch can end sooner, "
+        "which the total of that column counts in. *: in a launch of fewer programs than the GPU has places for.",
+    )
+    for column in ("kernel", "layers", "problems", "M instructions", "at once", "estimated ms", "estimated alone, ms"):
+        table.add_column(column, justify="left" if column in ("kernel", "layers") else "right")
+    for part in found.parts:
+        fills = found.fills(part.launch)
+        at_once = f"{min(part.problems, part.resident * MULTIPROCESSORS):,}{'' if fills else ' *'}"
+        cells = (f"{part.problems:,}", f"{part.instructions / 1e6:.1f}", at_once)
+        table.add_row(part.kernel, part.shape, *cells, f"{part.ms:.3f}", f"{part.alone_ms:.3f}")
+        if args.json:
+            figures = {"estimated_ms": part.ms, "warp_instructions": part.instructions, "problems": part.problems}
+            figures |= {"alone_ms": part.alone_ms, "per_multiprocessor": part.resident, "fills": fills}
+            rows.append(args.json, settings | {"row": part.kernel, "shape": part.shape} | figures)
+    table.add_section()
+    instructions = sum(part.instructions for part in found.parts)
+    problems = sum(layer.columns for layer in layers)
+    times = f"{found.ms:.3f}", f"{found.serial_ms:.3f}"
+    table.add_row("total", f"{len(layers)}", f"{problems:,}", f"{instructions / 1e6:.1f}", "", *times)
+    if args.json:
+        figures = {"estimated_ms": found.ms, "warp_instructions": instructions, "problems": problems}
+        figures |= {"serial_ms": found.serial_ms}
+        rows.append(args.json, settings | {"row": "total", "layers": len(layers)} | figures)
+    Console(width=160).print(table)
+
+
+def estimate(
+    layers: Sequence[ops.Layer], linkage: str = "ward", algorithm: str = "auto", target: str = "sm_90"
+) -> Estimate:
+    """The issue-bound floor of `ops.cluster_network` on an H100, by launch and shape of the layers.
+
+    Rounds are counted on the weights of the first layer of every shape.
+    Raises RepruneError if the machine code does not have the loops that are expected.
+    """
+    from reprune_triton.kernels.clustering import launch
+
+    shapes: dict[tuple[int, int], list[ops.Layer]] = {}
+    for layer in layers:
+        shapes.setdefault((layer.n, layer.d), []).append(layer)
+    ordered = sorted(shapes.items(), key=lambda item: (-item[0][1], -item[0][0]))
+    configs = [launch.configuration(n, d, linkage, algorithm) for (n, d), _ in ordered]
+    compiled = _compiled([launch.MAGNITUDE, *configs, launch.LEVEL, launch.LABEL], target)
+
+    def part(config: Any, shape: str, pairs: Sequence[tuple[int, float]]) -> Part:
+        """pairs: (problems, instructions of one warp of each) of the programs that are alike."""
+        constants = ", ".join(f"{name} {value}" for name, value in config.constants)
+        name = f"{config.kernel.__name__.removesuffix('_kernel')} ({constants}; {config.warps} warps)"
+        total = config.warps * sum(count * each for count, each in pairs)
+        alone = max(each for _, each in pairs) / CLOCK * 1e3
+        launched = f"{name} {shape.partition(', ')[2]}"  # a launch is of one kernel area
+        problems, places = sum(count for count, _ in pairs), resident(compiled[config][0], config.warps)
+        return Part(name, shape, launched, problems, total, alone, places)
+
+    samples = {shape: _sample(some[0], linkage, config) for (shape, some), config in zip(ordered, configs, strict=True)}
+    columns = {shape: sum(layer.columns for layer in some) for shape, some in ordered}
+    magnitude, level, label = (compiled[config][1] for config in (launch.MAGNITUDE, launch.LEVEL, launch.LABEL))
+    filters = [(layer.n, _magnitude(magnitude, layer.columns * layer.d, **dict(launch.MAGNITUDE.constants)))
+               for layer in layers]  # fmt: skip
+    parts = [part(launch.MAGNITUDE, "all", filters)]
+    for (shape, some), config in zip(ordered, configs, strict=True):
+        of_kernel: dict[str, Callable[..., float]]
+        of_kernel = {"reciprocal_kernel": _reciprocal, "line_kernel": _line, "chain_kernel": _chain}
+        n, d = shape
+        count = of_kernel[config.kernel.__name__]
+        each = count(compiled[config][1], work=samples[shape].work, n=n, d=d, **dict(config.constants))
+        parts.append(part(config, f"{len(some)} of n {n}, d {d}", [(columns[shape], each)]))
+    levels = [(count, _level(level, n, **dict(launch.LEVEL.constants))) for (n, _), count in columns.items()]
+    labels = [(count, _label(label, samples[shape].climbs)) for shape, count in columns.items()]
+    return Estimate([*parts, part(launch.LEVEL, "all", levels), part(launch.LABEL, "all", labels)])
+
+
+def resident(binary: Binary, warps: int) -> int:
+    """Programs that fit in one multiprocessor at once."""
+    of_registers = REGISTERS // (-(-binary.registers * 32 // 256) * 256 * warps)
+    of_shared = SHARED // (binary.shared + SHARED_RESERVED)
+    return min(of_registers, of_shared, WARPS // warps, PROGRAMS)
+
+
+# Machine code
+
+
+def parse(lines: Sequence[str]) -> Code:
+    """Find the natural loops: what leads back to a branch's target without leaving what the target dominates.
+
+    Warps are taken to be converged and divisions to be short: ways out of line (BRA.DIV, CALL) are never followed.
+    """
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in lines:
+        if line.endswith(":"):
+            labels[line[:-1]] = len(code)
+        else:
+            code.append(line)
+    after: list[list[int]] = []  # instructions that may follow each
+    for at, line in enumerate(code):
+        predicate, name, rest = re.fullmatch(r"(@!?U?PT?\w*\s+)?(\S+)\s*(.*)", line).groups()  # type: ignore[union-attr]
+        always = predicate is None and not re.match(r"!?U?P\d", rest)
+        if name == "BRA.DIV":
+            follow = [at + 1]
+        elif name.startswith("BRA") or (name.startswith("CALL") and "`(.L_x_" in rest):  # such a call is a branch
+            label = re.search(r"\.L_x_\d+", rest)
+            if label is None or label[0] not in labels:
+                raise RepruneError(f"a branch of the machine code leads to no label: {line}")
+            follow = [labels[label[0]]] + ([] if always else [at + 1])
+        elif name.startswith(("EXIT", "RET", "CALL")):
+            follow = [at + 1] if not always else []
+        elif name.startswith(("BRX", "JMP", "JMX", "BREAK")):
+            raise RepruneError(f"the machine code has a jump that bench/cost.py does not know: {line}")
+        else:
+            follow = [at + 1]
+        after.append([there for there in follow if there < len(code)])
+    return Code(*_loops(code, after))
+
+
+def _loops(code: Sequence[str], after: Sequence[Sequence[int]]) -> tuple[int, list[Loop]]:
+    # Blocks of instructions that run one after the other, from the first instruction on.
+    leaders = {0} | {there for follow in after if len(follow) != 1 for there in follow}
+    leaders |= {there for at, follow in enumerate(after) for there in follow if there != at + 1}
+    span, next_of = {}, {}
+    todo = [0]
+    while todo:
+        begin = todo.pop()
+        if begin not in span:
+            end = begin
+            while len(after[end]) == 1 and after[end][0] == end + 1 and end + 1 not in leaders:
+                end += 1
+            span[begin], next_of[begin] = code[begin : end + 1], list(dict.fromkeys(after[end]))
+            todo += next_of[begin]
+    before: dict[int, list[int]] = {block: [] for block in span}
+    for block, follow in next_of.items():
+        for there in follow:
+            before[there].append(block)
+
+    dominators = {block: set(span) for block in span} | {0: {0}}
+    changed = True
+    while changed:
+        changed = False
+        for block in sorted(span)[1:]:
+            new = {block} | set.intersection(*(dominators[b] for b in before[block]))
+            changed |= new != dominators[block]
+            dominators[block] = new
+
+    bodies: dict[int, set[int]] = {}  # by the head of the loop
+    waits = {block: 0 for block in span}  # edges to it that do not lead back
+    for block, follow in next_of.items():
+        for head in follow:
+            if head not in dominators[block]:
+                waits[head] += 1
+                continue
+            body, todo = bodies.setdefault(head, {head}), [block]
+            while todo:
+                at = todo.pop()
+                if at not in body:
+                    body.add(at)
+                    todo += before[at]
+    todo, done = [0], 0
+    while todo:
+        block, done = todo.pop(), done + 1
+        for there in next_of[block]:
+            if there not in dominators[block]:
+                waits[there] -= 1
+                todo += [there] * (waits[there] == 0)
+    if done != len(span):
+        raise RepruneError("the machine code has a loop that is entered in the middle; mend bench/cost.py.")
+
+    def inside(body: set[int]) -> list[Loop]:
+        """The outermost loops within the body, in their order."""
+        found = {head: own for head, own in bodies.items() if own < body}
+        return [loop(head) for head in sorted(found) if not any(found[head] < own for own in found.values())]
+
+    def loop(head: int) -> Loop:
+        body = bodies[head]
+        nested = set().union(*(own for own in bodies.values() if own < body))
+        text = [re.sub(r"^@\S+\s+", "", line) for block in sorted(body - nested) for line in span[block]]
+        return Loop(len(text), shortest(head, body, nested), inside(body), text)
+
+    def shortest(head: int, body: set[int], nested: set[int]) -> int:
+        """From the head back to it; loops inside are for free."""
+        heap, seen = [(len(span[head]), head)], {head}
+        while True:
+            length, block = heapq.heappop(heap)
+            if head in next_of[block]:
+                return length
+            for there in next_of[block]:
+                if there in body and there not in seen:
+                    heapq.heappush(heap, (length + (0 if there in nested else len(span[there])), there))
+            seen.add(block)
+
+    nested = set().union(*bodies.values())
+    return sum(len(span[block]) for block in span if block not in nested), inside(set(span))
+
+
+_BUILD = """
+import importlib, json, sys
+from reprune_triton.bench import cost
+from reprune_triton.kernels import launch
+target, wanted = json.load(sys.stdin)
+for module, name, constants, *others in wanted:
+    kernel = getattr(importlib.import_module(module), name)
+    config = Configuration(kernel, tuple(map(tuple, constants)), *others)
+    print(json.dumps(cost.binary(config, target)))
+"""
+_known: dict[tuple[Any, str], tuple[Binary, Code]] = {}
+
+
+def _compiled(configs: Sequence[Any], target: str) -> dict[Any, tuple[Binary, Code]]:
+    """Compile each configuration once; in a process apart where Triton interprets kernels in this one."""
+    missing = [config for config in dict.fromkeys(configs) if (config, target) not in _known]
+    if missing and isinstance(missing[0].kernel, triton.JITFunction):
+        binaries = [binary(config, target) for config in missing]
+    elif missing:
+        names = [
+            (x.kernel.fn.__module__, x.kernel.__name__, x.constants, x.warps, x.max_registers, x.stages)
+            for x in missing
+        ]
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        done = subprocess.run(
+            [sys.executable, "-c", _BUILD], input=json.dumps([target, names]), env=environment, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise RepruneError(f"the kernels cannot be compiled for {target}: {done.stderr.strip()[-500:]}")
+        binaries = [Binary(*json.loads(line)) for line in done.stdout.splitlines()]
+    else:
+        binaries = []
+    for config, one in zip(missing, binaries, strict=True):
+        _known[config, target] = one, parse(one.lines)
+    return {config: _known[config, target] for config in configs}
+
+
+def binary(config: Any, target: str) -> Binary:
+    """Compile and disassemble. `compiled.machine_codes` leaves out the predicates, by which branches are told apart."""
+    from reprune_triton.kernels import compiled
+
+    built = compiled.build(config, target)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^(\.L_x_\d+:)|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text, re.M)
+    lines = [label or instruction for label, instruction in found]
+    used = compiled.resources(built, lines)
+    return Binary(lines, used.registers, used.shared)
+
+
+# Instructions of one warp of one program
+
+
+def _expect(condition: bool, kernel: str) -> None:
+    if not condition:
+        raise RepruneError(f"the machine code of {kernel} does not have the loops that bench/cost.py knows; mend it.")
+
+
+def _blocks(count: float, block: int) -> int:
+    return -int(-count // block)
+
+
+def _coordinates(loops: Sequence[Loop], d: int, kernel: str) -> float:
+    """Loops over the coordinates of a point: one with arithmetic, one that only moves, or both, where threads part.
+    Each may come unrolled, with a second loop for what is left over."""
+    _expect(0 < len(loops) <= 4 and not any(loop.inside for loop in loops), kernel)
+    total = 0.0
+    for arithmetic in (True, False):
+        some = sorted((loop for loop in loops if loop.has("FFMA") is arithmetic), key=lambda loop: loop.own)
+        _expect(len(some) <= 2, kernel)
+        if len(some) == 2:
+            name = "FFMA" if arithmetic else "STG"
+            single, unrolled = (loop.count(name) for loop in some)
+            _expect(single > 0 and unrolled > single and unrolled % single == 0, kernel)
+            times = unrolled // single
+            total += d // times * some[1].own + d % times * some[0].own
+        elif some:
+            total += d * some[0].least  # the read of float32 is the shortest of its branches
+    return total
+
+
+def _reciprocal(
+    code: Code, work: Sequence[Sequence[tuple[int, int]]], n: int, d: int, D: int, ROWS: int, COLS: int, BLOCK: int
+) -> float:
+    """work: for every sampled problem (stale, live) clusters of every round, in none of which there are copies."""
+    name = "reciprocal"
+    _expect(len(code.loops) == 2 and code.loops[0].has("STG"), name)
+    load, turn = code.loops
+    searches = [loop for loop in turn.inside if loop.has("MUFU.RSQ")]
+    passes = [loop for loop in turn.inside if loop.has("SHFL") and loop not in searches]  # these number survivors
+    others = [loop for loop in turn.inside if loop not in [*searches, *passes]]
+    pads = [loop for loop in others if not loop.has("LDG")]
+    _expect(len(searches) == 1 and len(searches[0].inside) == 1 and len(passes) == 2, name)
+    _expect(len(others) == len(pads) + 1, name)  # the last one is of rounds with copies
+    (search,), (tile,), (merge, renumber) = searches, searches[0].inside, passes
+    _expect(tile.has("MUFU.RSQ") and bool(tile.inside) is (D == 0) and tile.count("FFMA") >= D, name)
+    _expect(merge.count("STG") > 0 and bool(merge.inside) and renumber.count("STG") > 0 and not renumber.inside, name)
+    of_tile = tile.own + (_coordinates(tile.inside, d, name) if D == 0 else 0)
+    # Clusters that merge and clusters that stay go separate ways, and a warp that has both goes both.
+    leads = [loop for loop in merge.inside if loop.has("FFMA")]
+    lead = _coordinates(leads, d, name)
+    stay = _coordinates([loop for loop in merge.inside if loop not in leads], d, name)
+    pad = _coordinates(pads, d, name)
+    total = code.once + _blocks(n, BLOCK) * (load.own + _coordinates(load.inside, d, name))
+    for problem in work:
+        for stale, live in problem:
+            total += (
+                turn.least + pad
+                + _blocks(stale, ROWS) * (search.own + _blocks(live, COLS) * of_tile)
+                + _blocks(live, BLOCK) * (merge.own + stay + renumber.least)
+                + _blocks(live, 32) / (BLOCK // 32) * lead
+            ) / len(work)  # fmt: skip
+    return total
+
+
+def _line(code: Code, work: Sequence[Sequence[int]], n: int, d: int, WIDTH: int, BLOCK: int) -> float:
+    """work: for every sampled problem the live clusters of every round."""
+    _expect(len(code.loops) == 2 and not code.loops[0].inside and len(code.loops[1].inside) == 1, "line")
+    _expect(n <= WIDTH and code.once > WIDTH / (BLOCK / 32) / 32 and d == 1, "line")  # the sort is in no loop
+    pad, turn = code.loops
+    (block,) = turn.inside
+    _expect(block.has("MUFU.RSQ") and block.count("STG") >= 7 and not block.inside, "line")
+    total = code.once + 2.0 * pad.own
+    for problem in work:
+        total += sum(turn.own + _blocks(live, BLOCK) * block.own for live in problem) / len(work)
+    return total
+
+
+def _chain(code: Code, work: Sequence[int], n: int, d: int, LINKAGE: int, D: int, BLOCK: int) -> float:
+    """work: for every sampled problem how many searches it takes."""
+    ward = LINKAGE == 0
+    _expect(len(code.loops) == 2 if ward else len(code.loops) > 2, "chain")
+    load, *begin, turn = code.loops
+    _expect(load.has("STG") and len(turn.inside) == (1 if ward else 2), "chain")
+    search, *merge = turn.inside
+    _expect(search.has("REDUX") and search.has("FFMA") is ward, "chain")
+    _expect(bool(search.inside) is (ward and D == 0) and search.count("FFMA") >= D, "chain")
+    _expect(all(loop.count("STG") > 1 and not loop.inside for loop in merge), "chain")
+    blocks, merges = _blocks(n, BLOCK), n - 1
+    of_search = search.own + (_coordinates(search.inside, d, "chain") if search.inside else 0)
+    total = code.once + blocks * (load.own + _coordinates(load.inside, d, "chain"))
+    # The shortest way through a turn goes on with the chain; the rest of it is for merges.
+    total += float(np.mean(work)) * (turn.least + blocks * of_search) + merges * (turn.own - turn.least)
+    if not ward:
+        rows_of = [loop for loop in begin if any(block.inside for block in loop.inside)]  # without: for d = 0
+        _expect(len(rows_of) == 1 and len(rows_of[0].inside) == 1, "chain")
+        (row,), (block,) = rows_of, rows_of[0].inside
+        total += n * (row.own + blocks * (block.own + _coordinates(block.inside, d, "chain")))
+        total += merges * blocks * merge[0].own
+    return total
+
+
+def _magnitude(code: Code, size: int, BLOCK: int) -> float:
+    """size: numbers of a filter."""
+    _expect(len(code.loops) == 1 and code.loops[0].has("LDG") and not code.loops[0].inside, "magnitude")
+    return code.once + _blocks(size, BLOCK) * code.loops[0].least  # float32 is the shortest of its branches
+
+
+def _level(code: Code, n: int, BLOCK: int) -> float:
+    _expect(len(code.loops) == 1 and len(code.loops[0].inside) == 1, "level")
+    halving = code.loops[0]
+    (block,) = halving.inside
+    _expect(block.has("LDG") and not halving.count("LDG") and not block.inside, "level")
+    return code.once + 31 * (halving.own + _blocks(n, BLOCK) * block.own)
+
+
+def _label(code: Code, climbs: Sequence[Sequence[int]]) -> float:
+    """climbs: for every sampled problem the steps of every block of points."""
+    _expect(len(code.loops) == 2 and not code.loops[0].inside and len(code.loops[1].inside) == 1, "label")
+    roots, climb = code.loops
+    _expect(roots.has("SHFL") and climb.inside[0].has("LDG") and not climb.inside[0].inside, "label")
+    steps = [step for problem in climbs for step in problem]
+    return code.once + sum(roots.own + climb.own + step * climb.inside[0].own for step in steps) / len(climbs)
+
+
+# Rounds, counted on the CPU
+
+
+class Sample(NamedTuple):
+    """What the first problems of a layer ask of the kernels."""
+
+    work: list[Any]  # for each problem what `count_rounds`, `count_line_rounds` or `count_searches` says
+    climbs: list[list[int]]  # for each problem, and each block of points, the steps to the roots under the cut
+
+
+def _sample(layer: ops.Layer, linkage: str, config: Any) -> Sample:
+    points = layer.points()[:SAMPLED].cpu().double().contiguous()
+    return _counted(points.numpy().tobytes(), tuple(points.shape), linkage, config.kernel.__name__)
+
+
+@functools.lru_cache(maxsize=128)
+def _counted(data: bytes, shape: tuple[int, int, int], linkage: str, kernel: str) -> Sample:
+    from reprune_triton.kernels.clustering import launch
+
+    points = torch.frombuffer(bytearray(data), dtype=torch.float64).view(shape)
+    n, keep = shape[1], max(1, round(KEPT * shape[1]))
+    work: list[Any]
+    if kernel == "line_kernel":
+        work = count_line_rounds(points)
+    elif kernel == "reciprocal_kernel":
+        work = count_rounds(points)
+    else:
+        work = count_searches(points, linkage)
+    parent, height = reference.forest(points, linkage)
+    height = height.clone()
+    h = -1.0 if keep == n else reference.cut(parent, height, keep)[1]
+    depth = torch.zeros_like(parent)
+    at = torch.arange(n).repeat(shape[0], 1)
+    while (moves := height.gather(1, at) <= h).any():
+        depth += moves
+        at = torch.where(moves, parent.long().gather(1, at), at)
+    steps = [block.amax(1) + 1 for block in depth.split(dict(launch.LABEL.constants)["BLOCK"], dim=1)]
+    return Sample(work, torch.stack(steps, 1).tolist())
+
+
+def count_rounds(points: torch.Tensor) -> list[list[tuple[int, int]]]:
+    """For every problem of points (P, n, d): stale and live clusters in every round of reciprocal merging.
+
+    The reference has the kernel's rules, so it makes the same rounds.
+    """
+    found: list[list[tuple[int, int]]] = []
+
+    class Counted(reference.Means):
+        def nearest(self, some: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if some.shape[1]:  # the reference looks for copies first, and if there are none searches for nothing
+                found[-1].append((some.shape[1], self.size.shape[1]))
+            return super().nearest(some)
+
+    with mock.patch.object(reference, "Means", Counted):
+        for problem in points.double():
+            found.append([])
+            reference.reciprocal_pairs(problem[None], "ward")
+    return found
+
+
+def count_line_rounds(points: torch.Tensor) -> list[list[int]]:
+    """For every problem of points (P, n, 1): live clusters in every round of merging adjacent local minima."""
+    found = []
+    for problem in points.double():
+        mean, size, live = np.sort(problem.squeeze(1).numpy()), np.ones(len(problem)), []
+        while len(mean) > 1:
+            live.append(len(mean))
+            gap = np.diff(mean) ** 2 / (1 / size[:-1] + 1 / size[1:])
+            left, right = np.append(np.inf, gap[:-1]), np.append(gap[1:], np.inf)
+            even = np.arange(len(gap)) % 2 == 0
+            first = ((gap < left) | ((gap == left) & even)) & ((gap < right) | ((gap == right) & even))
+            i = first.nonzero()[0]
+            mean[i] += size[i + 1] / (size[i] + size[i + 1]) * (mean[i + 1] - mean[i])
+            size[i] += size[i + 1]
+            mean, size = np.delete(mean, i + 1), np.delete(size, i + 1)
+        found.append(live)
+    return found
+
+
+def count_searches(points: torch.Tensor, linkage: str) -> list[int]:
+    """For every problem of points (P, n, d): searches of the nearest-neighbour chain, on a matrix of distances."""
+    found = []
+    for problem in points.double():
+        n = len(problem)
+        dist = reference.distances(problem[None], problem[None])[0]
+        dist = dist.square() / 2 if linkage == "ward" else dist
+        dist.fill_diagonal_(torch.inf)
+        size = torch.ones(n, dtype=torch.float64)
+        chain: list[int] = []
+        searches = merges = 0
+        while merges < n - 1:
+            chain = chain or [0]
+            tip, before = chain[-1], chain[-2] if len(chain) > 1 else -1
+            nearest = int(dist[tip].argmin())
+            searches += 1
+            if before < 0 or dist[tip, before] > dist[tip, nearest]:  # of equal ones the one before
+                chain.append(nearest)
+                continue
+            into, gone = min(tip, before), max(tip, before)
+            a, b = size[into].clone(), size[gone].clone()
+            if linkage == "ward":
+                far = (a + size) * dist[into] + (b + size) * dist[gone] - size * dist[into, gone]
+                far /= a + b + size
+            else:
+                far = reference.LANCE_WILLIAMS[linkage](dist[into], dist[gone], a, b)
+            dist[into] = dist[:, into] = far
+            dist[gone] = dist[:, gone] = dist[into, into] = torch.inf
+            size[into], size[gone] = a + b, 0.0
+            chain = chain[:-2]
+            merges += 1
+        found.append(searches)
+    return found

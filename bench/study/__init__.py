@@ -1,0 +1,1 @@
+"""The method's ablations: runs, comparisons, tables, pictures and the report."""

@@ -1,0 +1,121 @@
+"""What the rows of `ablate` say of the arms of a question: means, spreads, and differences that are paired by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from reprune_triton.bench.study.ablate import Run
+
+
+class Arm(NamedTuple):
+    """What is known of an arm."""
+
+    name: str
+    baseline: bool
+    rows: list[dict[str, Any]]  # one for every seed
+    differences: list[float]  # in accuracy, points, to the same seeds of the baseline
+    overlaps: list[float]  # of the filters left, with the same seeds of the baseline
+    paper: str
+
+    @property
+    def apart(self) -> bool:
+        """Does the 95% interval of three differences or more leave out zero? Equal ones make none: accuracy comes in
+        steps of one test image, so a few seeds may well have the same difference by chance."""
+        if len(self.differences) < 3:
+            return False
+        return abs(statistics.mean(self.differences)) > half_width(self.differences) > 0
+
+    def mean(self, value: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.mean(map(value, self.rows))
+
+    def has(self, field: str) -> bool:
+        """Rows of an earlier version may lack a field."""
+        return all(field in row for row in self.rows)
+
+
+def of(planned: Iterable[Run], known: Mapping[str, dict[str, Any]]) -> list[Arm]:
+    """The arms of a question with their rows, of those runs that are known."""
+    found: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    for one in planned:
+        if one.key in known:
+            found.setdefault(one.arm, []).append((one, known[one.key]))
+    base = {row["seed"]: row for runs in found.values() for one, row in runs if one.baseline}
+    made = []
+    for arm, runs in found.items():
+        own = [row for _, row in runs]
+        pairs = [] if runs[0][0].baseline else [(row, base[row["seed"]]) for row in own if row["seed"] in base]
+        made.append(
+            Arm(
+                arm, runs[0][0].baseline, own,
+                [round(100 * (row["accuracy"] - usual["accuracy"]), 9) for row, usual in pairs],
+                [overlap(row["active"], usual["active"]) for row, usual in pairs if row["active"] and usual["active"]],
+                runs[0][0].paper,
+            )
+        )  # fmt: skip
+    return made
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _of_coverage(arm: Arm, number: Callable[[list[float]], float]) -> str:
+    return _percent(arm.mean(lambda row: number(row["coverage"]))) if all(r["coverage"] for r in arm.rows) else ""
+
+
+# What a table says of an arm. Coverage is the mean of all events: the last one hardly has a choice, as all but a few
+# of the filters that are active then are kept.
+COLUMNS: dict[str, Callable[[Arm], str]] = {
+    "runs": lambda arm: str(len(arm.rows)),
+    "accuracy": lambda arm: spread([100 * row["accuracy"] for row in arm.rows], "%"),
+    "difference": lambda arm: interval(arm.differences),
+    "FLOPs left": lambda arm: _percent(arm.mean(lambda row: row["flops"])),
+    "channels pruned": lambda arm: _percent(arm.mean(lambda row: row["sparsity"])),
+    "parameters": lambda arm: f"{arm.mean(lambda row: row['parameters']):,.0f}",
+    "first coverage": lambda arm: _of_coverage(arm, lambda rates: rates[0]),
+    "mean coverage": lambda arm: _of_coverage(arm, statistics.mean),
+    "last coverage": lambda arm: _of_coverage(arm, lambda rates: rates[-1]),
+    "overlap": lambda arm: _percent(statistics.mean(arm.overlaps)) if arm.overlaps else "",
+    "epochs": lambda arm: f"{arm.mean(lambda row: row['epochs']):.0f}" if arm.has("epochs") else "",
+    "training FLOPs": lambda arm: (
+        _percent(arm.mean(lambda row: row["training_flops"])) if arm.has("training_flops") else ""
+    ),
+    "seconds": lambda arm: f"{arm.mean(lambda row: row['seconds']):.0f}",
+    "paper": lambda arm: arm.paper,
+}
+MEANING = {
+    "difference": "to the baseline, seed by seed, in points, with the 95% confidence interval",
+    "mean coverage": "of an arm's own clusters, over all events, those at which hardly a filter had to go too",
+    "overlap": "of the filters that this arm or the baseline has left, the share that both have",
+    "training FLOPs": "multiply-adds of the whole training, relative to the dense network in one run of the schedule",
+}
+
+
+def overlap(some: dict[str, list[int]], others: dict[str, list[int]]) -> float:
+    """Of the filters in either of two networks, the share that is in both."""
+    pairs = [(set(some[name]), set(others[name])) for name in some]
+    return sum(len(a & b) for a, b in pairs) / sum(len(a | b) for a, b in pairs)
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    """Mean, and standard deviation if there is one."""
+    more = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{unit}{more}"
+
+
+def interval(values: list[float]) -> str:
+    """Mean of differences, and the 95% confidence interval of it by Student's t."""
+    if not values:
+        return ""
+    mean = round(statistics.mean(values), 2) + 0.0  # no -0.00
+    return f"{mean:+.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
+
+
+def half_width(values: list[float]) -> float:
+    """Half the 95% confidence interval of the mean of two values or more, by Student's t."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5

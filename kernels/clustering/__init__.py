@@ -1,0 +1,1 @@
+"""The kernels of a pruning event, and the sequence of their launches."""

@@ -1,0 +1,1 @@
+"""From weights to the filters that stay: widths, clustering, cut, coverage, regrowth."""

@@ -1,0 +1,336 @@
+"""One pruning event over a whole network: a fixed sequence of steps on the device, which the host reads once.
+
+    scales -> widths -> forests -> level -> labels -> cover -> regrow -> filters to run on
+
+Making an `Event` carries to the device what the host knows: shapes, addresses, seeds. `launch` starts the steps;
+nothing in it waits for the device, the host knows no size that depends on a weight, and every event of the same shapes
+is the same sequence of launches, which a CUDA graph can hold. `read` waits, in one transfer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from reprune_triton.errors import RepruneError
+from reprune_triton.kernels.host import to_device
+from reprune_triton.selection import ranks, regrow, steps
+from reprune_triton.selection.pool import Pool
+from reprune_triton.selection.problems import Layer, checked, grouped
+from reprune_triton.selection.ranks import Ranks
+from reprune_triton.selection.widths import Widths
+
+STAGES = ("sparsity", "cluster", "cut", "membership", "cover", "regrow")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an event is to do.
+
+    Attributes:
+        layers: the prunable convs, in the pool's order.
+        pool: all their filters, active or not.
+        widths: how many filters each layer is to have; called on every launch.
+        linkage, impl, tie: see `ops.cluster_network` and `ops.cover`.
+        seeds: per layer, of the ties and of the draw.
+        select: "coverage", or else the filters with the largest scores are kept.
+        scores: for tie="norm" and "gamma", and for any other selection: (T,), called on every launch.
+        regrow: may `widths` ask for more filters than it keeps?
+        regrow_by: which come back, one of `regrow.RULES`.
+        watched: tensors that must be finite.
+        check: raises the error that names what is wrong with them, or with the scales that `widths` counts. It may wait
+            for the device, and is called only when something was found.
+    """
+
+    layers: Sequence[Layer]
+    pool: Pool
+    widths: Callable[[], Widths]
+    seeds: Sequence[tuple[int, int]]
+    linkage: str = "ward"
+    impl: str = "auto"
+    tie: str = "random"
+    select: str = "coverage"
+    scores: Callable[[], Tensor] | None = None
+    regrow: bool = True
+    regrow_by: str = "residual"
+    watched: Sequence[Tensor] = ()
+    check: Callable[[], None] = lambda: None
+
+
+class LayerOutcome(NamedTuple):
+    """What an event found for a layer."""
+
+    kept: int  # filters chosen by coverage
+    width: int  # with those that came back
+    covered: int  # clusters
+    clusters: int
+    h: float  # height of the cut
+
+
+class Outcome(NamedTuple):
+    """What an event decided."""
+
+    layers: list[LayerOutcome]
+    rank: int  # filters of all layers at or under the threshold of their scales; 0 without one
+    active: Tensor  # (T,) bool on the device: filters to run on
+    kept: Tensor  # (T,) bool on the device: those that coverage chose
+
+
+class Clock:
+    """Milliseconds of every stage: between events on a GPU, by the clock elsewhere."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._cuda = device, device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self("")
+
+    def __call__(self, stage: str) -> None:
+        """This stage has been launched."""
+        if self._cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record(torch.cuda.current_stream(self._device))
+        self._marks.append((stage, mark if self._cuda else time.perf_counter()))
+
+    def ms(self) -> dict[str, float]:
+        """Once the device has been waited for."""
+        found = {}
+        for (_, begin), (stage, end) in zip(self._marks, self._marks[1:], strict=False):
+            found[stage] = begin.elapsed_time(end) if self._cuda else (end - begin) * 1e3
+        return found
+
+
+class Event:
+    """A prepared event. `launch` it, then `read` it; both again for another of the same shapes and seeds.
+
+    Raises:
+        RepruneError: for layers that cannot be clustered; see `ops.cluster_network`.
+    """
+
+    def __init__(self, request: Request, share: Ranks | None = None):
+        self.request, self.ranks, self.device = request, share or Ranks(), request.pool.device
+        self._failure: Exception | None = None
+        parts = grouped(request.layers, request.impl)
+        self._groups = [
+            _Group(request, by_triton, None if len(parts) == 1 else numbers, self.ranks)
+            for (by_triton, _), numbers in parts.items()
+        ]
+        mine = [False] * len(request.layers)
+        for group in self._groups:
+            for number in group.chosen:
+                mine[number] = True
+        limits = [(layer.n, layer.n_out * own) for layer, own in zip(request.layers, mine, strict=True)]
+        self._candidates, self._mine = to_device(limits, self.device).T.unbind()
+        for group in self._groups:
+            self._try(group.prepare)
+
+    # ------------------------------------------------------------------ the sequence
+
+    @torch.no_grad()
+    def launch(self, mark: Callable[[str], None] = lambda stage: None) -> None:
+        """Start all steps. mark is called after each of STAGES.
+
+        A CUDA graph can hold this after a first call of it, if every layer goes through the kernels (the reference
+        looks at values on the host) and the processes talk by NCCL. It is good for other weights at the same addresses
+        with the same active channels; these change from one event to the next.
+        """
+        request, pool = self.request, self.request.pool
+        zero = torch.zeros_like(pool.n_out)
+        none = Widths(zero, zero, zero[0], zero[0], zero[0] > 0)
+        self._widths = self._try(request.widths) or none
+        # Never more to keep than are active: what is pruned has scale 0, and delta_t only falls. But NaN counts oddly.
+        self._keep = torch.minimum(self._widths.keep, self._candidates).int()
+        finite = self._try(self._finite)
+        mark("sparsity")
+        for group in self._groups:
+            self._try(group.cluster)
+        mark("cluster")
+        for group in self._groups:
+            levels = self._try(partial(group.level, self._keep))
+            group.levels = steps.blank_level(group.work, group.by_triton) if levels is None else levels
+            self.ranks.maximum(group.levels)
+        for group in self._groups:
+            labels = self._try(group.label)
+            group.labels = steps.blank_labels(group.work) if labels is None else labels
+            self.ranks.total(group.labels)
+        mark("cut")
+        for group in self._groups:
+            self._try(group.membership)
+        mark("membership")
+        kept = torch.zeros_like(pool.layer, dtype=torch.int32)
+        totals = torch.zeros(len(zero), 2, dtype=torch.int32, device=self.device)
+        self._try(partial(self._cover, kept, totals))
+        mark("cover")
+        active = self._try(partial(self._regrow, kept > 0))
+        mark("regrow")
+        finite = zero[0] == 0 if finite is None else finite
+        active = kept > 0 if active is None else active
+        self._result = self._assemble(finite, kept, totals, active)
+        self.ranks.total(self._result)
+
+    def read(self) -> Outcome:
+        """Wait for the device, once, and take what it found.
+
+        Raises:
+            RepruneError: if a layer could not be clustered, or another process failed.
+        """
+        L, T = len(self.request.layers), self.request.pool.total
+        head, active, kept = self._result.split([4 + 4 * L, T, T])
+        levels = [group.levels.flatten() for group in self._groups]
+        numbers = torch.cat([head.double(), *(level.double() for level in levels)]).tolist()
+        failed, infinite, flat, rank = (int(x) for x in numbers[:4])
+        if failed:
+            failure, self._failure = self._failure, None
+            self.ranks.raise_failure(failure, self.device)
+        if infinite or flat:
+            self.request.check()
+            what = "weights or scales that are not finite" if infinite else "scales that are all equal"
+            raise RepruneError(f"another process has {what}: its model is not the one of this process.")
+        heights, at = [0.0] * L, 4 + 4 * L
+        for group, level in zip(self._groups, levels, strict=True):
+            for number, h in zip(group.numbers, group.steps.heights(numbers[at : at + len(level)]), strict=True):
+                heights[number] = h
+            at += len(level)
+        found = []
+        for i, h in enumerate(heights):
+            chosen, width, covered, clusters = (int(x) for x in numbers[4 + 4 * i : 8 + 4 * i])
+            found.append(LayerOutcome(chosen, width, covered, clusters, h))
+        return Outcome(found, rank, active > 0, kept > 0)
+
+    # ------------------------------------------------------------------ its parts
+
+    def _finite(self) -> Tensor:
+        """() bool: are all watched tensors finite? Their largest magnitude is."""
+        if not self.request.watched:
+            return self.request.pool.n_out[0] > 0
+        finite = torch.nn.utils.get_total_norm(self.request.watched, float("inf")).isfinite()
+        if not all(group.by_triton for group in self._groups) and not finite:
+            self.request.check()  # the reference waits anyway, and would have other words for it
+        return finite
+
+    def _cover(self, kept: Tensor, totals: Tensor) -> None:
+        """Into kept (T,) and totals (L, 2): the filters of the layers that are chosen here."""
+        order = None
+        if self.request.scores is not None:
+            scores = self.request.scores()
+            order = self.request.pool.levels(scores) if self.request.select == "coverage" else scores
+        for group in self._groups:
+            found, counts = group.cover(self._keep, order)
+            group.filters.put(kept, found)
+            group.index.put(totals, counts)
+
+    def _regrow(self, kept: Tensor) -> Tensor:
+        """(T,) bool: kept filters, and in the layers that are chosen here those that come back."""
+        request = self.request
+        if not request.regrow:
+            return kept
+        bits = torch.zeros_like(request.pool.layer)
+        chosen: list[Layer | None] = [None] * len(request.layers)
+        for group in self._groups:
+            group.filters.put(bits, group.steps.bits())
+            for number in group.chosen:
+                chosen[number] = request.layers[number]
+        residual = torch.zeros_like(kept, dtype=torch.float64)
+        if request.regrow_by == "residual":
+            residual = regrow.residuals([layer and layer.rows() for layer in chosen], kept, request.pool)
+        elif request.regrow_by == "coverage":
+            kernels = [layer and layer._replace(filters=None).points() for layer in chosen]
+            residual = regrow.distances(kernels, kept, request.pool)
+        width = torch.minimum(self._widths.width, self._mine)  # of other processes' layers nothing
+        return regrow.draw(residual, kept, width, bits, request.pool)
+
+    def _assemble(self, finite: Tensor, kept: Tensor, totals: Tensor, active: Tensor) -> Tensor:
+        """All that the processes have to tell each other and the host, int32: failed, not finite, flat, rank; per layer
+        kept, width, covered, clusters; active (T,); kept (T,)."""
+        pool, first = self.request.pool, self.ranks.rank == 0
+        head = torch.stack([
+            torch.full_like(pool.start[0], self._failure is not None),
+            (~finite).long(), self._widths.flat.long(), self._widths.rank * first,
+        ])  # fmt: skip
+        rows = torch.stack([pool.count(kept), pool.count(active), *totals.long().unbind(1)], 1)
+        return torch.cat([head, rows.flatten(), active.long(), kept.long()]).int()
+
+    def _try(self, step: Callable[[], Result]) -> Result | None:
+        """What the step gives. A process among others that has failed gets None, and goes on with something of the same
+        shape, as the others wait for it."""
+        if self._failure is None:
+            try:
+                return step()
+            except Exception as error:
+                if self.ranks.size == 1:
+                    raise
+                self._failure = error
+        return None
+
+
+class _Some:
+    """Some entries of a tensor's first dimension; None: all."""
+
+    def __init__(self, index: Sequence[int] | None, device: torch.device):
+        self._index = None if index is None else to_device(index, device)
+
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        whole.copy_(part) if self._index is None else whole.index_copy_(0, self._index, part.to(whole.dtype))
+
+    def of(self, whole: Tensor) -> Tensor:
+        return whole if self._index is None else whole[self._index]
+
+
+class _Group:
+    """The layers of an event that one implementation works on."""
+
+    levels: Tensor
+    labels: Tensor
+    steps: steps.Steps
+
+    def __init__(self, request: Request, by_triton: bool, numbers: list[int] | None, share: Ranks):
+        self._request, self.by_triton = request, by_triton
+        self.numbers = list(range(len(request.layers))) if numbers is None else numbers
+        layers = [checked(request.layers[number]) for number in self.numbers]
+        size, columns = share.size, [layer.columns for layer in layers]
+        cost = [_cost(layer, request.linkage) for layer in layers]
+        owner = ranks.owners([layer.n * layer.columns + request.regrow * layer.n_out**3 for layer in layers], size)
+        chosen = [local for local, rank in enumerate(owner) if rank == share.rank]
+        self.chosen = [self.numbers[local] for local in chosen]
+        self.work = steps.Work(
+            layers, request.linkage,
+            shares=None if size == 1 else ranks.shares(columns, cost, share.rank, size),
+            chosen=None if size == 1 else chosen,
+            seeds=[request.seeds[number] for number in self.numbers],
+        )  # fmt: skip
+        pool = request.pool
+        filters = None if numbers is None else [pool.starts[i] + k for i in numbers for k in range(pool.sizes[i])]
+        self.index, self.filters = _Some(numbers, pool.device), _Some(filters, pool.device)
+
+    def prepare(self) -> None:
+        self.steps = (steps.Triton if self.by_triton else steps.Reference)(self.work)
+
+    def cluster(self) -> None:
+        self.steps.cluster()
+
+    def level(self, keep: Tensor) -> Tensor:
+        return self.steps.level(self.index.of(keep))
+
+    def label(self) -> Tensor:
+        return self.steps.labels()
+
+    def membership(self) -> None:
+        self.steps.membership(self.labels)
+
+    def cover(self, keep: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+        order = None if order is None else self.filters.of(order)
+        if self._request.select != "coverage":
+            assert order is not None
+            return steps.by_score(self.work, self.labels, self.index.of(keep), order)
+        return self.steps.cover(self.index.of(keep), self._request.tie, order)
+
+
+def _cost(layer: Layer, linkage: str) -> int:
+    """About how much work one clustering problem of the layer is: sorted lines take n, all others n^2."""
+    return 40 * layer.n if layer.d == 1 and linkage == "ward" else layer.n**2 * (4 + layer.d)

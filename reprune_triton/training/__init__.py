@@ -1,0 +1,1 @@
+"""The lean trainer: options, data, models, checkpoints and the loop."""
