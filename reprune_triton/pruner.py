@@ -7,142 +7,34 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from reprune_triton import ops
+from reprune_triton.config import Config, matching, own_sparsity
 from reprune_triton.errors import RepruneError
 from reprune_triton.fused import dispatch
+from reprune_triton.history import Event, LayerEvent, show
 from reprune_triton.kernels.host import to_device
-from reprune_triton.running import channels as channel_analysis
-from reprune_triton.running import compact, copies, layers, narrow
-from reprune_triton.running.channels import Channels, Prunable
+from reprune_triton.running import analysis, compact, copies, layers, narrow
+from reprune_triton.running.channels import Channels, Prunable, matches
 from reprune_triton.running.optimizers import Optimizers
-from reprune_triton.selection import event, regrow
+from reprune_triton.running.wrappers import average_in, opened, process_group, unwrapped
+from reprune_triton.selection import event
 from reprune_triton.selection.pool import Pool
 from reprune_triton.selection.ranks import Ranks
 from reprune_triton.selection.rng import derive_seeds, random_bits
 from reprune_triton.selection.widths import Budget, Scales, Widths, at_flops, at_sparsity, regrow_share, round_up
 
 FORMAT = 4  # of state_dict
-SELECTIONS = ("coverage", "l1", "gamma", "random")
-
-
-@dataclass(frozen=True)
-class Config:
-    """The options of `REPrune`.
-
-    Attributes:
-        sparsity: global channel sparsity s_bar in [0, 1); or a dict from conv name or pattern to that layer's own.
-        flops: instead of sparsity: the share of the dense network's FLOPs to keep, in (0, 1].
-        every: epochs from one pruning event to the next (dT).
-        until: the epoch of the last event (T_prune); about 72% of the training is good (paper, Table 9).
-        regrow: delta_0, how much denser than its target the network is at the start; 0 switches regrowth off.
-        regrow_by: which pruned filters are likely to come back: those of which the kept ones can express the least
-            ("residual", CHEX), those whose kernels are far from every kept one's ("coverage"), or any ("random").
-        linkage: "ward" (paper), "single", "complete" or "average".
-        select: which filters a layer keeps: those that cover the most clusters ("coverage", the paper), or, to compare
-            it with, those of the largest absolute sum ("l1"), of the largest BatchNorm scale ("gamma"), or any
-            ("random").
-        tie: which of equally good filters is taken: "random" (paper), "index", "norm" or "gamma".
-        round_to: kept channels are a multiple of this; None is 16 on CUDA and 1 elsewhere.
-        min_keep: no layer keeps fewer channels.
-        ignore: convs to leave alone, by name or pattern ("layer1.*").
-        seed: decides every random choice here, whatever else the program draws.
-        compact: "auto" makes the model itself physically narrow at the last event, with the averages given as `ema=`.
-            Others keep the old shapes, as do lists of tensors: PyTorch refuses their next update with a size mismatch,
-            so make them anew after that event. "off" leaves all this to `finalize`.
-        impl: of clustering, cut, coverage and draw, and of how narrow weights are gathered: "auto", "reference" or
-            "triton", see `ops.ward_network` and `pack.Pack`.
-    Raises:
-        RepruneError: if an option is out of its range.
-    """
-
-    sparsity: float | Mapping[str, float] | None = None
-    flops: float | None = None
-    every: int = 2
-    until: int | None = None
-    regrow: float = 0.3
-    regrow_by: str = "residual"
-    linkage: str = "ward"
-    select: str = "coverage"
-    tie: str = "random"
-    round_to: int | None = None
-    min_keep: int = 1
-    ignore: tuple[str, ...] = ()
-    seed: int = 0
-    impl: str = "auto"
-    compact: str = "off"
-
-    def __post_init__(self) -> None:
-        if (self.sparsity is None) == (self.flops is None):
-            raise RepruneError("give one of sparsity= (share of channels to prune) and flops= (share of FLOPs to keep)")
-        if self.sparsity is not None:
-            per_layer = self.sparsity if isinstance(self.sparsity, Mapping) else {"": self.sparsity}
-            for name, value in per_layer.items():
-                if not _is_number(value) or not 0 <= value < 1:
-                    where = f" of {name}" if name else ""
-                    raise RepruneError(f"sparsity{where} must be in [0, 1), the share to prune; got {value!r}")
-        elif not _is_number(self.flops) or not 0 < self.flops <= 1:  # type: ignore[operator]
-            raise RepruneError(f"flops must be in (0, 1], the share of FLOPs to keep; got {self.flops!r}")
-        if self.until is None:
-            raise RepruneError("until= is missing: the epoch of the last pruning event, about 72% of the epochs")
-        for name, value, low in (
-            ("every", self.every, 1), ("until", self.until, 1), ("min_keep", self.min_keep, 1), ("seed", self.seed, 0),
-            ("round_to", 1 if self.round_to is None else self.round_to, 1),
-        ):  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise RepruneError(f"{name} must be a whole number of at least {low}; got {value!r}")
-        if not _is_number(self.regrow) or not 0 <= self.regrow < 1:
-            raise RepruneError(f"regrow must be in [0, 1); got {self.regrow!r}")
-        for name, choice, known in (
-            ("regrow_by", self.regrow_by, regrow.RULES), ("linkage", self.linkage, ops.LINKAGES),
-            ("select", self.select, SELECTIONS), ("tie", self.tie, ops.TIES),
-            ("impl", self.impl, ops.IMPLS), ("compact", self.compact, ("off", "auto")),
-        ):  # fmt: skip
-            if choice not in known:
-                raise RepruneError(f"{name} must be one of {', '.join(known)}; got {choice!r}")
-        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
 
 
 # What is made under torch.inference_mode() could not be trained: the methods of a pruner work outside of it.
 _outside_inference = torch.inference_mode(False)
-
-
-@dataclass(frozen=True)
-class LayerEvent:
-    """One layer at one event."""
-
-    name: str
-    n_out: int
-    kept: int  # filters chosen by coverage
-    width: int  # active filters after regrowth
-    sparsity: float  # 1 - width / n_out
-    coverage: float  # covered clusters / all clusters, after the choice and before regrowth (paper, Fig. 3)
-    h: float  # height of the cut
-    flops: float  # share of this conv's dense FLOPs
-
-
-@dataclass(frozen=True)
-class Event:
-    """One pruning event over the whole network."""
-
-    epoch: int
-    target: float | None  # s_bar, given or found for the FLOPs budget; None with sparsities per layer
-    sparsity: float  # of all prunable channels, after regrowth
-    flops: float  # share of the dense network's FLOPs
-    coverage: float
-    ms: float  # the whole event, by the clock
-    stages: dict[str, float]  # ms of `event.STAGES`, on a GPU as the device measures them; and of "apply", by the clock
-    layers: tuple[LayerEvent, ...]
 
 
 class _State(NamedTuple):
@@ -173,7 +65,7 @@ class REPrune:
         model: the network; DistributedDataParallel and torch.compile are unwrapped.
         optimizer: the optimizer that trains it, a wrapper of one, or a list or dict of several; pruned channels are
             frozen in its steps. None to prune without training.
-        example_inputs: what the model's forward takes, a batch of 1 or 2 (see `channels.analyse`).
+        example_inputs: what the model's forward takes, a batch of 1 or 2 (see `analysis.analyse`).
         ema: averages of the model (an AveragedModel, or what else holds a copy), one or several: they run on its
             channels, so evaluate them or measure their statistics (update_bn) as they are, and compact="auto" makes
             them narrow with it.
@@ -193,19 +85,19 @@ class REPrune:
             raise RepruneError(
                 f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in fields(Config))}"
             )
-        group, (model, wrappers) = _process_group(model), _opened(model)
+        group, (model, wrappers) = process_group(model), opened(model)
         config = _without(wrappers, Config(**options), model)
         optimizers = Optimizers(optimizer, model.parameters())
         on_cuda = any(p.is_cuda for p in model.parameters())
         self.config = replace(config, round_to=config.round_to or (16 if on_cuda else 1))
         self.model, self._ranks = model, Ranks(group)
-        self._averages = [_average(x, model) for x in (ema if isinstance(ema, (list, tuple)) else (ema,))]
+        self._averages = [average_in(x, model) for x in (ema if isinstance(ema, (list, tuple)) else (ema,))]
         if config.compact == "auto" and group is not None:
             raise RepruneError(
                 'compact="auto" would swap parameters that DistributedDataParallel holds on to: leave it off, call '
                 "finalize() after the last event, and wrap what it returns anew."
             )
-        self.channels = self._restricted(channel_analysis.analyse(model, example_inputs, self.config.ignore))
+        self.channels = self._restricted(analysis.analyse(model, example_inputs, self.config.ignore))
         self._pool = Pool([x.n_out for x in self.channels.prunable], self._device())
         self._budget = self._new_budget()
         self._check_budget()
@@ -321,7 +213,7 @@ class REPrune:
     def _event(self, epoch: int) -> None:
         started = time.perf_counter()
         self._follow()
-        found = event.Event(self._request(epoch), self._ranks)
+        found = event.PreparedEvent(self._request(epoch), self._ranks)
         clock = event.Clock(self._pool.device)
         found.launch(clock)
         outcome = found.read()
@@ -475,7 +367,7 @@ class REPrune:
     def _own_width(self, layer: Prunable, extra: float) -> int:
         """Filters of a layer with sparsities given layer by layer."""
         assert isinstance(self.config.sparsity, Mapping) and self.config.round_to is not None
-        share = max(_own_sparsity(layer.name, self.config.sparsity) - extra, 0.0)
+        share = max(own_sparsity(layer.name, self.config.sparsity) - extra, 0.0)
         width = ops.keep_count(layer.n_out, share)
         return round_up(width, layer.n_out, self.config.round_to, self.config.min_keep)
 
@@ -490,7 +382,7 @@ class REPrune:
         known from here on: until then it has run on all channels, and so have been measured its statistics.
         """
         self._narrowing.settle()
-        model = self.model if model is None else _unwrapped(model)
+        model = self.model if model is None else unwrapped(model)
         if self._swapped and any(model is x for x in (self.model, *self._averages)):
             return compact.copied(model)
         known = copies.of(model)
@@ -603,29 +495,7 @@ class REPrune:
         """Print the events so far, and the layers at the last one; in 80 columns, unless names of layers are longer."""
         console = console or Console()
         console.print(repr(self), markup=False, highlight=False)
-        if not self.history:
-            return
-        table = functools.partial(Table, box=box.SIMPLE, padding=(0, 1, 0, 0))  # lines between columns take room
-        events = table("epoch", "sparsity", "FLOPs", "coverage", "ms", title="Pruning events")
-        stages = table("epoch", *event.STAGES, "apply", title="Milliseconds of their stages")
-        for e in self.history:
-            epoch = str(e.epoch)
-            events.add_row(epoch, *(f"{share:.1%}" for share in (e.sparsity, e.flops, e.coverage)), f"{e.ms:.1f}")
-            stages.add_row(epoch, *(f"{e.stages[str(column.header)]:.1f}" for column in stages.columns[1:]))
-        last = self.history[-1]
-        headings = ("layer", "filters", "kept", "active", "sparsity", "coverage", "h", "FLOPs")
-        layers = table(*headings, title=f"Layers at epoch {last.epoch}")
-        for x in last.layers:
-            layers.add_row(
-                x.name, str(x.n_out), str(x.kept), str(x.width), f"{x.sparsity:.1%}", f"{x.coverage:.1%}",
-                f"{x.h:.3g}", f"{x.flops:.1%}",
-            )  # fmt: skip
-        for found in (events, stages, layers):
-            for column in found.columns:
-                column.justify, column.no_wrap = "right", True
-            name = layers.columns[0]
-            name.justify, name.no_wrap, name.overflow = "left", False, "fold"
-            console.print(found)
+        show(self.history, console)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -696,14 +566,14 @@ class REPrune:
         named = self.config.sparsity if isinstance(self.config.sparsity, Mapping) else ()
         for option, patterns in (("ignore", self.config.ignore), ("sparsity", named)):
             for pattern in patterns:
-                if not any(channel_analysis.matches(name, (pattern,)) for name in found.reasons):
+                if not any(matches(name, (pattern,)) for name in found.reasons):
                     raise RepruneError(
                         f"{option}= names {pattern!r}, which fits no conv of this {type(self.model).__name__}; "
                         f"its convs are {', '.join(found.reasons)}"
                     )
         if isinstance(self.config.sparsity, Mapping):
             own = self.config.sparsity
-            found = found.only(lambda x: None if _matching(x.name, own) else "sparsity= names no ratio for it")
+            found = found.only(lambda x: None if matching(x.name, own) else "sparsity= names no ratio for it")
             hint = "The names and patterns in sparsity= match none of the prunable convs."
         else:
             without = [layer.name for layer in found.prunable if layer.norm is None]
@@ -831,7 +701,7 @@ class REPrune:
         for model in (self.model, *self._averages):
             copies.remove(compact.check_copy(model))  # else each would be asked at events whether it is written to
         for average in self._averages:
-            _average(average, self.model)
+            average_in(average, self.model)
 
     def _watched(self) -> list[tuple[str, Tensor]]:
         """What must be finite at an event, by name."""
@@ -859,28 +729,11 @@ class REPrune:
                 self._scales().check(int(rank))
 
 
-def _opened(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The model inside DataParallel, DistributedDataParallel, AveragedModel (EMA) and torch.compile; and what they put
-    before the names of its modules, from outside to inside."""
-    prefixes: list[str] = []
-    while True:
-        wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel))
-        inside = "module" if wrapped else "_orig_mod"
-        if inside not in model._modules:
-            return model, prefixes
-        model = model.get_submodule(inside)
-        prefixes.append(f"{inside}.")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return _opened(model)[0]
-
-
 def _without(prefixes: Sequence[str], config: Config, model: nn.Module) -> Config:
     """The same options, with names of convs of `model` in place of those of the wrapped one."""
 
     def own(name: str) -> str:
-        if not any(channel_analysis.matches(other, (name,)) for other, _ in model.named_modules()):
+        if not any(matches(other, (name,)) for other, _ in model.named_modules()):
             for prefix in prefixes:
                 name = name.removeprefix(prefix)
         return name
@@ -888,24 +741,6 @@ def _without(prefixes: Sequence[str], config: Config, model: nn.Module) -> Confi
     share = config.sparsity
     share = {own(name): value for name, value in share.items()} if isinstance(share, Mapping) else share
     return replace(config, ignore=tuple(own(name) for name in config.ignore), sparsity=share)
-
-
-def _average(given: Any, model: nn.Module) -> nn.Module:
-    """The copy of `model` in an average of it: the average itself, or what it holds."""
-    own = _shapes(model)
-    held = (given,) if isinstance(given, nn.Module) else getattr(given, "__dict__", {}).values()
-    for outer in held:
-        for module in outer.modules() if isinstance(outer, nn.Module) else ():
-            if module is not model and _shapes(module) == own:
-                return module
-    raise RepruneError(
-        f"ema= holds a {type(given).__name__} without a copy of this {type(model).__name__}: give the module whose "
-        "parameters and buffers have the model's names and shapes, ema.module for instance"
-    )
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: x.shape for named in (model.named_parameters(), model.named_buffers()) for name, x in named}
 
 
 def _warn_if_thrown_away(model: nn.Module, slim: nn.Module, optimizers: Optimizers) -> None:
@@ -940,31 +775,11 @@ def _made_of(module: nn.Module, part: narrow.Slice) -> tuple[nn.Module, type, tu
         return module, type(module), ()
 
 
-def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """Of DistributedDataParallel, wherever it is wrapped."""
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return module.process_group
-    return None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _plain(value: Any) -> Any:
     """Tuples as lists, so that a state is equal before and after a trip through JSON."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _matching(name: str, own: Mapping[str, float]) -> list[str]:
-    return [pattern for pattern in own if channel_analysis.matches(name, (pattern,))]
-
-
-def _own_sparsity(name: str, own: Mapping[str, float]) -> float:
-    return own[_matching(name, own)[0]]  # the first pattern that fits wins
 
 
 def _of_filters(layers: Sequence[ops.Layer], score: Callable[[Tensor], Tensor]) -> Tensor:

@@ -11,6 +11,8 @@ from reprune_triton import train
 from reprune_triton.bench.__main__ import main
 from reprune_triton.bench.study import ablate, arms
 from reprune_triton.errors import RepruneError
+from reprune_triton.training import loop
+from reprune_triton.training.options import recipe
 
 pytest.importorskip("sklearn")
 
@@ -46,7 +48,7 @@ def test_every_run_is_a_row_and_is_made_once(tmp_path, capsys, small, monkeypatc
         assert row["tier"] == "digits" and row["device"] == "cpu" and row["torch"] and row["seconds"] > 0
     assert not list((tmp_path / "runs").iterdir()), "finished runs leave nothing behind"
     assert "4 runs, 0 known already" in capsys.readouterr().out
-    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(loop, "train", None)
     assert call(tmp_path, "--arms", "ward", "single") == made
     assert "4 runs, 4 known already" in (printed := capsys.readouterr().out) and "Table 5" in printed
 
@@ -66,7 +68,7 @@ def test_the_draw_alone_can_be_another(tmp_path, small):
 
 
 def test_a_row_of_before_an_option_was_there_still_counts(tmp_path):
-    options = ablate.saved(train.recipe("digits"))
+    options = ablate.saved(recipe("digits"))
     for gone in ("prune_seed", "tie"):
         known = {name: value for name, value in options.items() if name != gone}
         row = {"benchmark": "ablate", "dirty": False, "options": known}
@@ -75,14 +77,14 @@ def test_a_row_of_before_an_option_was_there_still_counts(tmp_path):
 
 
 def test_a_run_that_fails_does_not_keep_others_from_being_made(tmp_path, small, monkeypatch, capsys):
-    train_all = train.train
+    train_all = loop.train
 
     def diverging(options, on_epoch, quiet):
         if options.linkage == "single":
             raise RepruneError("the training loss is nan")
         return train_all(options, on_epoch, quiet)
 
-    monkeypatch.setattr(train, "train", diverging)
+    monkeypatch.setattr(loop, "train", diverging)
     places = ["--json", str(tmp_path / "rows.jsonl"), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
     words = ["ablate", "linkage", "--arms", "single", "average", "--epochs", "2", "--seeds", "0", "0", *places]
     assert main(words) == 1
@@ -125,7 +127,7 @@ def test_arms_change_one_option_of_the_baseline(question, tier):
     (baseline,) = (run.arm for run in runs if run.baseline)
     size = ablate.TIERS[tier]
     at = {"sparsity": None, "flops": size.flops} if ablate.QUESTIONS[question].equal_flops else {}
-    assert found[baseline] == ablate.saved(train.recipe(size.data, **size.changes | at))
+    assert found[baseline] == ablate.saved(recipe(size.data, **size.changes | at))
     until = "72%" if tier == "digits" else "60%"
     usual = {"linkage": "ward", "until": until, "width": "1", "random": "random", "paradigm": "concurrent"}
     assert baseline == (usual | {"coverage": "coverage", "regrow": "0.3", "baseline": "REPrune"})[question]
@@ -143,7 +145,7 @@ def test_every_question_at_once(tmp_path, small, monkeypatch):
         made.append(options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", train_nothing)
+    monkeypatch.setattr(loop, "train", train_nothing)
     with pytest.raises(KeyboardInterrupt):
         call(tmp_path, question="all", seeds=[0])
     monkeypatch.setattr(ablate, "perform", lambda one, *_: made.append(one) or row_of(one.options.seed, 0.5))
@@ -163,11 +165,11 @@ def test_differences_are_paired():
     planned, known = [], {}
     for arm, accuracies in (("ward", [0.9, 0.91, 0.92]), ("single", [0.89, 0.91, 0.93, 0.95])):
         for seed, accuracy in enumerate(accuracies):
-            run = ablate.Run("linkage", "digits", arm, train.recipe(linkage=arm, seed=seed), arm == "ward")
+            run = ablate.Run("linkage", "digits", arm, recipe(linkage=arm, seed=seed), arm == "ward")
             active = {"a": [0, 1], "b": [0, seed + 1 if arm == "ward" else 9]}
             known[run.key] = row_of(seed, accuracy, active=active)
             planned.append(run)
-    planned.append(ablate.Run("linkage", "digits", "average", train.recipe(linkage="average"), False))  # no row yet
+    planned.append(ablate.Run("linkage", "digits", "average", recipe(linkage="average"), False))  # no row yet
     table = ablate.table("linkage", "digits", arms.of(planned, known))
     cells = {column.header: list(column.cells) for column in table.columns}
     differences = [-1, 0, 1]  # in points; seed 3 has no partner

@@ -343,14 +343,14 @@ def test_times_are_not_lost_over_a_profiler(tmp_path, capsys, monkeypatch, playe
 
 def test_what_a_graph_holds(tmp_path, capsys, monkeypatch, played_gpu):
     """The played one replays nothing: what it finds is given to it here."""
-    captured, launch, read = [], events.Event.launch, events.Event.read
+    captured, launch, read = [], events.PreparedEvent.launch, events.PreparedEvent.read
 
     def noted(self, *given):
         if played_gpu.capturing:
             captured.append(self)
         launch(self, *given)
 
-    monkeypatch.setattr(events.Event, "launch", noted)
+    monkeypatch.setattr(events.PreparedEvent, "launch", noted)
     path = tmp_path / "rows"
     found = []
 
@@ -359,7 +359,7 @@ def test_what_a_graph_holds(tmp_path, capsys, monkeypatch, played_gpu):
             found.append(read(self))
         return found[-1]
 
-    monkeypatch.setattr(events.Event, "read", outcome)
+    monkeypatch.setattr(events.PreparedEvent, "read", outcome)
     assert on_played_gpu(path, "--graph", repeat=3) == 0
     (row,) = rows_of(path)
     assert (row["row"], row["result"], row["layers"], row["graph_s"]) == ("graph", "held", 2, 0.002)
@@ -367,7 +367,7 @@ def test_what_a_graph_holds(tmp_path, capsys, monkeypatch, played_gpu):
     assert len(captured) == 1 and played_gpu.replays == 2 * 4 and len(found) == 2
     assert not torch.equal(found[0].kept, found[1].kept), "for two sets of weights"
 
-    monkeypatch.setattr(events.Event, "read", read)
+    monkeypatch.setattr(events.PreparedEvent, "read", read)
     assert on_played_gpu(path, "--graph") == 1
     assert "a CUDA graph of the event chose other filters, for other weights" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", lambda self, *pool, **options: 1 / 0)

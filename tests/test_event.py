@@ -63,7 +63,7 @@ def request(layers, seed=0, tie="random", budget=False, extra=0.15, **options) -
 
 
 def run(*arguments, **options) -> event.Outcome:
-    found = event.Event(request(*arguments, **options))
+    found = event.PreparedEvent(request(*arguments, **options))
     found.launch()
     return found.read()
 
@@ -110,7 +110,7 @@ def test_another_selection_keeps_the_largest_scores_and_counts_what_they_cover(i
     pool = Pool([layer.n_out for layer in layers], layers[0].weight.device)
     scores = torch.randint(5, (pool.total,), generator=torch.Generator().manual_seed(1)).to(pool.device)  # with ties
     wanted = request(layers, extra=0.0, impl=impl)
-    found = event.Event(dataclasses.replace(wanted, select="l1", scores=lambda: scores))
+    found = event.PreparedEvent(dataclasses.replace(wanted, select="l1", scores=lambda: scores))
     found.launch()
     outcome, usual = found.read(), run(layers, extra=0.0, impl=impl)
     assert [layer.kept for layer in outcome.layers] == [layer.kept for layer in usual.layers]
@@ -186,7 +186,7 @@ def test_what_is_not_finite_is_left_to_the_check(where, impl, device):
         raise RepruneError("it is bn2.weight")
 
     for check, message in ((named, "it is bn2.weight"), (lambda: None, "(not finite|NaN)")):
-        found = event.Event(request(layers, impl=impl, watched=ask.watched, check=check))
+        found = event.PreparedEvent(request(layers, impl=impl, watched=ask.watched, check=check))
         with pytest.raises(RepruneError, match=message):
             found.launch()
             found.read()
@@ -196,7 +196,7 @@ def test_what_is_not_finite_is_left_to_the_check(where, impl, device):
 def test_an_event_can_be_launched_again(impl, device):
     """With other weights at the same addresses; nothing is left of the first time."""
     layers = network(device)
-    found = event.Event(request(layers, impl=impl))
+    found = event.PreparedEvent(request(layers, impl=impl))
     found.launch()
     first = found.read()
     for layer, other in zip(layers, network(device, 1), strict=True):
@@ -211,7 +211,7 @@ def test_more_to_keep_than_there_are_is_all(impl, device):
     layers = network(device)
     ask = request(layers)
     wide = Widths(ask.pool.n_out, ask.pool.n_out, *ask.widths()[2:])
-    found = event.Event(event.Request(layers, ask.pool, lambda: wide, ask.seeds, impl=impl, regrow=False))
+    found = event.PreparedEvent(event.Request(layers, ask.pool, lambda: wide, ask.seeds, impl=impl, regrow=False))
     found.launch()
     assert [layer.kept for layer in found.read().layers] == [layer.n for layer in layers]
 
@@ -283,7 +283,7 @@ def test_the_host_waits_once_and_the_sequence_is_fixed(tie, rule, budget, monkey
     with played_gpu(monkeypatch) as kernels:
         layers = fake_network()
         ask = dataclasses.replace(request_of_nothing(layers, tie, budget), regrow_by=rule)
-        found = event.Event(ask)
+        found = event.PreparedEvent(ask)
         assert not kernels, "nothing is launched while the host prepares"
         sequences = []
         for _ in range(2):
@@ -354,7 +354,7 @@ def pruner_of(model: nn.Module, device="cpu", **options) -> REPrune:
 def test_an_event_makes_lists_of_channels_without_looking_at_them(monkeypatch):
     """Applying the outcome takes sizes from it, and all indices stay where they are."""
     pruner = pruner_of(chain())
-    outcomes, read, enforce = [], event.Event.read, pruner._narrowing.enforce
+    outcomes, read, enforce = [], event.PreparedEvent.read, pruner._narrowing.enforce
 
     class Looks(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -372,7 +372,7 @@ def test_an_event_makes_lists_of_channels_without_looking_at_them(monkeypatch):
         enforce(setting)
         looks.__exit__(None, None, None)
 
-    monkeypatch.setattr(event.Event, "read", begin)
+    monkeypatch.setattr(event.PreparedEvent, "read", begin)
     monkeypatch.setattr(pruner._narrowing, "enforce", end)
     for _ in range(3):
         pruner.step()
@@ -386,7 +386,7 @@ def test_an_event_makes_lists_of_channels_without_looking_at_them(monkeypatch):
 
 def test_stages_are_those_of_the_module():
     marks: list[str] = []
-    found = event.Event(request(network("cpu")))
+    found = event.PreparedEvent(request(network("cpu")))
     found.launch(marks.append)
     assert tuple(marks) == event.STAGES
 
@@ -407,13 +407,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 @pytest.mark.parametrize("tie", ops.TIES)
 def test_a_gpu_waits_once(tie):
-    found = event.Event(request(network("cuda"), tie=tie))
+    found = event.PreparedEvent(request(network("cuda"), tie=tie))
     found.launch()  # compiles
     wanted = found.read()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = event.Event(request_on_gpu(tie))
+        again = event.PreparedEvent(request_on_gpu(tie))
         again.launch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -453,7 +453,7 @@ def test_a_graph_holds_an_event(budget):
     """Captured once, replayed with other weights: what a new event finds. Between events shapes change, and with them
     the graph."""
     layers = network("cuda")
-    found = event.Event(request(layers, budget=budget))
+    found = event.PreparedEvent(request(layers, budget=budget))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

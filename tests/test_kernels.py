@@ -687,11 +687,11 @@ def test_memory_of_a_resnet50_event():
     layers = resnet50()
     assert sum(layer.columns for layer in layers) == 16896
     for method, algorithm in (("ward", "auto"), ("ward", "reciprocal"), ("ward", "chain"), ("average", "auto")):
-        _, launches = launch.plan(layers, method, algorithm)
+        _, launches = launch.rows_and_launches(layers, method, algorithm)
         assert max(part.floats + part.ints for part in launches) * 4 <= 256 * 10**6 * 1.05, (method, algorithm)
         programs = sum(end - begin for part in launches for begin, end in zip(part.begins, part.ends, strict=True))
         assert programs == 16896
-    rows, launches = launch.plan(layers)
+    rows, launches = launch.rows_and_launches(layers)
     assert len(launches) <= 7 and len(rows) == len(layers)
 
 
@@ -701,7 +701,7 @@ def test_one_launch_for_each_kernel_and_area_largest_first():
         (70, 1, 1),
     ]  # n, columns, k
     layers = [ops.Layer(torch.empty(1).expand(n, columns, k, k)) for n, columns, k in shapes]
-    rows, launches = launch.plan(layers, seeds=[(number, 2**40 + number) for number in range(10)])
+    rows, launches = launch.rows_and_launches(layers, seeds=[(number, 2**40 + number) for number in range(10)])
     assert len(rows) == len(layers)
     assert [(part.configuration.kernel.__name__, part.rows) for part in launches] == [
         ("reciprocal_kernel", [1, 0, 3]), ("chain_kernel", [2, 5]), ("chain_kernel", [4]), ("reciprocal_kernel", [6]),
@@ -731,7 +731,7 @@ def test_a_layer_in_parts_has_a_row_for_each(monkeypatch):
     layer = ops.Layer(torch.empty(1).expand(100, 10, 3, 3))
     each = sum(reciprocal.scratch(100, 9))
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 4 * 4 * each)
-    rows, launches = launch.plan([layer])
+    rows, launches = launch.rows_and_launches([layer])
     parts = [(part.rows, part.begins, part.ends) for part in launches]
     assert parts == [([0], [0], [4]), ([1], [4], [8]), ([2], [8], [10])]
     floats, ints = table.NAMES.index("floats"), table.NAMES.index("ints")

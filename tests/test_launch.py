@@ -63,7 +63,7 @@ STEP = """
 import torchvision
 from torch import nn
 from reprune_triton import availability, fuse
-from reprune_triton.running import chains, narrow
+from reprune_triton.running import analysis, chains, narrow
 
 availability.why_not = lambda device: None  # so that tensors on the CPU are taken; what comes out is made of nothing
 shortcut = nn.Sequential(nn.Conv2d(16, 128, 1, bias=False), nn.BatchNorm2d(128))

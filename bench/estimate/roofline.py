@@ -34,7 +34,7 @@ from reprune_triton import ops
 from reprune_triton.bench import rows
 from reprune_triton.bench.estimate import graph
 from reprune_triton.errors import RepruneError
-from reprune_triton.running import chains, compact
+from reprune_triton.running import analysis, compact
 from reprune_triton.running.channels import Channels
 from reprune_triton.selection.widths import round_up
 from reprune_triton.training import models
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     ceilings = H100 if args.device == "assumed" else measure(args.device)
     with torch.device("meta"):
         model = build(args.model)
-    channels = chains.prunable(model, shape)
+    channels = analysis.prunable(model, shape)
     settings: dict[str, Any] = rows.environment("cpu" if ceilings.assumed else args.device) | {
         "benchmark": "roofline", "estimated": True, "model": args.model, "batch": args.batch, "size": shape[-1],
         "round_to": args.round_to, "value_bytes": args.bytes, "ceilings": ceilings._asdict(),

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from reprune_triton import train
 from reprune_triton.bench import rows
 from reprune_triton.errors import RepruneError
-from reprune_triton.running import channels
+from reprune_triton.running import analysis
 from reprune_triton.training import checkpoint, data, models
+from reprune_triton.training.loop import train
+from reprune_triton.training.options import recipe
 
 BATCHES = (1, 256)  # of the latencies
 Row = dict[str, Any]
@@ -56,9 +57,9 @@ def _pair(args: argparse.Namespace, seed: int) -> tuple[Row, Row]:
     changes = {
         key: value for key in ("model", "data_dir", "epochs", "threads") if (value := getattr(args, key)) is not None
     }
-    options = train.recipe(args.data, seed=seed, device="cpu", **changes)
-    dense = train.train(options)
-    slim = train.train(train.recipe(args.data, seed=seed, device="cpu", flops=args.flops, **changes))
+    options = recipe(args.data, seed=seed, device="cpu", **changes)
+    dense = train(options)
+    slim = train(recipe(args.data, seed=seed, device="cpu", flops=args.flops, **changes))
     assert slim.pruner is not None
     path = Path(args.out) / f"{args.model}-{args.data}-seed{seed}.safetensors"
     images = data.load(args.data, args.data_dir, batch=options.batch, device="cpu")
@@ -85,7 +86,7 @@ def _pair(args: argparse.Namespace, seed: int) -> tuple[Row, Row]:
                 "benchmark": "demo", "arm": arm, "model": args.model, "data": args.data, "seed": seed,
                 "epochs": options.epochs, "accuracy": result.accuracy,
                 "parameters": sum(p.numel() for p in result.model.parameters()),
-                "macs": sum(cost.macs for cost in channels.analyse(result.model, x[:1]).costs),
+                "macs": sum(cost.macs for cost in analysis.analyse(result.model, x[:1]).costs),
                 "flops": result.flops, "coverage": last.coverage if last else None,
                 "train_seconds": result.seconds, "event_seconds": result.event_seconds,
                 "events": len(pruner.history) if pruner else 0,

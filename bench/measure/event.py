@@ -28,7 +28,7 @@ from reprune_triton import REPrune, capture, ops
 from reprune_triton.bench import rows
 from reprune_triton.bench.measure import device as devices
 from reprune_triton.errors import RepruneError
-from reprune_triton.running import layers
+from reprune_triton.running import analysis, layers
 from reprune_triton.selection import event as events
 from reprune_triton.selection import problems, reference
 from reprune_triton.selection.pool import Pool
@@ -196,9 +196,8 @@ def choose(args: argparse.Namespace) -> list[ops.Layer]:
     elif args.layers == "resnet":
         names = resnet_rule(model)
     else:
-        from reprune_triton.running import channels
 
-        found = channels.analyse(model, models.example_inputs(args.model)).prunable
+        found = analysis.analyse(model, models.example_inputs(args.model)).prunable
         names = [layer.name for layer in found if layer.norm]  # the scales share out a global sparsity
     if not names:
         raise RepruneError(f"{args.model} has no such layer; name another --model, or --layers all.")
@@ -317,7 +316,7 @@ def alone(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
 
     def run_event() -> Whole:
         started = time.perf_counter()
-        found = events.Event(request)
+        found = events.PreparedEvent(request)
         clock = events.Clock(request.pool.device)
         found.launch(clock)
         outcome = found.read()
@@ -461,7 +460,7 @@ def hold(console: Console, layers: list[ops.Layer], args: argparse.Namespace) ->
     if torch.device(args.device).type != "cuda":
         raise RepruneError("a CUDA graph needs CUDA: --device cuda.")
     request, _ = request_of(layers, args)
-    plain, captured, spent = events.Event(request), events.Event(request), list[float]()
+    plain, captured, spent = events.PreparedEvent(request), events.PreparedEvent(request), list[float]()
     try:
         capture.warm_up(captured.launch)
         replay = capture.capture(captured.launch)

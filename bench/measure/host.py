@@ -40,8 +40,7 @@ from reprune_triton.bench.measure.step import TWO_BY_TWO
 from reprune_triton.bench.measure.variants import Task, Variant, parse, sgd, train_step
 from reprune_triton.errors import RepruneError
 from reprune_triton.fused import dispatch
-from reprune_triton.running import channels as channel_analysis
-from reprune_triton.running import compact, layers, narrow
+from reprune_triton.running import analysis, compact, layers, narrow
 from reprune_triton.training import models
 
 DIVIDE = 16
@@ -115,7 +114,7 @@ def variants(args: argparse.Namespace, wanted: dict[str, Variant]) -> dict[str, 
     torch.manual_seed(args.seed)
     model = shrink(models.build(args.model, num_classes=1000)).to(memory_format=torch.channels_last)
     images = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=torch.channels_last)
-    channels = channel_analysis.analyse(model, images[:1])
+    channels = analysis.analyse(model, images[:1])
     task = Task(model, model, channels, images, torch.zeros(args.batch, dtype=torch.int64), AMP[args.amp])
     half = {layer.name: torch.arange(max(1, layer.n_out // 2)) for layer in channels.prunable}
     found: dict[str, Callable[[], object]] = {}

@@ -33,7 +33,7 @@ from reprune_triton.bench.measure import device as devices
 from reprune_triton.bench.measure import event
 from reprune_triton.errors import RepruneError
 from reprune_triton.fused.conv import _by_constants
-from reprune_triton.running import chains, compact, layers
+from reprune_triton.running import analysis, compact, layers
 from reprune_triton.running.pack import Pack
 from reprune_triton.selection import steps
 from reprune_triton.training import models
@@ -164,7 +164,7 @@ def convolutions(args: argparse.Namespace) -> list[Conv]:
     shape = (args.batch, 3, args.size, args.size)
     with torch.device("meta"):
         model = roofline.build(args.model)
-    channels = chains.prunable(model, shape)
+    channels = analysis.prunable(model, shape)
     widths = roofline.widths_at(channels, SPARSITY, ROUND_TO)
     slim = compact.compact(model, channels.slices(roofline.choose(channels, widths, args.seed)))
     found: dict[Conv, None] = {}
@@ -372,7 +372,7 @@ def clustering(args: argparse.Namespace) -> Iterator[Check]:
     generator = torch.Generator().manual_seed(args.seed)
     with torch.device("meta"):
         model = roofline.build(args.model)
-    prunable = chains.prunable(model, (1, 3, args.size, args.size)).prunable
+    prunable = analysis.prunable(model, (1, 3, args.size, args.size)).prunable
     shapes = list(dict.fromkeys(tuple(model.get_submodule(x.name).weight.shape) for x in prunable))  # type: ignore[arg-type]
     sizes = list(dict.fromkeys((n, min(m, args.columns), kh, kw) for n, m, kh, kw in shapes))[: args.shapes]
     sizes += [] if args.shapes else [(2048, 2, 1, 1), (130, 2, 5, 5)]

@@ -36,8 +36,7 @@ from reprune_triton import capture, fuse
 from reprune_triton.bench.estimate import roofline
 from reprune_triton.bench.measure import device as devices
 from reprune_triton.errors import RepruneError
-from reprune_triton.running import chains, compact, layers, narrow
-from reprune_triton.running import channels as channel_analysis
+from reprune_triton.running import analysis, compact, layers, narrow
 from reprune_triton.running.channels import Channels
 from reprune_triton.selection.event import Clock
 
@@ -408,7 +407,7 @@ def masked(task: Task, dense: nn.Module, active: dict[str, Tensor]) -> nn.Module
     for layer in task.channels.prunable:
         for reader in layer.readers:
             if reader.name in slices:
-                hook = channel_analysis._masking(slices[reader.name].in_)
+                hook = analysis._masking(slices[reader.name].in_)
                 model.get_submodule(reader.name).register_forward_pre_hook(hook, with_kwargs=True)
     return model
 
@@ -420,7 +419,7 @@ def make_task(args: argparse.Namespace, device: torch.device) -> Task:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # a narrow network would draw other numbers
     shape = (args.batch, 3, args.size, args.size)
-    channels = chains.prunable(dense, shape)
+    channels = analysis.prunable(dense, shape)
     if not channels.prunable:
         raise RepruneError(f"{args.model} has no conv that can be pruned.")
     generator = torch.Generator().manual_seed(args.seed)

@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from reprune_triton import train
 from reprune_triton.bench import rows
 from reprune_triton.bench.study import arms
 from reprune_triton.errors import RepruneError
-from reprune_triton.train import Options
+from reprune_triton.training import loop
+from reprune_triton.training.options import FREE, Options, lasting, recipe
+from reprune_triton.training.run import Record
 
-Changes = dict[str, Any]  # of train.Options
+Changes = dict[str, Any]  # of `Options`
 
 
 class Tier(NamedTuple):
@@ -260,18 +261,18 @@ def plan(question: str, name: str, seeds: Iterable[int], **given: Any) -> list[R
     base = tier.changes | given
     if asked.equal_flops:
         base |= {"sparsity": None, "flops": tier.flops}
-    usual = train.recipe(tier.data, **base)
+    usual = recipe(tier.data, **base)
     found = []
     for seed in dict.fromkeys(seeds):
         for arm, changes in asked.arms(usual).items():
-            options = train.recipe(tier.data, **base | changes | {"seed": seed})
+            options = recipe(tier.data, **base | changes | {"seed": seed})
             found.append(Run(question, name, arm, options, baseline=vars(usual) | changes == vars(usual)))
     return found
 
 
 def saved(options: Options) -> Changes:
     """What makes a run the run it is."""
-    found: Changes = json.loads(json.dumps(train._saved(options)))  # as a row has them
+    found: Changes = json.loads(json.dumps(lasting(options)))  # as a row has them
     return found
 
 
@@ -299,20 +300,20 @@ def seconds(text: str) -> float:
 
 
 def perform(
-    one: Run, args: argparse.Namespace, deadline: float, after_epoch: Callable[[train.Record], None]
+    one: Run, args: argparse.Namespace, deadline: float, after_epoch: Callable[[Record], None]
 ) -> dict[str, Any]:
     """Train, or go on training, and return the row."""
     folder = Path(args.runs) / one.key
     began = (folder / "last.safetensors").exists()
     options = Options(**vars(one.options) | {"out": str(folder), "resume": began})
 
-    def on_epoch(record: train.Record) -> None:
+    def on_epoch(record: Record) -> None:
         after_epoch(record)
         if time.monotonic() >= deadline and record["epoch"] < one.epochs:
             raise OutOfTime
 
     here = rows.environment(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # before it, not after
-    result = train.train(options, on_epoch, quiet=True)
+    result = loop.train(options, on_epoch, quiet=True)
     history = result.pruner.history if result.pruner else []
     layers = history[-1].layers if history else ()
     active = result.pruner.active if result.pruner else {}
@@ -333,7 +334,7 @@ def perform(
     return row
 
 
-def training_flops(one: Run, result: train.Result) -> float:
+def training_flops(one: Run, result: loop.Result) -> float:
     """Multiply-adds of the whole training, as a share of those of the dense network in one run of the schedule."""
     history = result.pruner.history if result.pruner else []
     left, total = (1.0 if history else result.flops), 0.0
@@ -349,7 +350,7 @@ def command(options: Options) -> str:
     words = ["python", "-m", "reprune_triton.train"]
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
-        if name in train.FREE or value in (None, ()):
+        if name in FREE or value in (None, ()):
             continue
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")

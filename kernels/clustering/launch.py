@@ -106,7 +106,7 @@ def why_not(layer: Layer) -> str | None:
     return None
 
 
-class Event(NamedTuple):
+class Plan(NamedTuple):
     """All that the host says about an event, on the device: what follows is launches alone, always the same ones."""
 
     table: Tensor
@@ -180,7 +180,7 @@ class Launch(NamedTuple):
 Shares = Sequence[tuple[int, int]]  # for every layer the problems first .. last - 1 that a process has to cluster
 
 
-def plan(
+def rows_and_launches(
     layers: Sequence[Layer],
     linkage: str = "ward",
     algorithm: str = "auto",
@@ -246,7 +246,7 @@ def prepare(
     shares: Shares | None = None,
     chosen: Sequence[int] | None = None,
     seeds: Sequence[tuple[int, int]] | None = None,
-) -> Event:
+) -> Plan:
     """Plan an event over layers that are all on one device and such as `why_not` has nothing against. One transfer to
     the device, and none of the steps that follow has another.
 
@@ -256,7 +256,7 @@ def prepare(
     """
     device = layers[0].weight.device
     ns, columns = [layer.n for layer in layers], [layer.columns for layer in layers]
-    rows, launches = plan(layers, linkage, algorithm, shares, seeds)
+    rows, launches = rows_and_launches(layers, linkage, algorithm, shares, seeds)
     everyone, none = range(len(layers)), [0] * len(layers)
     begins, ends = (none, columns) if shares is None else ([s[0] for s in shares], [s[1] for s in shares])
     # The layer with most steps and columns goes first: it is the last to end.
@@ -279,95 +279,95 @@ def prepare(
     )
     configured = [(launch.configuration, owner) for launch, owner in zip(launches, owners, strict=True)]
     read = [x for layer in layers for x in (layer.weight, layer.filters, layer.inputs) if x is not None]
-    return Event(own_table, programs, problems, configured, [all_layers, few_layers], of_few, sizes, read)
+    return Plan(own_table, programs, problems, configured, [all_layers, few_layers], of_few, sizes, read)
 
 
-def cluster(event: Event) -> Forests:
+def cluster(plan: Plan) -> Forests:
     """Cluster this process's share of every layer."""
-    device, sizes = event.table.device, event.sizes
+    device, sizes = plan.table.device, plan.sizes
     parent = torch.empty(sizes.points, dtype=torch.int32, device=device)
     height = torch.empty(sizes.points, dtype=torch.float32, device=device)
     work = torch.empty(sizes.problems, 2, dtype=torch.int32, device=device)
     report = torch.zeros(sizes.layers, table.REPORT.value, dtype=torch.int32, device=device)
     floats = torch.empty(sizes.floats, dtype=torch.float32, device=device)
     ints = torch.empty(sizes.ints, dtype=torch.int32, device=device)
-    MAGNITUDE.run(len(event.programs), event.table, event.programs, report)
-    for config, owner in event.launches:
-        config.run(len(owner), event.table, owner, report, parent, height, work, floats, ints)
+    MAGNITUDE.run(len(plan.programs), plan.table, plan.programs, report)
+    for config, owner in plan.launches:
+        config.run(len(owner), plan.table, owner, report, parent, height, work, floats, ints)
     return Forests(parent, height, report, work)
 
 
-def level(event: Event, forests: Forests, keep: Tensor) -> None:
+def level(plan: Plan, forests: Forests, keep: Tensor) -> None:
     """The height of the cut of every layer, into the report: the lowest that leaves each problem of this share at most
     keep[layer] clusters. keep: (layers,) int32 on the device. The layer's is the largest over all shares."""
-    LEVEL.run(len(event.problems), event.table, event.problems, forests.report, keep, forests.height)
+    LEVEL.run(len(plan.problems), plan.table, plan.problems, forests.report, keep, forests.height)
 
 
-def label(event: Event, forests: Forests) -> tuple[Tensor, Tensor]:
+def label(plan: Plan, forests: Forests) -> tuple[Tensor, Tensor]:
     """The clusters at the cut. Returns labels (points,) and how many clusters each problem has (problems,), both int32
     and 0 for problems of other shares."""
-    labels, clusters = (forests.parent.new_zeros(count) for count in (event.sizes.points, event.sizes.problems))
+    labels, clusters = (forests.parent.new_zeros(count) for count in (plan.sizes.points, plan.sizes.problems))
     LABEL.run(
-        len(event.problems), event.table, event.problems, forests.report, forests.parent, forests.height, labels,
+        len(plan.problems), plan.table, plan.problems, forests.report, forests.parent, forests.height, labels,
         clusters,
     )  # fmt: skip
     return labels, clusters
 
 
-def membership(event: Event, report: Tensor, labels: Tensor) -> Members:
+def membership(plan: Plan, report: Tensor, labels: Tensor) -> Members:
     """The members of every cluster, from labels (points,) int32, which are numbers under n."""
     cluster = torch.empty_like(labels)
     place, member = (torch.empty_like(labels, dtype=torch.int16) for _ in range(2))
-    totals = torch.zeros(event.sizes.layers, coverage.TOTALS.value, dtype=torch.int32, device=labels.device)
+    totals = torch.zeros(plan.sizes.layers, coverage.TOTALS.value, dtype=torch.int32, device=labels.device)
     count = torch.empty_like(labels)
     MEMBERSHIP.run(
-        len(event.columns), event.table, event.columns, report, labels, count, cluster, place, member, totals
+        len(plan.columns), plan.table, plan.columns, report, labels, count, cluster, place, member, totals
     )
     return Members(cluster, place, member, totals)
 
 
-def cover(event: Event, report: Tensor, members: Members, keep: Tensor, order: Tensor | None) -> Covers:
+def cover(plan: Plan, report: Tensor, members: Members, keep: Tensor, order: Tensor | None) -> Covers:
     """Choose keep[layer] filters of every layer that is chosen here; the clusters of `members` are used up.
 
     order: (filters,) int32, which of equally good filters goes first, the larger; None: random bits.
     """
-    device, few_layers = event.table.device, event.layers[1]
-    empty = [torch.empty(event.sizes.filters, dtype=torch.int32, device=device) for _ in range(3)]
+    device, few_layers = plan.table.device, plan.layers[1]
+    empty = [torch.empty(plan.sizes.filters, dtype=torch.int32, device=device) for _ in range(3)]
     gain, taken, gains = empty
     kept = torch.zeros_like(gain)
     config = COVER_AT_RANDOM if order is None else COVER_IN_ORDER
     config.run(
-        len(few_layers), event.table, few_layers, report, keep, kept if order is None else order, members.cluster,
+        len(few_layers), plan.table, few_layers, report, keep, kept if order is None else order, members.cluster,
         members.place, members.member, gain, taken, gains, kept, members.totals,
     )  # fmt: skip
     return Covers(taken, gains, kept, members.totals)
 
 
-def draw_bits(event: Event) -> Tensor:
+def draw_bits(plan: Plan) -> Tensor:
     """Random bits for every filter of the network, from the seed of its layer's draw: (filters,) int32."""
-    bits = torch.empty(event.sizes.filters, dtype=torch.int32, device=event.table.device)
-    BITS.run(len(event.layers[0]), event.table, event.layers[0], bits)
+    bits = torch.empty(plan.sizes.filters, dtype=torch.int32, device=plan.table.device)
+    BITS.run(len(plan.layers[0]), plan.table, plan.layers[0], bits)
     return bits
 
 
 def cut_layer(parent: Tensor, height: Tensor, keep: int) -> tuple[Tensor, float]:
     """Cut the problems (P, n) of one layer: labels (P, n) int32, and h in the units of height. Waits for the device."""
     parent, height = parent.contiguous(), height.contiguous()
-    event, report = layer_event(parent.shape, parent.device)
+    plan, report = layer_plan(parent.shape, parent.device)
     forests = Forests(parent.view(-1), height.view(-1), report, work=parent.new_empty(0, 2))  # done by someone else
-    level(event, forests, torch.tensor([keep], dtype=torch.int32, device=parent.device))
-    labels, _ = label(event, forests)
+    level(plan, forests, torch.tensor([keep], dtype=torch.int32, device=parent.device))
+    labels, _ = label(plan, forests)
     return labels.view_as(parent), read_report(report)[0].h
 
 
 def cover_layer(labels: Tensor, keep: int, seed: int, order: Tensor | None) -> Covers:
     """Choose keep filters of one layer with labels (P, n) int32, numbers under n."""
-    event, report = layer_event(labels.shape, labels.device, seed)
-    members = membership(event, report, labels.contiguous().view(-1))
-    return cover(event, report, members, torch.tensor([keep], dtype=torch.int32, device=labels.device), order)
+    plan, report = layer_plan(labels.shape, labels.device, seed)
+    members = membership(plan, report, labels.contiguous().view(-1))
+    return cover(plan, report, members, torch.tensor([keep], dtype=torch.int32, device=labels.device), order)
 
 
-def layer_event(shape: Sequence[int], device: torch.device, seed: int = 0) -> tuple[Event, Tensor]:
+def layer_plan(shape: Sequence[int], device: torch.device, seed: int = 0) -> tuple[Plan, Tensor]:
     """An event over one layer without weights of this many problems and filters, and its report: all is clustered."""
     columns, n = shape
     row = [{"n": n, "n_out": n, "columns": columns, "tie_seed": seed}.get(name, 0) for name in table.NAMES]
@@ -375,7 +375,7 @@ def layer_event(shape: Sequence[int], device: torch.device, seed: int = 0) -> tu
     own_table, problems, one = table.tables_to_device([row], arrays, device)
     sizes = Sizes(layers=1, filters=n, points=columns * n, problems=columns, floats=0, ints=0)
     report = torch.zeros(1, table.REPORT.value, dtype=torch.int32, device=device)
-    return Event(own_table, problems, problems, [], [one, one], problems, sizes, []), report
+    return Plan(own_table, problems, problems, [], [one, one], problems, sizes, []), report
 
 
 def read_report(report: Tensor) -> list[Report]:

@@ -2,27 +2,23 @@
 
     conv -> BatchNorm, activation, pool, depthwise conv, ... -> the next conv, or through one flatten a linear
 
-This is the dependency analysis where torch-pruning is not installed (see `channels`). It needs nothing but PyTorch, and
-no values: `prunable` works on shapes alone.
+This is the dependency analysis where torch-pruning is not installed (see `analysis`). It needs nothing but PyTorch, and
+no values.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from reprune_triton.errors import RepruneError
-from reprune_triton.fused import fusion
-from reprune_triton.running import channels
-from reprune_triton.running.channels import Channels, Finder, Prunable, Reader
-from reprune_triton.running.layers import CHANNELWISE, is_depthwise
+from reprune_triton.running.channels import Finder, Prunable, Reader, call, tensors
+from reprune_triton.running.layers import CHANNELWISE, READ_WIDTHS, is_depthwise, width_of
 
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU,
@@ -40,19 +36,6 @@ KINDS = {
     "dropout": {"dropout", "dropout2d"},
 }
 _HINT = "which only torch-pruning could follow (pip install torch-pruning)"
-
-
-def prunable(model: nn.Module, shape: tuple[int, ...]) -> Channels:
-    """Return what `channels.analyse` finds by chains, from shapes alone and without its proof.
-
-    Args:
-        shape: of the images, (B, C, H, W).
-    Raises:
-        RepruneError: if torch.fx cannot trace the model.
-    """
-    twin = fusion.unfuse(copy.deepcopy(model)).to("meta").eval()
-    images = torch.empty(1, *shape[1:], device="meta")
-    return channels.unproved(twin, images, (), finder)
 
 
 def finder(twin: nn.Module, inputs: Any) -> Finder:
@@ -97,10 +80,10 @@ class _Tracer(fx.Tracer):
 
 def _trace(twin: nn.Module, inputs: Any) -> fx.Graph:
     """The calls of the forward. Arguments that are no tensors have the values of these inputs, or their defaults."""
-    given = channels.call(inspect.signature(twin.forward).bind, inputs)
+    given = call(inspect.signature(twin.forward).bind, inputs)
     given.apply_defaults()
     try:
-        values = {name: value for name, value in given.arguments.items() if not channels.tensors(value)}
+        values = {name: value for name, value in given.arguments.items() if not tensors(value)}
         with warnings.catch_warnings(action="ignore"):  # that it holds for these values only
             return _Tracer().trace(twin, values)
     except Exception as error:
@@ -130,7 +113,7 @@ def _follow(
         if _flattens(node, module):
             flat = True
         elif isinstance(module, CHANNELWISE) or (module is not None and is_depthwise(module)):
-            if channels.width_of(module) != conv.out_channels:
+            if width_of(module, READ_WIDTHS) != conv.out_channels:
                 return f"an operation on the way to {target} moves or joins channels"
             followers.append(target)
         elif isinstance(module, nn.Conv2d) and module.groups > 1:

@@ -13,6 +13,7 @@ CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instanc
 # The attributes that state a width, per direction.
 OUT_WIDTHS = ("out_channels", "out_features", "num_features", "num_parameters")
 IN_WIDTHS = ("in_channels", "in_features")
+READ_WIDTHS = (*IN_WIDTHS, "num_features", "num_parameters")  # how many channels a module reads
 _STATISTICS = ("running_mean", "running_var")
 
 

@@ -2,7 +2,7 @@
 
     scales -> widths -> forests -> level -> labels -> cover -> regrow -> filters to run on
 
-Making an `Event` carries to the device what the host knows: shapes, addresses, seeds. `launch` starts the steps;
+Making a `PreparedEvent` carries to the device what the host knows: shapes, addresses, seeds. `launch` starts the steps;
 nothing in it waits for the device, the host knows no size that depends on a weight, and every event of the same shapes
 is the same sequence of launches, which a CUDA graph can hold. `read` waits, in one transfer.
 """
@@ -106,7 +106,7 @@ class Clock:
         return found
 
 
-class Event:
+class PreparedEvent:
     """A prepared event. `launch` it, then `read` it; both again for another of the same shapes and seeds.
 
     Raises:
