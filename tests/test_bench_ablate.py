@@ -170,7 +170,7 @@ def test_differences_are_paired():
             known[run.key] = row_of(seed, accuracy, active=active)
             planned.append(run)
     planned.append(ablate.Run("linkage", "digits", "average", recipe(linkage="average"), False))  # no row yet
-    table = ablate.table("linkage", "digits", arms.of(planned, known))
+    table = ablate.table("linkage", "digits", ablate.arms_of(planned, known))
     cells = {column.header: list(column.cells) for column in table.columns}
     differences = [-1, 0, 1]  # in points; seed 3 has no partner
     half = stats.t.ppf(0.975, 2) * statistics.stdev(differences) / 3**0.5
@@ -186,7 +186,7 @@ def test_every_column_of_every_question():
         runs = ablate.plan(question, "digits", [0, 1])
         known = {run.key: row_of(run.options.seed, 0.9, active={"a": [0]}) for run in runs}
         known[runs[-1].key]["coverage"], known[runs[-1].key]["active"] = [], {}  # as of a dense network
-        table = ablate.table(question, "digits", arms.of(runs, known))
+        table = ablate.table(question, "digits", ablate.arms_of(runs, known))
         cells = {column.header: list(column.cells) for column in table.columns}
         assert list(cells) == [question, "runs", "accuracy", "difference", *asked.columns]
         assert {len(column) for column in cells.values()} == {len(runs) // 2}

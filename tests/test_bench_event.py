@@ -13,8 +13,10 @@ from played import play
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 
 from reprune_triton import bench, ops
+from reprune_triton.bench import networks
 from reprune_triton.bench.__main__ import main
 from reprune_triton.bench.measure import event as bench_event
+from reprune_triton.bench.measure import peers
 from reprune_triton.errors import RepruneError
 from reprune_triton.running import analysis
 from reprune_triton.selection import event as events
@@ -195,11 +197,11 @@ def test_rule_for_resnets_is_what_the_analysis_finds(model):
         pytest.importorskip("torchvision")
     network = models.build(model, 10)
     found = analysis.analyse(network, models.example_inputs(model, size=32)).prunable
-    assert bench_event.resnet_rule(network) == [layer.name for layer in found]
+    assert networks.resnet_rule(network) == [layer.name for layer in found]
 
 
 def test_triton_shows_its_rounds(tmp_path, capsys, monkeypatch):
-    choose = bench_event.choose
+    choose = networks.choose
     monkeypatch.setattr(bench_event, "choose", lambda args: choose(args)[:2])
     arguments = ("--impl", "triton", "--algorithm", "reciprocal", "--inputs", "1", "--layers", "resnet")
     if torch.cuda.is_available():
@@ -458,7 +460,7 @@ def result_of(points: np.ndarray, keep: int, linkage: str = "ward") -> tuple[ops
 
 
 def check(points, theirs, merges, clusters):
-    return bench_event.check_same("here", points, theirs, np.arange(len(points)), merges, clusters)
+    return peers.check_same("here", points, theirs, np.arange(len(points)), merges, clusters)
 
 
 def near_tie(fourth: float, linkage: str, keep: int):
@@ -466,7 +468,7 @@ def near_tie(fourth: float, linkage: str, keep: int):
     points, mine = (np.array([[[0], [1], [2 + step], [fourth]]]) for step in (-1e-9, 1e-9))
     theirs, (merges, clusters) = scipy_linkage(points[0], linkage), result_of(mine, keep, linkage)
     other_heights = np.abs(merges.to_scipy()[0, :, 2] - theirs[:, 2]).max() > 0.01
-    same_cut = bench_event.same_partition(bench_event.after(theirs, 4 - keep), clusters.labels[0].numpy())
+    same_cut = peers.same_partition(peers.after(theirs, 4 - keep), clusters.labels[0].numpy())
     return other_heights, same_cut, check(points, [theirs], merges, clusters)
 
 
@@ -490,15 +492,15 @@ def test_replay_agrees_with_right_merges_and_objects_to_wrong_ones(linkage, d):
     for seed in range(5):
         points = problems(gaussian, 1, 60, d, seed)
         Z = scipy_linkage(points[0], linkage)
-        assert bench_event.replay(points[0], Z, linkage) is None
+        assert peers.replay(points[0], Z, linkage) is None
         single = result_of(points.astype(np.float32), 30, linkage)[0].to_scipy()[0]
-        assert bench_event.replay(points[0], single, linkage) is None
+        assert peers.replay(points[0], single, linkage) is None
         other = scipy_linkage(points[0], "complete" if linkage == "single" else "single")
-        assert bench_event.replay(points[0], other, linkage)
-        assert "costs" in bench_event.replay(points[0], Z * [1, 1, 1.001, 1], linkage)
+        assert peers.replay(points[0], other, linkage)
+        assert "costs" in peers.replay(points[0], Z * [1, 1, 1.001, 1], linkage)
         moved = points[0].copy()
         moved[7] = moved[7] * 1.01
-        assert bench_event.replay(moved, Z, linkage)
+        assert peers.replay(moved, Z, linkage)
 
 
 @pytest.mark.parametrize("linkage", ops.LINKAGES)
@@ -515,7 +517,7 @@ def test_a_wrong_merge_is_refused_though_it_costs_what_it_says(linkage):
         check(points, [right], wrong, cut)
     # Merge 2 and 4 first: cost 2, while 0 and 1 are open at 1.
     Z = np.array([[0, 2, 4.0, 2], [1, 4, 5.0, 3], [3, 5, 6.0, 4]])
-    assert "was open" in bench_event.replay(points[0], Z, linkage)
+    assert "was open" in peers.replay(points[0], Z, linkage)
 
 
 def test_the_cut_must_be_that_of_the_merges():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reprune_triton.bench.__main__ import main
-from reprune_triton.bench.study import ablate, arms, document, findings, report, tables
+from reprune_triton.bench.study import ablate, document, findings, report, tables
 from reprune_triton.errors import RepruneError
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -34,7 +34,7 @@ def study(question, accuracies, tier="digits"):
         own = accuracies.get(run.arm, ())
         if run.options.seed < len(own):
             known[run.key] = row_of(run, own[run.options.seed] / 100)
-    return arms.of(ablate.plan(question, tier, range(10)), known)
+    return ablate.arms_of(ablate.plan(question, tier, range(10)), known)
 
 
 def test_the_verdict_is_that_of_the_intervals():
@@ -115,7 +115,7 @@ def test_rows_of_an_earlier_version_and_arms_without_a_baseline(tmp_path):
         for run in planned:
             if run.baseline:
                 del known[run.key]["training_flops"], known[run.key]["epochs"]
-        found = arms.of(planned, known)
+        found = ablate.arms_of(planned, known)
         cells = {column.header: list(column.cells) for column in ablate.table(question, "digits", found).columns}
         assert "" in cells["training FLOPs"] and "50.0%" in cells["training FLOPs"]
         if question != "paradigm":

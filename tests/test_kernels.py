@@ -32,7 +32,7 @@ from scipy.cluster.hierarchy import is_monotonic, is_valid_linkage, linkage
 from test_ward import check_forest, same_partition, seed_of
 
 from reprune_triton import ops
-from reprune_triton.bench.measure import event
+from reprune_triton.bench.measure import peers
 from reprune_triton.errors import RepruneError
 from reprune_triton.kernels.clustering import chain, launch, line, reciprocal, table
 from reprune_triton.kernels.configuration import Configuration
@@ -84,7 +84,7 @@ def against_scipy_and_reference(points: torch.Tensor, method: str, algorithm: st
         theirs, own = linkage(x, method)[:, 2], ours.problems(p, p + 1).to_scipy()[0]
         error, limit = np.abs(own[:, 2] - theirs).max(), rounding(n, theirs[-1], np.abs(x).max())
         if error > limit:  # another merge, which float64 must find as cheap
-            objection = event.replay(x, own, method)
+            objection = peers.replay(x, own, method)
             assert not objection, f"{what} problem {p}: heights differ by {error:.2e}, not {limit:.2e}: {objection}"
             near_ties = True
     if near_ties:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reprune_triton.bench.study import ablate, arms, document, report
+from reprune_triton.bench.study import ablate, document, report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,5 +56,5 @@ def test_digits_are_complete(results):
     """Every question, five seeds; the text of the README leans on it."""
     known = {ablate.key_of(row["options"]): row for row in results["ablate"]}
     for question in ablate.QUESTIONS:
-        found = arms.of(ablate.plan(question, "digits", range(5)), known)
+        found = ablate.arms_of(ablate.plan(question, "digits", range(5)), known)
         assert [len(arm.rows) for arm in found] == [5] * len(ablate.plan(question, "digits", [0])), question

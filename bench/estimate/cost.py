@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reprune_triton import ops
-from reprune_triton.bench import rows
-from reprune_triton.bench.measure import event
+from reprune_triton.bench import networks, rows
 from reprune_triton.errors import RepruneError
 from reprune_triton.selection import reference
 
@@ -111,7 +110,7 @@ class Estimate(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
-    parser.add_argument("--layers", default="prunable", choices=event.RULES, help="as for event (default: prunable)")
+    parser.add_argument("--layers", default="prunable", choices=networks.RULES, help="as for event (default: prunable)")
     parser.add_argument("--linkage", default="ward", choices=ops.LINKAGES)
     parser.add_argument("--algorithm", default="auto", choices=ops.ALGORITHMS)
     parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "sm_100"), help="whose machine code")
@@ -123,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.algorithm == "reciprocal" and args.linkage != "ward":
         raise RepruneError(f'--algorithm reciprocal is for Ward; for --linkage {args.linkage} use "auto" or "chain".')
-    layers = event.choose(args)
+    layers = networks.choose(args)
     found = estimate(layers, args.linkage, args.algorithm, args.target)
     settings: dict[str, Any] = rows.environment() | {
         "benchmark": "cost", "estimated": True, "model": args.model, "rule": args.layers, "linkage": args.linkage,
@@ -328,8 +327,8 @@ def _loops(code: Sequence[str], after: Sequence[Sequence[int]]) -> tuple[int, li
 
 _BUILD = """
 import importlib, json, sys
-from reprune_triton.bench import cost
-from reprune_triton.kernels import launch
+from reprune_triton.bench.estimate import cost
+from reprune_triton.kernels.configuration import Configuration
 target, wanted = json.load(sys.stdin)
 for module, name, constants, *others in wanted:
     kernel = getattr(importlib.import_module(module), name)

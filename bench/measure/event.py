@@ -25,10 +25,11 @@ from rich.table import Table
 from torch import nn
 
 from reprune_triton import REPrune, capture, ops
-from reprune_triton.bench import rows
+from reprune_triton.bench import networks, rows
 from reprune_triton.bench.measure import device as devices
+from reprune_triton.bench.measure.peers import TOLERANCE, Peers, Result
 from reprune_triton.errors import RepruneError
-from reprune_triton.running import analysis, layers
+from reprune_triton.running import layers
 from reprune_triton.selection import event as events
 from reprune_triton.selection import problems, reference
 from reprune_triton.selection.pool import Pool
@@ -36,10 +37,6 @@ from reprune_triton.selection.rng import derive_seeds
 from reprune_triton.selection.widths import Scales, Widths, at_sparsity, regrow_share
 from reprune_triton.training import models
 
-TOLERANCE = 1e-5  # float32 heights against float64 ones, relative to the largest
-RULES = ("prunable", "resnet", "all")
-Peer = Callable[[np.ndarray], np.ndarray]  # points (n, d) -> linkage matrix
-Result = tuple[ops.Merges, ops.Clusters]
 EPOCH, UNTIL, REGROW = 1, 2, 0.3  # of the whole event: half of the regrowth is left
 BETWEEN = 92.0
 OF_ALL = ("between_s", "share_of_training")  # figures of the whole event alone
@@ -57,7 +54,7 @@ WORK = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
     parser.add_argument(
-        "--layers", default="prunable", choices=RULES,
+        "--layers", default="prunable", choices=networks.RULES,
         help="prunable: what the pruner would prune; resnet: the paper's rule for ResNets, which "
         "is the same there, the first 3x3 of a BasicBlock, the first 1x1 and the 3x3 of a Bottleneck; all: every conv "
         "that is not grouped (default: prunable)",
@@ -98,13 +95,6 @@ class Part:
     figures: dict[str, float] = field(default_factory=dict)  # times end in _s: seconds
 
 
-class Doubts(NamedTuple):
-    """Problems in which float32 and float64 may differ, and both be right."""
-
-    near_ties: set[int]  # took another merge, just as cheap
-    undecided: set[int]  # the merges before and after the cut are too close to tell apart
-
-
 def run(args: argparse.Namespace) -> None:
     counts = (args.threads, args.repeat, *(k for k in (args.channels, args.inputs) if k is not None))
     if min(counts) < 1:
@@ -114,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe has no width to keep to
     devices.use(args.device)
     torch.set_num_threads(args.threads)
-    layers = choose(args)
+    layers = networks.choose(args)
     if args.graph:
         hold(console, layers, args)
         return
@@ -152,7 +142,7 @@ def measure(console: Console, layers: list[ops.Layer], draft: rows.Draft, args: 
 
     merges = merges_of_an_event(layers, results, args)
     subject = of_a_pruner(layers, args) if runs_a_pruner(args) else alone(layers, args)
-    total.figures |= peers.seconds(total) | time_event(subject, merges, args) | {"between_s": args.between}
+    total.figures |= peers.seconds(total.layers) | time_event(subject, merges, args) | {"between_s": args.between}
     total.figures["share_of_training"] = total.figures["event_s"] / args.between
     note()
     for part in parts[:-1]:
@@ -164,14 +154,14 @@ def measure(console: Console, layers: list[ops.Layer], draft: rows.Draft, args: 
             check_same_bits(name, again[name], results[name])
         if part.row != "layer":
             figures |= time_event(alone(part.layers, args), merges, args)
-        part.figures = figures | peers.seconds(part)
+        part.figures = figures | peers.seconds(part.layers)
         note()
     if cuda and sums[0][1] and not args.total:
         on_cpu = Part("1x1 on the CPU", [layer._replace(weight=layer.weight.cpu()) for layer in sums[0][1]])
         plain = argparse.Namespace(**vars(args) | plain_settings(args))
         figures, again = time_ours(on_cpu.layers, keeps, plain)
         peers.check(again)
-        on_cpu.figures = figures | peers.seconds(on_cpu)
+        on_cpu.figures = figures | peers.seconds(on_cpu.layers)
         parts.append(on_cpu)
         note()
     if impl == "triton":
@@ -186,40 +176,6 @@ def measure(console: Console, layers: list[ops.Layer], draft: rows.Draft, args: 
 def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Of the row "1x1 on the CPU", which shows how much of the gain is the algorithm's alone."""
     return {"impl": "reference", "algorithm": "auto", "device": "cpu", "repeat": min(args.repeat, 3)}
-
-
-def choose(args: argparse.Namespace) -> list[ops.Layer]:
-    """The layers of the event, freshly initialised, on the device."""
-    model = build(args)
-    if args.layers == "all":
-        names = [name for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d) and conv.groups == 1]
-    elif args.layers == "resnet":
-        names = resnet_rule(model)
-    else:
-
-        found = analysis.analyse(model, models.example_inputs(args.model)).prunable
-        names = [layer.name for layer in found if layer.norm]  # the scales share out a global sparsity
-    if not names:
-        raise RepruneError(f"{args.model} has no such layer; name another --model, or --layers all.")
-    weights = [model.get_parameter(f"{name}.weight").detach().to(args.device) for name in names]
-    inputs = [torch.arange(min(args.inputs, w.shape[1]), device=w.device) if args.inputs else None for w in weights]
-    return [ops.Layer(weight, None, index, name) for weight, index, name in zip(weights, inputs, names, strict=True)]
-
-
-def build(args: argparse.Namespace) -> nn.Module:
-    torch.manual_seed(args.seed)
-    return models.build(args.model, num_classes=10 if args.model in models.CIFAR_RESNETS else 1000)
-
-
-def resnet_rule(model: nn.Module) -> list[str]:
-    """The convs that the paper prunes in a ResNet: all but the last of every block."""
-    names = []
-    for name, block in model.named_modules():
-        children = [getattr(block, f"conv{number}", None) for number in (1, 2, 3)]
-        convs = [conv for conv in children if isinstance(conv, nn.Conv2d)]
-        if len(convs) > 1 and all(conv.groups == 1 for conv in convs):
-            names += [f"{name}.conv{number}" for number in range(1, len(convs))]
-    return names
 
 
 def time_ours(
@@ -287,7 +243,7 @@ def of_a_pruner(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
     """The whole event is `REPrune.step`, each time of a new pruner; its analysis of the model is not timed."""
 
     def fresh() -> Callable[[], Whole]:
-        model = build(args)
+        model = networks.build(args)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
                 nn.init.uniform_(module.weight)
@@ -518,166 +474,6 @@ def add_floor(console: Console, parts: list[Part], args: argparse.Namespace) -> 
             part.figures["share"] = floor / 1e3 / part.figures["cluster_s"]
 
 
-def find_peers(linkage: str) -> dict[str, Peer]:
-    """The other libraries that are installed, each with its quickest function for this linkage."""
-    peers: dict[str, Peer] = {}
-    try:
-        from scipy.cluster import hierarchy
-
-        peers["SciPy"] = lambda points: hierarchy.linkage(points, linkage)
-    except ImportError:
-        pass
-    try:
-        import fastcluster
-
-        vector = linkage in ("ward", "single")  # the others need the distance matrix
-        function = fastcluster.linkage_vector if vector else fastcluster.linkage
-        peers["fastcluster"] = lambda points: function(points, linkage)
-    except ImportError:
-        pass
-    return peers
-
-
-class Peers:
-    """The other libraries that are installed: how long they take for each layer, and whether ours is what they find.
-
-    They cluster all channels of a layer, or `--channels` that are drawn.
-    """
-
-    def __init__(self, layers: list[ops.Layer], args: argparse.Namespace):
-        peers = find_peers(args.linkage)
-        self.names, self.doubts = list(peers), Doubts(set(), set())
-        self._first: dict[str, int] = {}  # the number of a layer's first problem in the network
-        self._chosen: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # channels, and their points, of each layer
-        self._theirs: dict[tuple[str, str], list[np.ndarray]] = {}  # linkage matrices, by layer and peer
-        self._spent: dict[tuple[str, str], float] = {}
-        random, first = np.random.default_rng(args.seed), 0
-        for layer in layers:
-            sampled = layer.columns if args.channels is None else min(args.channels, layer.columns)
-            chosen = np.sort(random.choice(layer.columns, sampled, replace=False))
-            points = layer.points()[torch.from_numpy(chosen).to(layer.weight.device)].double().cpu().numpy()
-            self._first[layer.name], self._chosen[layer.name] = first, (chosen, points)
-            first += layer.columns
-            for name, peer in peers.items():
-                started = time.perf_counter()
-                self._theirs[layer.name, name] = [peer(x) for x in points]
-                self._spent[layer.name, name] = (time.perf_counter() - started) * layer.columns / sampled
-
-    def check(self, results: Mapping[str, Result]) -> None:
-        """Raise where these results, by layer, are not theirs; see `check_same`."""
-        for layer, result in results.items():
-            chosen, points = self._chosen[layer]
-            for name in self.names:
-                doubts = check_same(f"{layer}, {name}", points, self._theirs[layer, name], chosen, *result)
-                for numbers, more in zip(self.doubts, doubts, strict=True):
-                    numbers.update(self._first[layer] + channel for channel in more)
-
-    def seconds(self, part: Part) -> dict[str, float]:
-        """Of each library, for these layers."""
-        return {
-            f"{name.lower()}_s": sum(self._spent[layer.name, name] for layer in part.layers) for name in self.names
-        }
-
-
-def check_same(
-    where: str, points: np.ndarray, theirs: Sequence[np.ndarray], chosen: np.ndarray, merges: ops.Merges,
-    clusters: ops.Clusters,
-) -> Doubts:  # fmt: skip
-    """Compare the heights, and the clusters at the cut, of the channels `chosen`; raise where they differ.
-
-    points (len(chosen), n, d) and theirs, linkage matrices, are those channels'. The cut is taken after as many merges
-    in theirs as in ours.
-    """
-    index = torch.from_numpy(chosen).to(merges.parent.device)
-    merges = merges._replace(parent=merges.parent[index].cpu(), height=merges.height[index].cpu())
-    happened = (merges.height.double() * merges.scale <= clusters.h).sum(dim=1).tolist() if clusters.h else None
-    labels = clusters.labels[index].cpu().numpy()
-    if not (merges.parent[:, 1:] < torch.arange(1, merges.parent.shape[1])).all() or merges.parent[:, 0].any():
-        raise RepruneError(f"{where}: the merges are no forest; no times are shown.")
-    doubts = Doubts(set(), set())
-    for number, (channel, Z, ours) in enumerate(zip(chosen.tolist(), theirs, merges.to_scipy(), strict=True)):
-        if not len(Z):
-            continue
-        slack, k = TOLERANCE * Z[-1, 2], happened[number] if happened else 0
-        if not same_partition(after(ours, k), labels[number]):
-            raise RepruneError(f"{where}, channel {channel}: the cut is not that of the merges; no times are shown.")
-        wrong = np.abs(Z[:, 2] - ours[:, 2]).max()
-        difference = f"merge heights differ by {wrong:.2e}" if not wrong <= slack else ""
-        if not difference and not same_partition(after(Z, k), labels[number]):
-            if 0 < k < len(Z) and Z[k, 2] - Z[k - 1, 2] <= 2 * slack:
-                doubts.undecided.add(channel)
-                continue
-            difference = "other clusters at the cut"
-        if difference:
-            objection = replay(points[number], ours, merges.linkage)
-            if objection:
-                raise RepruneError(f"{where}, channel {channel}: {difference}, and {objection}; no times are shown.")
-            doubts.near_ties.add(channel)
-    return doubts
-
-
-def replay(points: np.ndarray, Z: np.ndarray, linkage: str) -> str | None:
-    """Carry out the merges of a linkage matrix in float64: what is wrong with them, or None.
-
-    Each merge must cost what it says, and no open merge be cheaper, but for the rounding of float32. All costs are
-    held, and with each cluster its cheapest merge, so that a merge takes a few passes over one row.
-    """
-    n = len(points)
-    slack = TOLERANCE * np.abs(Z[:, 2]).max()
-    mean, size = points.astype(np.float64), np.ones(n)
-    square = np.zeros((n, n))
-    for x in mean.T:
-        square += (x[:, None] - x) ** 2
-    cost = np.sqrt(square)  # in the units of Z: ward sqrt(2 I), else the distance
-    np.fill_diagonal(cost, np.inf)
-    near, least = cost.argmin(axis=1), cost.min(axis=1)
-    place = np.zeros(2 * n - 1, dtype=np.int64)  # the row of a cluster
-    place[:n] = np.arange(n)
-    for t, (a, b, height, _) in enumerate(Z):
-        i, j = place[int(a)], place[int(b)]
-        if not abs(cost[i, j] - height) <= slack:
-            return f"merge {t + 1} at {height:.6g} costs {cost[i, j]:.6g}"
-        if not height <= least.min() * (1 + TOLERANCE) + slack:
-            return f"merge {t + 1} at {height:.6g} came while one at {least.min():.6g} was open"
-        if linkage == "ward":
-            mean[i] += size[j] / (size[i] + size[j]) * (mean[j] - mean[i])
-            step = mean - mean[i]
-            row = np.sqrt(2 * np.einsum("ij,ij->i", step, step) / (1 / size + 1 / (size[i] + size[j])))
-        elif linkage == "average":
-            row = (size[i] * cost[i] + size[j] * cost[j]) / (size[i] + size[j])
-        else:
-            row = np.minimum(cost[i], cost[j]) if linkage == "single" else np.maximum(cost[i], cost[j])
-        size[i] += size[j]
-        row[cost[i] == np.inf] = np.inf  # itself and the dead
-        row[j] = np.inf
-        cost[i] = cost[:, i] = row
-        cost[j] = cost[:, j] = np.inf
-        stale = (near == i) | (near == j)
-        stale[i], stale[j], least[j] = True, False, np.inf
-        closer = row < least
-        near[closer], least[closer] = i, row[closer]
-        search = (stale & (least < np.inf)).nonzero()[0]
-        near[search] = cost[search].argmin(axis=1)
-        least[search] = cost[search, near[search]]
-        place[n + t] = i
-    return None
-
-
-def after(Z: np.ndarray, k: int) -> np.ndarray:
-    """Labels (n,) of the clusters after the first k merges of a linkage matrix."""
-    n = len(Z) + 1
-    up = np.arange(2 * n - 1)
-    up[Z[:k, :2].astype(np.int64)] = n + np.arange(k)[:, None]
-    while (up[up] != up).any():
-        up = up[up]
-    return up[:n]
-
-
-def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
-    pairs = a.astype(np.int64) * (int(b.max()) + 1) + b
-    return len(np.unique(pairs)) == len(np.unique(a)) == len(np.unique(b))
-
-
 def lines(
     parts: list[Part], keeps: dict[str, int], impl: str, peers: Peers, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -740,7 +536,7 @@ def report(
         figures = part.figures
         cells = [seconds(figures["cluster_s"])]
         cells += [form(figures[key]) if key in figures else "" for key, (_, form) in forms.items()]
-        others = list(peers.seconds(part).values())
+        others = list(peers.seconds(part.layers).values())
         ratios = [f"{theirs / figures['cluster_s']:.2f}x" for theirs in others]
         last = part.row == "layer" and part.layers[0] is total.layers[-1]
         table.add_row(title, *shape, *cells, *map(seconds, others), *ratios, end_section=last)

@@ -21,7 +21,7 @@ from rich.table import Table
 from reprune_triton import ops
 from reprune_triton.bench import rows
 from reprune_triton.bench.measure import device as devices
-from reprune_triton.bench.measure import event
+from reprune_triton.bench.measure import peers
 from reprune_triton.errors import RepruneError
 from reprune_triton.selection import problems
 
@@ -142,7 +142,7 @@ def against_scipy(
     layer: ops.Layer, results: dict[str, tuple[ops.Merges, ops.Clusters]], args: argparse.Namespace
 ) -> tuple[float | None, int, int]:
     """SciPy's seconds for one problem, how many problems were checked, and how many of them were near ties."""
-    peer = event.find_peers(args.linkage).get("SciPy")
+    peer = peers.find_peers(args.linkage).get("SciPy")
     if peer is None:
         return None, 0, 0
     order = np.random.default_rng(args.seed).permutation(layer.columns)[:8]
@@ -157,7 +157,7 @@ def against_scipy(
         spent.append(time.perf_counter() - started)
         for algorithm, result in results.items():
             where = f"{layer.name}, d = {layer.d}, {algorithm}, SciPy"
-            near_ties |= event.check_same(where, points, [Z], channel, *result).near_ties
+            near_ties |= peers.check_same(where, points, [Z], channel, *result).near_ties
     return statistics.median(spent), len(spent), len(near_ties)
 
 

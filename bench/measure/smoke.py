@@ -30,7 +30,7 @@ from reprune_triton import ops
 from reprune_triton.bench import rows
 from reprune_triton.bench.estimate import roofline
 from reprune_triton.bench.measure import device as devices
-from reprune_triton.bench.measure import event
+from reprune_triton.bench.measure import peers
 from reprune_triton.errors import RepruneError
 from reprune_triton.fused.conv import _by_constants
 from reprune_triton.running import analysis, compact, layers
@@ -393,7 +393,7 @@ def clustering(args: argparse.Namespace) -> Iterator[Check]:
     def clustered(layer: ops.Layer, algorithm: str) -> Found:
         (found,) = ops.cluster_network([layer], [(layer.n + 1) // 2], "ward", "triton", algorithm)
         points, theirs = wanted(layer.name)
-        event.check_same(layer.name, points, theirs, np.arange(layer.columns), *found)
+        peers.check_same(layer.name, points, theirs, np.arange(layer.columns), *found)
         return 0.0, 0.0
 
     def magnitude(layer: ops.Layer) -> Found:

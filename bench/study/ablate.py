@@ -26,6 +26,7 @@ from rich.table import Table
 
 from reprune_triton.bench import rows
 from reprune_triton.bench.study import arms
+from reprune_triton.bench.study.arms import Arm, overlap
 from reprune_triton.errors import RepruneError
 from reprune_triton.training import loop
 from reprune_triton.training.options import FREE, Options, lasting, recipe
@@ -243,7 +244,7 @@ def run(args: argparse.Namespace) -> None:
                 f"at {row['flops']:.1%} of the FLOPs, {row['seconds']:.0f} s"
             )
     for name in names:
-        console.print(table(name, args.tier, arms.of([one for one in plans[name] if one in planned], known)))
+        console.print(table(name, args.tier, arms_of([one for one in plans[name] if one in planned], known)))
     if failed:
         raise RepruneError(f"{len(failed)} runs failed: {'; '.join(failed)}")
 
@@ -364,7 +365,29 @@ def headings(question: str) -> list[str]:
     return ["runs", "accuracy", "difference", *QUESTIONS[question].columns]
 
 
-def table(question: str, tier: str, found: Iterable[arms.Arm]) -> Table:
+def arms_of(planned: Iterable[Run], known: Mapping[str, dict[str, Any]]) -> list[Arm]:
+    """The arms of a question with their rows, of those runs that are known."""
+    found: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    for one in planned:
+        if one.key in known:
+            found.setdefault(one.arm, []).append((one, known[one.key]))
+    base = {row["seed"]: row for runs in found.values() for one, row in runs if one.baseline}
+    made = []
+    for arm, runs in found.items():
+        own = [row for _, row in runs]
+        pairs = [] if runs[0][0].baseline else [(row, base[row["seed"]]) for row in own if row["seed"] in base]
+        made.append(
+            Arm(
+                arm, runs[0][0].baseline, own,
+                [round(100 * (row["accuracy"] - usual["accuracy"]), 9) for row, usual in pairs],
+                [overlap(row["active"], usual["active"]) for row, usual in pairs if row["active"] and usual["active"]],
+                runs[0][0].paper,
+            )
+        )  # fmt: skip
+    return made
+
+
+def table(question: str, tier: str, found: Iterable[Arm]) -> Table:
     """What is known of every arm."""
     columns = headings(question)
     notes = [f"{name[0].upper()}{name[1:]}: {text}." for name, text in arms.MEANING.items() if name in columns]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from reprune_triton.bench.study.ablate import Run
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Arm(NamedTuple):
@@ -34,28 +31,6 @@ class Arm(NamedTuple):
     def has(self, field: str) -> bool:
         """Rows of an earlier version may lack a field."""
         return all(field in row for row in self.rows)
-
-
-def of(planned: Iterable[Run], known: Mapping[str, dict[str, Any]]) -> list[Arm]:
-    """The arms of a question with their rows, of those runs that are known."""
-    found: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
-    for one in planned:
-        if one.key in known:
-            found.setdefault(one.arm, []).append((one, known[one.key]))
-    base = {row["seed"]: row for runs in found.values() for one, row in runs if one.baseline}
-    made = []
-    for arm, runs in found.items():
-        own = [row for _, row in runs]
-        pairs = [] if runs[0][0].baseline else [(row, base[row["seed"]]) for row in own if row["seed"] in base]
-        made.append(
-            Arm(
-                arm, runs[0][0].baseline, own,
-                [round(100 * (row["accuracy"] - usual["accuracy"]), 9) for row, usual in pairs],
-                [overlap(row["active"], usual["active"]) for row, usual in pairs if row["active"] and usual["active"]],
-                runs[0][0].paper,
-            )
-        )  # fmt: skip
-    return made
 
 
 def _percent(value: float) -> str:

@@ -213,7 +213,7 @@ def questions(tier: str, results: Results) -> list[Section]:
 def answered(question: str, tier: str, known: Mapping[str, Row]) -> list[Arm]:
     """The arms of a question that have rows."""
     seeds = sorted({row["seed"] for row in known.values()})
-    return arms.of(ablate.plan(question, tier, seeds), known)
+    return ablate.arms_of(ablate.plan(question, tier, seeds), known)
 
 
 def pictures_of(question: str, tier: str, found: list[Arm]) -> list[Picture]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from reprune_triton import REPrune, ops
-from reprune_triton.bench.measure.event import find_peers, same_partition
+from reprune_triton.bench.measure.peers import find_peers, same_partition
 from reprune_triton.training import models
 
 LAYERS = {"1x1 layer, 256 filters, 64 inputs": (256, 64, 1), "3x3 layer, 128 filters, 32 inputs": (128, 32, 3)}
