@@ -227,7 +227,7 @@ def test_rows_that_are_none(tmp_path, capsys):
     assert main(["report", "--results", str(tmp_path)]) == 1
     (tmp_path / "bad.jsonl").write_text('{"benchmark": "other", "dirty": false}\n')
     (tmp_path / "README.md").write_text("<!-- table unknown -->\n<!-- end -->\n")
-    words = ["report", "--results", str(tmp_path), "--out", str(tmp_path), "--readme", str(tmp_path / "README.md")]
+    words = ["report", "--results", str(tmp_path), "--out", str(tmp_path), "--pages", str(tmp_path / "README.md")]
     assert main(words) == 1
     assert "a table 'unknown': there are demo, event" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The README's tables, and the report, are those of the rows in bench/results/."""
+"""The tables of README and docs/, and the report, are those of the rows in bench/results/."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from reprune_triton.bench.study import ablate, document, report
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in report.PAGES}
 RESULTS = ROOT / "bench" / "results"
 AGAIN = "run python -m reprune_triton.bench report, and commit what it writes"
 
@@ -25,11 +25,20 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(report, "picture", lambda name, alt, *_, of=None: document.Picture(name, alt, "<svg></svg>"))
 
 
-def test_the_readme_has_the_tables_of_the_rows(results):
-    assert report.renewed(README, results) == README, f"the README's tables are out of date: {AGAIN}"
-    assert set(re.findall(r"<!-- table (\w+) -->", README)) == set(report.BLOCKS)
-    assert README.count("<!-- end -->") == len(report.BLOCKS)
-    assert all("| --- |" in text for text in re.findall(r"<!-- table.*?<!-- end -->", README, flags=re.DOTALL))
+def test_the_pages_have_the_tables_of_the_rows(results):
+    for name, text in PAGES.items():
+        assert report.renewed(text, results) == text, f"the tables of {name} are out of date: {AGAIN}"
+        assert all("| --- |" in block for block in re.findall(r"<!-- table.*?<!-- end -->", text, flags=re.DOTALL))
+    everything = "".join(PAGES.values())
+    asked = re.findall(r"<!-- table (\w+) -->", everything)
+    assert sorted(asked) == sorted(report.BLOCKS) and everything.count("<!-- end -->") == len(asked)
+    assert len(PAGES["README.md"].splitlines()) <= 120
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_the_report_is_that_of_the_rows(results, undrawn):

@@ -1,8 +1,8 @@
 """From the rows of bench/results to a report: tables, pictures and what they say, as Markdown and as one HTML page.
 
-    rows -> sections (tables, text, pictures) -> report.md, report.html, README.md
+    rows -> sections (tables, text, pictures) -> report.md, report.html; README.md and docs/
 
-The README's tables are the same, between the marks `<!-- table NAME -->` and `<!-- end -->`.
+The tables of README and docs/ are the same, between the marks `<!-- table NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from reprune_triton.errors import RepruneError
 
 TITLE = "reprune_triton: what was measured"
 WIDTH = 120  # of a line of text
+PAGES = ("README.md", "docs/performance.md", "docs/ablations.md")  # of a checkout, with tables
 
 ABOUT = {
     "digits": "ResNet-20 on scikit-learn's handwritten digits, 40 epochs. The images are 8x8 and grey, and 360 of them "
@@ -85,7 +86,9 @@ BENCHMARKS: tuple[tuple[str, Callable[[Results], list[Part]], str, str, str], ..
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", default="bench/results", metavar="DIR", help="the rows (default: %(default)s)")
     parser.add_argument("--out", default="bench/results/report", metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--readme", default="README.md", metavar="FILE", help="tables to renew (default: %(default)s)")
+    parser.add_argument(
+        "--pages", nargs="*", default=PAGES, metavar="FILE", help="tables to renew (default: those of README and docs/)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -99,10 +102,11 @@ def run(args: argparse.Namespace) -> None:
             if isinstance(part, Picture):
                 (out / f"{part.name}.svg").write_text(part.svg, encoding="utf-8")
                 (out / f"{part.name}.png").write_bytes(part.png)
-    readme = Path(args.readme)
-    if readme.exists():
-        readme.write_text(renewed(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
-    Console().print(f"{out / 'report.html'}, {out / 'report.md'} and the tables of {readme} are up to date.")
+    pages = [page for page in map(Path, args.pages) if page.exists()]
+    for page in pages:
+        page.write_text(renewed(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    names = ", ".join(map(str, (out / "report.html", out / "report.md", *pages)))
+    Console().print(f"{names}: all tables are up to date.")
 
 
 def load(folder: str | Path) -> Results:
@@ -121,16 +125,13 @@ def load(folder: str | Path) -> Results:
     return found
 
 
-# ---------------------------------------------------------------------- the README
-
-
 def renewed(text: str, results: Results) -> str:
-    """A README with its tables as the rows have them."""
+    """A page with its tables as the rows have them."""
 
     def block(found: re.Match[str]) -> str:
         name = found[1]
         if name not in BLOCKS:
-            raise RepruneError(f"the README asks for a table {name!r}: there are {', '.join(BLOCKS)}")
+            raise RepruneError(f"a page asks for a table {name!r}: there are {', '.join(BLOCKS)}")
         parts = [markdown_table(part) if isinstance(part, Table) else part for part in BLOCKS[name](results)]
         inside = wrapped("\n\n".join(map(str, parts)))
         return f"<!-- table {name} -->\n{inside}\n<!-- end -->"
@@ -262,7 +263,7 @@ def environment(rows: Iterable[Row]) -> str:
     return f"{made} on {', '.join(places)}{by}; {', '.join(versions)}; commit {', '.join(commits)}."
 
 
-# ---------------------------------------------------------------------- tables, also for the README
+# ---------------------------------------------------------------------- tables, also for README and docs/
 
 
 def summary(tier: str, known: Mapping[str, Row]) -> list[Part]:
