@@ -203,6 +203,9 @@ def masked_conv2d(
 ) -> Tensor:  # fmt: skip
     """conv2d(x, weight[out_index][:, in_index]), differentiable in x and weight.
 
+    What a narrow conv computes, as one call, for layers of your own. The pruner does the same in two parts: it gathers
+    the slices of all weights at once (`running.pack`), and each module convolves with its own (`fused.conv`).
+
     Args:
         x: (B, active inputs, H, W).
         weight: (n_out, n_in, kh, kw), the full shape. Its gradient is zero in rows and columns that are not active.

@@ -12,7 +12,7 @@ from families import gaussian, problems
 from played import play
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 
-from reprune_triton import bench, ops
+from reprune_triton import bench, ops, pruner
 from reprune_triton.bench import networks
 from reprune_triton.bench.__main__ import main
 from reprune_triton.bench.measure import event as bench_event
@@ -122,7 +122,8 @@ def one_more_to_keep(monkeypatch):
         found = count(*given)
         return found._replace(keep=found.keep + 1)
 
-    monkeypatch.setattr(bench_event, "at_sparsity", more)
+    for module in (pruner, bench_event):
+        monkeypatch.setattr(module, "at_sparsity", more)
 
 
 def chance(monkeypatch):
@@ -202,7 +203,7 @@ def test_rule_for_resnets_is_what_the_analysis_finds(model):
 
 def test_triton_shows_its_rounds(tmp_path, capsys, monkeypatch):
     choose = networks.choose
-    monkeypatch.setattr(bench_event, "choose", lambda args: choose(args)[:2])
+    monkeypatch.setattr(networks, "choose", lambda args: choose(args)[:2])
     arguments = ("--impl", "triton", "--algorithm", "reciprocal", "--inputs", "1", "--layers", "resnet")
     if torch.cuda.is_available():
         arguments += ("--device", "cuda")
@@ -300,7 +301,7 @@ def played_gpu(monkeypatch):
     played = play(monkeypatch)
     Profiler.sessions = 0
     monkeypatch.setattr(torch.profiler, "profile", Profiler)
-    monkeypatch.setattr(bench_event, "choose", few_layers)
+    monkeypatch.setattr(networks, "choose", few_layers)
     monkeypatch.setattr(bench_event, "add_floor", lambda console, parts, args: [
         part.figures.update(floor_ms=1.0, share=1e-3 / part.figures["cluster_s"])
         for part in parts if part.row in ("1x1", "KxK", "total")

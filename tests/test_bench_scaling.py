@@ -7,7 +7,7 @@ import torch
 
 from reprune_triton import ops
 from reprune_triton.bench.__main__ import main
-from reprune_triton.bench.measure import event
+from reprune_triton.bench.measure import peers
 from reprune_triton.bench.measure import scaling as scaling_bench
 
 SMALL = ("--d", "1", "9", "--sizes", "8", "32", "--problems", "2", "--size", "16", "--counts", "1", "4")
@@ -62,7 +62,7 @@ def test_too_slow_is_left_out_and_said(tmp_path, capsys):
 
 
 def test_without_scipy_nothing_is_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(event, "find_peers", lambda linkage: {})
+    monkeypatch.setattr(peers, "find_peers", lambda linkage: {})
     code, rows = scaling(tmp_path, *SMALL)
     assert code == 0 and all(row["checked"] == 0 and row["scipy_problem_s"] is None for row in rows)
 

@@ -44,6 +44,7 @@ def _lance_williams(of_a, of_b, a, b, LINKAGE: tl.constexpr):
     elif LINKAGE == COMPLETE:
         merged = tl.maximum(of_a, of_b)
     else:
+        tl.static_assert(LINKAGE == AVERAGE, "a linkage without a formula")
         merged = (a * of_a + b * of_b) / (a + b)
     return merged
 

@@ -25,7 +25,6 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.utils.checkpoint
@@ -328,13 +327,22 @@ def _without_checkpoints() -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> None:
         raise RepruneError("it checkpoints activations: checkpoint the whole fused model instead")
 
-    module = torch.utils.checkpoint
-    with contextlib.ExitStack() as stack:
-        for name in ("_checkpoint_impl", "_checkpoint_without_reentrant_generator"):  # by version of torch
-            if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, refuse))
-        stack.enter_context(mock.patch.object(module.CheckpointFunction, "apply", refuse))
+    checkpoint = torch.utils.checkpoint
+    names = ("_checkpoint_impl", "_checkpoint_without_reentrant_generator")  # by version of torch
+    own = {name: getattr(checkpoint, name) for name in names if hasattr(checkpoint, name)}
+    apply = checkpoint.CheckpointFunction.__dict__.get("apply")
+    try:
+        for name in own:
+            setattr(checkpoint, name, refuse)
+        checkpoint.CheckpointFunction.apply = refuse
         yield
+    finally:
+        for name, function in own.items():
+            setattr(checkpoint, name, function)
+        if apply is None:
+            del checkpoint.CheckpointFunction.apply
+        else:
+            checkpoint.CheckpointFunction.apply = apply
 
 
 def take_in(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.Node]:
