@@ -12,8 +12,8 @@ from families import gaussian, problems
 from played import play
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 
-from reprune_triton import bench, ops, pruner
-from reprune_triton.bench import networks
+from reprune_triton import ops, pruner
+from reprune_triton.bench import estimate, networks
 from reprune_triton.bench.__main__ import main
 from reprune_triton.bench.measure import event as bench_event
 from reprune_triton.bench.measure import peers
@@ -236,13 +236,13 @@ def test_floor_of_the_sums(monkeypatch, capsys):
     console = bench_event.Console()
     asked = []
 
-    def estimate(*given):
+    def computed(*given):
         asked.append(given)
         return types.SimpleNamespace(ms=100.0)
 
-    cost = types.SimpleNamespace(estimate=estimate)
+    cost = types.SimpleNamespace(estimate=computed)
     monkeypatch.setitem(sys.modules, "reprune_triton.bench.estimate.cost", cost)
-    monkeypatch.setattr(bench, "cost", cost, raising=False)
+    monkeypatch.setattr(estimate, "cost", cost, raising=False)
     bench_event.add_floor(console, parts, args)
     assert asked == [(layers, "ward", "chain")] and "share" not in parts[0].figures
     assert parts[1].figures["floor_ms"] == 100 and parts[1].figures["share"] == pytest.approx(0.4)

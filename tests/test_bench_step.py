@@ -143,7 +143,7 @@ def other_biases(monkeypatch):
             found["bias"] = [(dim, index.flip(0)) for dim, index in found["bias"]]
         return found
 
-    monkeypatch.setattr(narrow, "_cuts", wrong)
+    monkeypatch.setattr(narrow, "possible_cuts", wrong)
 
 
 def no_gradient(monkeypatch):
