@@ -12,9 +12,10 @@ demo: .venv/.train
 	$(BIN)/python -m reprune_triton.bench demo
 
 # What takes seconds. The tests are those that neither compile nor interpret kernels.
-QUICK := data models ops_errors pool regrow sparsity guard bench_rows
+QUICK := training/test_data training/test_models selection/test_ops_errors selection/test_pool selection/test_regrow \
+    selection/test_widths test_guard test_rooms bench/test_bench_rows
 check: lint
-	$(BIN)/python -m pytest -q $(QUICK:%=tests/test_%.py)
+	$(BIN)/python -m pytest -q $(QUICK:%=tests/%.py)
 
 # Which tests stay together in one process: tests/conftest.py.
 test: lint

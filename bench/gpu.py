@@ -97,7 +97,7 @@ TINY = Sizes(
     smoke="--batch 1 --size 8 --shapes 1 --family norms copies",
     dispatch="--batch 2 --size 8 --shapes 1 --operation norm_act",
     scaling="--d 1 --sizes 8 --problems 1 --size 8 --counts 1 --seconds 0.1 --impl triton",
-    hours="--epochs 4 --until 2 --every 1 --images 64 --gpus 1", tests="tests/test_dispatch.py -n 1", bits="tiny",
+    hours="--epochs 4 --until 2 --every 1 --images 64 --gpus 1", tests="tests/fused/test_dispatch.py -n 1", bits="tiny",
     patience=8.0, environment=(("TRITON_INTERPRET", "1"),),
 )  # fmt: skip
 

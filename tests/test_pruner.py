@@ -279,8 +279,8 @@ def test_the_regrown_come_back_as_they_left_and_without_momentum():
 
 def test_the_redrawn_lose_their_momentum(monkeypatch):
     """A filter that coverage drops and regrowth draws at the same event has left and come back, too."""
-    outcomes, read = [], event_module.Event.read
-    monkeypatch.setattr(event_module.Event, "read", lambda self: outcomes.append(read(self)) or outcomes[-1])
+    outcomes, read = [], event_module.PreparedEvent.read
+    monkeypatch.setattr(event_module.PreparedEvent, "read", lambda self: outcomes.append(read(self)) or outcomes[-1])
     model, optimizer = network("resnet20")
     pruner = prune(model, optimizer, epochs=1, regrow=0.4)
     drawn = 0

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from ptxemu import library
 
-ROOT = Path(__file__).resolve().parents[1]
-FILES = ("tests/ptxemu", "tests/test_conv.py", "tests/test_norm.py", "tests/test_pack.py")
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ("tests/ptxemu", "tests/fused/test_conv.py", "tests/fused/test_norm.py", "tests/running/test_pack.py")
 SAMPLE = "found or barriers or asynchronous or every_order or nan_goes_through or one_slice_may_change"
 
 

@@ -19,7 +19,7 @@ from reprune_triton.errors import RepruneError
 from reprune_triton.kernels.clustering import launch
 from reprune_triton.kernels.step import masked_conv, norm_act
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(name: str, program: str, limit: float = 20, **more) -> gpu.Part:

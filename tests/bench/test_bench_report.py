@@ -12,7 +12,7 @@ from reprune_triton.bench.__main__ import main
 from reprune_triton.bench.study import ablate, document, findings, report, tables
 from reprune_triton.errors import RepruneError
 
-RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
 def row_of(run, accuracy, **more):

@@ -11,7 +11,7 @@ from reprune_triton.errors import RepruneError
 pytest.importorskip("matplotlib")
 from reprune_triton.bench.study import arms, pictures  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
 def results(name):

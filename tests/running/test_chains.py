@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torchvision
-from test_channels import REFUSED, Net, conv, names
+from running.test_channels import REFUSED, Net, conv, names
 from torch import nn
 from torch.nn import functional as F
 

@@ -15,7 +15,7 @@ from reprune_triton.bench.estimate import cost
 from reprune_triton.errors import RepruneError
 from reprune_triton.kernels.clustering import launch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 CODE = """
 MOV R1

@@ -11,7 +11,7 @@ import pytest
 from reprune_triton.bench import guard
 
 pytest.importorskip("pytest_benchmark")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SUITE = """
 import pytest
 

@@ -29,7 +29,7 @@ from families import (
     simplex,
 )  # fmt: skip
 from scipy.cluster.hierarchy import is_monotonic, is_valid_linkage, linkage
-from test_ward import check_forest, same_partition, seed_of
+from selection.test_ward import check_forest, same_partition, seed_of
 
 from reprune_triton import ops
 from reprune_triton.bench.measure import peers
@@ -38,7 +38,7 @@ from reprune_triton.kernels.clustering import chain, launch, line, reciprocal, t
 from reprune_triton.kernels.configuration import Configuration
 from reprune_triton.selection.problems import scale_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.cuda.is_available()
 ALGORITHMS = {  # name: linkage, algorithm, d
     "chain": ("ward", "chain", 4),

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torchvision
-from test_narrow import Oracle, calm, largest_difference, sgd, some, train_step
+from running.test_narrow import Oracle, calm, largest_difference, sgd, some, train_step
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
