@@ -427,8 +427,8 @@ def main_loop(code, instruction):
     return min(found, key=len, default=[])
 
 
-# Registers of a thread, by warps: little more than Triton 3.8 needs. That of torch 2.11 takes all there are, and on sm_80
-# and sm_100 spills a few in two of the kernels.
+# Registers of a thread, by warps: little more than Triton 3.8 needs. That of torch 2.11 takes all there are, and on
+# sm_80 and sm_100 spills a few in two of the kernels.
 CURRENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 REGISTERS = {4: 250, 8: 192} if CURRENT else {4: 255, 8: 255}
 
