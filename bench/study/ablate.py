@@ -1,8 +1,8 @@
-"""The method's questions, answered by training: a baseline and one changed option in every arm, over several seeds.
+"""Answer the method's questions by training: a baseline and arms that change one option, over several seeds.
 
-A run is a row: its options, what came of it, and the command that repeats it. Runs that are in the file already are not
-made again, and one that was interrupted goes on from its last epoch; so a study can be stopped and begun at will. Arms
-of several questions that are the same run share its row.
+A run is a row: its options, its results, and the command that repeats it. Runs that are in the file already are not
+made again, and an interrupted one goes on from its last epoch, so a study can be stopped at any time. Arms of several
+questions that are the same run share its row.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Question(NamedTuple):
     columns: tuple[str, ...]  # of arms.COLUMNS, beside runs, accuracy and difference
     equal_flops: bool = False  # not at one sparsity, but at the tier's share of FLOPs
     paper: Mapping[str, str] = {}  # what the paper has for an arm
+    note: str = ""  # what a reader of the table must know
 
 
 def _linkages(_: Options) -> dict[str, Changes]:
@@ -115,37 +116,49 @@ QUESTIONS = {
     "linkage": Question(
         "Is Ward the right linkage?", "Table 5", _linkages, ("FLOPs left", "mean coverage", "overlap", "paper"),
         paper={"ward": "93.40%", "single": "lower", "complete": "lower", "average": "lower"},
+        note="The linkage decides which filters of a layer stay. How many stay is up to the BatchNorm scales.",
     ),
     "until": Question(
         "For how much of the training should channels be pruned?", "Table 9", _untils,
         ("FLOPs left", "mean coverage", "training FLOPs", "paper"), paper={"72%": "best, of seven on ImageNet"},
+        note="At 100% the last event comes after the last epoch, so nothing is trained after it.",
     ),
     "random": Question(
         "Does it matter which of equally good filters is taken?", "Table 11", _draws,
         ("FLOPs left", "mean coverage", "overlap", "paper"),
         paper={"random": "small variation over seeds"} | dict.fromkeys(("index", "norm", "gamma"), "medium variation"),
+        note="Another draw also decides what grows back; there the other rules have the draws of the baseline.",
     ),
     "paradigm": Question(
         "Is pruning while training better than after it?", "Table 10", _paradigms,
         ("FLOPs left", "epochs", "training FLOPs", "seconds", "paper"), equal_flops=True,
         paper={"concurrent": "93.40% at 39.62%, 160 epochs", "three-stage": "93.02% at 43.04%, 320 epochs"},
+        note="How the paper fine-tunes is not given. Here the learning rate starts anew, which is known to beat a low "
+        "one (Renda et al., ICLR 2020).",
     ),
     "coverage": Question(
         "Does coverage rise, and is it worth having? Other filters, the rest alike.", "Fig. 3", _selections,
         ("FLOPs left", "first coverage", "mean coverage", "last coverage", "paper"),
         paper={"coverage": "rises, over 90% late"},
+        note="The later an event, the fewer active filters have to go, and that raises coverage with any selection. "
+        "What the choice itself gives shows best at the first event.",
     ),
     "regrow": Question(
-        "What does regrowth give?", "ours", _regrowths, ("FLOPs left", "overlap", "training FLOPs")
+        "What does regrowth give?", "ours", _regrowths, ("FLOPs left", "overlap", "training FLOPs"),
+        note="Without regrowth the first event prunes all that is to go, so the scales of the first epochs decide "
+        "which layers get narrow.",
     ),
     "width": Question(
         "What does it cost to keep channels in multiples?", "ours", _widths,
         ("channels pruned", "FLOPs left", "mean coverage", "seconds"),
+        note="The stages of these networks have 16, 32 and 64 channels: in multiples of 16 the first cannot get "
+        "narrower, in multiples of 32 neither can the second. Networks for ImageNet are wider.",
     ),
     "baseline": Question(
         "Is REPrune worth it, at equal FLOPs?", "Table 2", _peers,
         ("FLOPs left", "parameters", "training FLOPs", "seconds", "paper"), equal_flops=True,
         paper={"REPrune": "93.40% at 39.62%", "dense": "93.39%"},
+        note="A thin network from scratch is the peer that any pruning must beat.",
     ),
 }  # fmt: skip
 
@@ -362,7 +375,7 @@ def command(options: Options) -> str:
 
 def headings(question: str) -> list[str]:
     """The columns of a question's table."""
-    return ["runs", "accuracy", "difference", *QUESTIONS[question].columns]
+    return ["runs", "accuracy", "difference", "verdict", *QUESTIONS[question].columns]
 
 
 def arms_of(planned: Iterable[Run], known: Mapping[str, dict[str, Any]]) -> list[Arm]:

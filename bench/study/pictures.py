@@ -52,28 +52,14 @@ _styled = matplotlib.style.context(["default", STYLE])  # whatever the user's ow
 
 @_styled
 def svg(figure: Figure) -> str:
-    """The same text for the same drawing, whenever it is made."""
-    _settle(figure)
+    """Return the same text for the same drawing, whenever it is made."""
+    if figure.get_layout_engine() is not None:  # laid out once: every further time would move things by a hair
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     # Verdana is as wide, and other fonts are narrower: text keeps its room.
     return file.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
-
-
-@_styled
-def png(figure: Figure) -> bytes:
-    """For those who cannot show SVG; 150 dots an inch."""
-    _settle(figure)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    return file.getvalue()
-
-
-def _settle(figure: Figure) -> None:
-    """Lay it out, once: every further time would move things by a hair."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
 
 
 @_styled

@@ -1,14 +1,14 @@
-"""From the rows of bench/results to a report: tables, pictures and what they say, as Markdown and as one HTML page.
+"""Make a report of the rows in bench/results: tables and pictures, as Markdown.
 
-    rows -> sections (tables, text, pictures) -> report.md, report.html; README.md and docs/
-
-The tables of README and docs/ are the same, between the marks `<!-- table NAME -->` and `<!-- end -->`.
+The tables of README and docs/ come from the same functions; they stand between the marks `<!-- table NAME -->` and
+`<!-- end -->`.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -18,18 +18,9 @@ from typing import Any
 from rich.console import Console
 
 from reprune_triton.bench import rows
-from reprune_triton.bench.study import ablate, arms, findings, tables
+from reprune_triton.bench.study import ablate, arms, tables
 from reprune_triton.bench.study.arms import Arm
-from reprune_triton.bench.study.document import (
-    Folded,
-    Part,
-    Picture,
-    Section,
-    Table,
-    html,
-    markdown,
-    markdown_table,
-)
+from reprune_triton.bench.study.document import Folded, Part, Picture, Section, Table, block, markdown
 from reprune_triton.bench.study.tables import Results, Row
 from reprune_triton.errors import RepruneError
 
@@ -96,21 +87,19 @@ def run(args: argparse.Namespace) -> None:
     sections = report(results)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(wrapped(markdown(TITLE, sections)), encoding="utf-8")
-    (out / "report.html").write_text(html(TITLE, sections), encoding="utf-8")
     for section in sections:
         for part in section.parts:
             if isinstance(part, Picture):
                 (out / f"{part.name}.svg").write_text(part.svg, encoding="utf-8")
-                (out / f"{part.name}.png").write_bytes(part.png)
     pages = [page for page in map(Path, args.pages) if page.exists()]
     for page in pages:
         page.write_text(renewed(page.read_text(encoding="utf-8"), results), encoding="utf-8")
-    names = ", ".join(map(str, (out / "report.html", out / "report.md", *pages)))
+    names = ", ".join(map(str, (out / "report.md", *pages)))
     Console().print(f"{names}: all tables are up to date.")
 
 
 def load(folder: str | Path) -> Results:
-    """The rows of all files of a folder, by benchmark; those of code that was not committed are left out.
+    """Return the rows of all files of a folder by benchmark, without those of code that was not committed.
 
     Raises:
         RepruneError: if there are none.
@@ -126,41 +115,37 @@ def load(folder: str | Path) -> Results:
 
 
 def renewed(text: str, results: Results) -> str:
-    """A page with its tables as the rows have them."""
+    """Return a page with its tables as the rows have them."""
 
-    def block(found: re.Match[str]) -> str:
+    def table(found: re.Match[str]) -> str:
         name = found[1]
         if name not in BLOCKS:
             raise RepruneError(f"a page asks for a table {name!r}: there are {', '.join(BLOCKS)}")
-        parts = [markdown_table(part) if isinstance(part, Table) else part for part in BLOCKS[name](results)]
-        inside = wrapped("\n\n".join(map(str, parts)))
+        inside = wrapped("\n\n".join(map(block, BLOCKS[name](results))))
         return f"<!-- table {name} -->\n{inside}\n<!-- end -->"
 
-    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def wrapped(text: str) -> str:
-    """Paragraphs in lines of equal length, code in one piece; tables, headings and HTML as they are."""
+    """Break paragraphs into lines, code in one piece; tables, headings and HTML stay as they are."""
 
-    def fill(block: str) -> str:
-        if block.startswith(("|", "#", "<", "!")):
-            return block
-        whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), block)
+    def fill(paragraph: str) -> str:
+        if paragraph.startswith(("|", "#", "<", "!")):
+            return paragraph
+        whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), paragraph)
         return textwrap.fill(whole, WIDTH, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
 
     return "\n\n".join(map(fill, text.split("\n\n")))
 
 
-# ---------------------------------------------------------------------- the report
-
-
 def report(results: Results) -> list[Section]:
-    """All sections for which there are rows."""
+    """Return all sections for which there are rows."""
     made = []
     for tier in ablate.TIERS:
         made += questions(tier, results)
-    for title, block, about, drawing, needs in BENCHMARKS:
-        parts, own = block(results), results.get(block.__name__, [])
+    for title, tabled, about, drawing, needs in BENCHMARKS:
+        parts, own = tabled(results), results.get(tabled.__name__, [])
         if not parts:
             continue
         parts.insert(0, f"{about} {environment(own)}".strip())
@@ -172,18 +157,18 @@ def report(results: Results) -> list[Section]:
 
 
 def picture(name: str, alt: str, *arguments: Any, of: str | None = None) -> Picture:
-    """`pictures.of(*arguments)`, drawn."""
+    """Draw `pictures.of(*arguments)`."""
     try:
         import reprune_triton.bench.study.pictures as pictures
     except ImportError as error:
         raise RepruneError("report draws with matplotlib: pip install 'reprune-triton[bench]'") from error
 
     figure = getattr(pictures, of or name)(*arguments)
-    return Picture(name, alt, pictures.svg(figure), pictures.png(figure))
+    return Picture(name, alt, pictures.svg(figure))
 
 
 def questions(tier: str, results: Results) -> list[Section]:
-    """The ablations of a tier, as far as they were run."""
+    """Return the sections of a tier: one for all questions, and one for each that has a baseline and another arm."""
     known = {ablate.key_of(row["options"]): row for row in results.get("ablate", []) if row["tier"] == tier}
     if not known:
         return []
@@ -203,22 +188,22 @@ def questions(tier: str, results: Results) -> list[Section]:
             Table([name, *columns], rows, left=("paper",)),
             " ".join(f"{heading[0].upper()}{heading[1:]}: {text}." for heading, text in arms.MEANING.items()
                      if heading in columns),
-            " ".join([findings.verdict(found), *findings.SAYS[name]({arm.name: arm for arm in found})]),
+            *([question.note] if question.note else []),
             *pictures_of(name, tier, found),
-            Folded(f"Every run, and the command that repeats it ({name})", runs(found)),
+            Folded(f"Every run, and how to repeat it ({name})", runs(found)),
         ]  # fmt: skip
         made.append(Section(f"{question.text} ({question.source}; {tier})", parts, level=3))
     return made
 
 
 def answered(question: str, tier: str, known: Mapping[str, Row]) -> list[Arm]:
-    """The arms of a question that have rows."""
+    """Return the arms of a question that have rows."""
     seeds = sorted({row["seed"] for row in known.values()})
     return ablate.arms_of(ablate.plan(question, tier, seeds), known)
 
 
 def pictures_of(question: str, tier: str, found: list[Arm]) -> list[Picture]:
-    """What can be drawn of a question."""
+    """Draw what can be drawn for a question."""
     by_arm = {arm.name: arm.rows for arm in found}
     (baseline,) = (arm.name for arm in found if arm.baseline)
     name = f"{tier}-{question}"
@@ -238,21 +223,38 @@ def pictures_of(question: str, tier: str, found: list[Arm]) -> list[Picture]:
     return made
 
 
-def runs(found: Iterable[Arm]) -> Table:
-    """Every run with the command that repeats it."""
-    rows = [
+def runs(found: Iterable[Arm]) -> list[str | Table]:
+    """Return the command that all runs share, and a table of every run with its own options."""
+    some = [(arm.name, row) for arm in found for row in sorted(arm.rows, key=lambda row: row["seed"])]
+    split = [options(row["command"]) for _, row in some]
+    shared = [option for option in split[0] if all(option in own for own in split)]
+    cells = [
         [
-            arm.name, str(row["seed"]), f"{row['accuracy']:.2%}", f"{row['flops']:.1%}", row["cpu"] if row["device"] ==
-            "cpu" else row["device"], (row["commit"] or "unknown")[:10], row.get("note") or "", f"`{row['command']}`",
+            name, str(row["seed"]), f"{row['accuracy']:.2%}", f"{row['flops']:.1%}", row["cpu"] if row["device"] ==
+            "cpu" else row["device"], (row["commit"] or "unknown")[:10], row.get("note") or "",
+            f"`{' '.join(option for option in own if option not in shared)}`",
         ]
-        for arm in found for row in sorted(arm.rows, key=lambda row: row["seed"])
+        for (name, row), own in zip(some, split, strict=True)
     ]  # fmt: skip
-    header = ["arm", "seed", "accuracy", "FLOPs left", "device", "commit", "note", "command"]
-    return Table(header, rows, left=("device", "commit", "note", "command"))
+    header = ["arm", "seed", "accuracy", "FLOPs left", "device", "commit", "note", "options"]
+    return [
+        f"This command, followed by the options of a run, repeats it: `{' '.join(shared)}`",
+        Table(header, cells, left=("device", "commit", "note", "options")),
+    ]
+
+
+def options(command: str) -> list[str]:
+    """Split a command into what is called and its options, each with its values."""
+    found: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            found.append([])
+        found[-1].append(word)
+    return [shlex.join(words) for words in found]
 
 
 def environment(rows: Iterable[Row]) -> str:
-    """Where the rows were made."""
+    """Say where the rows were made."""
     rows = list(rows)
     places = sorted({row["cpu"] if row["device"] == "cpu" else row["device"] for row in rows})
     threads = sorted({row["threads"] for row in rows if row["device"] == "cpu"})
@@ -263,25 +265,22 @@ def environment(rows: Iterable[Row]) -> str:
     return f"{made} on {', '.join(places)}{by}; {', '.join(versions)}; commit {', '.join(commits)}."
 
 
-# ---------------------------------------------------------------------- tables, also for README and docs/
-
-
 def summary(tier: str, known: Mapping[str, Row]) -> list[Part]:
-    """All questions of a tier at a glance."""
+    """Return a table of all questions of a tier, a line each."""
     rows = []
     for name, question in ablate.QUESTIONS.items():
         found = answered(name, tier, known)
         others = [arm for arm in found if arm.differences]
         if not others:  # without a baseline there are none
             continue
-        sure = [arm for arm in others if len(arm.differences) > 2]
+        sure = [arm.verdict for arm in others if arm.verdict != arms.TOO_FEW]
         (base,) = (arm for arm in found if arm.baseline)
         low, high = (pick(others, key=lambda arm: round(statistics.mean(arm.differences), 6)) for pick in (min, max))
         rows.append([
             f"`{name}`: {question.text}", str(len(base.rows)), arms.COLUMNS["accuracy"](base),
             f"{low.name}: {arms.interval(low.differences)}",
             f"{high.name}: {arms.interval(high.differences)}" if high is not low else "",
-            f"{sum(arm.apart for arm in sure)} of {len(sure)}" if sure else "too few seeds",
+            f"{sum(verdict in arms.APART for verdict in sure)} of {len(sure)}" if sure else arms.TOO_FEW,
         ])  # fmt: skip
     header = ["question", "seeds", "baseline", "lowest arm, points", "highest arm, points", "arms told apart"]
     return [Table(header, rows, left=("lowest arm, points", "highest arm, points"))] if rows else []

@@ -188,7 +188,7 @@ def test_every_column_of_every_question():
         known[runs[-1].key]["coverage"], known[runs[-1].key]["active"] = [], {}  # as of a dense network
         table = ablate.table(question, "digits", ablate.arms_of(runs, known))
         cells = {column.header: list(column.cells) for column in table.columns}
-        assert list(cells) == [question, "runs", "accuracy", "difference", *asked.columns]
+        assert list(cells) == [question, "runs", "accuracy", "difference", "verdict", *asked.columns]
         assert {len(column) for column in cells.values()} == {len(runs) // 2}
         for heading, wanted in (("first coverage", "50.0%"), ("last coverage", "75.0%"), ("training FLOPs", "50.0%")):
             assert heading not in cells or cells[heading][0] == wanted

@@ -1,4 +1,4 @@
-"""The report: rows become tables, text and a page, and the text says what the rows say."""
+"""The report: rows become tables, pictures and text."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reprune_triton.bench.__main__ import main
-from reprune_triton.bench.study import ablate, document, findings, report, tables
+from reprune_triton.bench.study import ablate, document, report, tables
 from reprune_triton.errors import RepruneError
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
@@ -23,7 +23,7 @@ def row_of(run, accuracy, **more):
         "accuracy": accuracy, "flops": 0.5, "sparsity": 0.5, "seconds": 1, "parameters": 7, "coverage": [0.5, 0.75],
         "events": [2, 4], "active": {"a": [0, 1, 2], "b": [3]}, "layers": layers, "epochs": 4, "training_flops": 0.5,
         "layer_coverage": {name: [0.5, 0.75] for name in layers}, "dirty": False, "device": "cpu", "cpu": "a CPU",
-        "threads": 1, "torch": "2.14", "commit": "c" * 40, "command": "python -m x <&>", "note": None,
+        "threads": 1, "torch": "2.14", "commit": "c" * 40, "command": ablate.command(run.options), "note": None,
     } | more  # fmt: skip
 
 
@@ -37,75 +37,36 @@ def study(question, accuracies, tier="digits"):
     return ablate.arms_of(ablate.plan(question, tier, range(10)), known)
 
 
-def test_the_verdict_is_that_of_the_intervals():
-    same = study("linkage", {"ward": [90, 91, 92], "single": [91, 90, 92.5], "average": [89, 92, 92]})
-    text = findings.verdict(same)
-    assert text.startswith("**No arm can be told from ward**") and "±2.48 to ±2.59 points: differences" in text
-    apart = study("linkage", {"ward": [90, 91, 92], "single": [88, 89.1, 90.2], "average": [91, 91, 91.5]})
-    text = findings.verdict(apart)
-    assert text.startswith("**single is 1.90 ± 0.25 points below ward** (95% interval, 3 seeds). The other intervals")
-    assert "Of 2 such intervals" in text and "up to 10% of studies" in text
-    above = study("paradigm", {"concurrent": [90, 91, 92], "three-stage": [91, 92.1, 93.2]})
-    assert findings.verdict(above) == "**three-stage is 1.10 ± 0.25 points above concurrent** (95% interval, 3 seeds)."
-    alike = study("linkage", {"ward": [90, 91, 92], "single": [90.5, 91.5, 92.5], "average": [91, 91, 91.5]})
-    text = findings.verdict(alike)
-    assert text.startswith("**No arm can be told from ward**: every other 95% interval holds zero.")
-    assert text.endswith("single differs by +0.50 points in every seed: there is no spread to judge that by.")
+def verdicts(question, accuracies):
+    return [arm.verdict for arm in study(question, accuracies)]
+
+
+def test_the_verdict_is_that_of_the_interval():
+    same = {"ward": [90, 91, 92], "single": [91, 90, 92.5], "average": [89, 92, 92]}
+    assert verdicts("linkage", same) == ["", "not told apart", "not told apart"]
+    apart = {"ward": [90, 91, 92], "single": [88, 89.1, 90.2], "average": [91, 92.1, 93.2]}
+    assert verdicts("linkage", apart) == ["", "below", "above"]
+    equal = {"ward": [90, 91, 92], "single": [90.5, 91.5, 92.5], "average": [90, 91, 92]}
+    assert verdicts("linkage", equal) == ["", "no spread", "not told apart"]
     for seeds in (1, 2):
-        few = study("linkage", {"ward": [90] * seeds, "single": [80] * seeds})
-        assert findings.verdict(few).startswith("With fewer than three seeds")
+        assert verdicts("linkage", {"ward": [90] * seeds, "single": [80] * seeds}) == ["", "too few seeds"]
+    found = ablate.table("linkage", "digits", study("linkage", apart))
+    assert next(list(column.cells) for column in found.columns if column.header == "verdict") == ["", "below", "above"]
 
 
-def test_every_question_has_something_to_say():
-    for question in ablate.QUESTIONS:
-        names = [run.arm for run in ablate.plan(question, "digits", [0])]
-        found = study(question, {name: [90 + k, 91, 92] for k, name in enumerate(names)})
-        said = " ".join(findings.SAYS[question]({arm.name: arm for arm in found}))
-        assert said.endswith(".") and "nan" not in said
-        findings.SAYS[question]({arm.name: arm for arm in found[:2]})  # of a study that is not finished
-    found = study("linkage", {"ward": [90, 91], "single": [91, 93], "complete": [80, 81], "average": [70, 80]})
-    said = " ".join(findings.SAYS["linkage"]({arm.name: arm for arm in found}))
-    assert "Ward comes second of 4" in said and "`b` loses most of its channels (75%), `a` least (25%)" in said
-    assert "differs by 0 points at most, and from seed to seed of Ward alone by 0" in said
-    for arm, share in zip(found, (0.2, 0.3, 0.3, 0.3), strict=True):
-        arm.rows[0]["layers"] = {"a": share, "b": 0.75}
-    said = " ".join(findings.SAYS["linkage"]({arm.name: arm for arm in found}))
-    assert "differs by 5 points at most, and from seed to seed of Ward alone by 5" in said
-    for three, ahead in ((92, "here three stages have the higher mean"), (88, "here it has the higher mean")):
-        found = study("paradigm", {"concurrent": [90, 91], "three-stage": [three, three]})
-        assert ahead in " ".join(findings.SAYS["paradigm"]({arm.name: arm for arm in found}))
-    found = study("coverage", {"coverage": [90, 91], "random": [91, 93]})
-    for arm, rates in zip(found, ([0.6, 0.9], [0.5, 0.95]), strict=True):
-        for row in arm.rows:
-            row["coverage"] = rates
-    said = " ".join(findings.SAYS["coverage"]({arm.name: arm for arm in found}))
-    assert "from 60% at the first event to 90% at the last, and is higher there in 2 of 2 runs" in said
-    assert "rises with any selection, with the others from 50% to 95%:" in said
-    assert "at the first event: +10.0 points over the next best" in said
-
-
-def test_equal_means_are_said_to_be_equal():
-    def said(question, accuracies, **more):
-        found = study(question, accuracies)
-        for arm in found:
-            for row in arm.rows:
-                row |= more.get(arm.name.replace("%", ""), {})
-        return " ".join(findings.SAYS[question]({arm.name: arm for arm in found}))
-
-    # The same images right in another order: the means differ in the last bit.
-    text = said("until", {"30%": [99.1, 98.9, 99.3], "72%": [99.3, 99.1, 98.9], "100%": [90, 90, 90]})
-    assert text.startswith("30% and 72% share the best mean; the paper's best, on ImageNet, is 72%.")
-    assert text.endswith("so nothing is trained after it.")
-    assert said("until", {"50%": [99.5], "72%": [99]}).startswith("The best mean is at 50% of the epochs;")
-    peers = {"REPrune": [90, 91], "L1 norm": [91, 90], "thin from scratch": [95, 95], "dense": [99, 99]}
-    text = said("baseline", peers)
-    assert "comes second, level with L1 norm, of 3 at these FLOPs" in text
-    assert "here the means are equal." in said("paradigm", {"concurrent": [90, 91], "three-stage": [91, 90]})
-    text = said("regrow", {"0.3": [90], "0": [80]}, **{"0": {"flops": 0.6, "training_flops": 0.4}})
-    assert "At one sparsity 60% of the FLOPs are left without regrowth, and 50% with delta_0 = 0.3" in text
-    assert "take 40% and 50%" in text
-    text = said("width", {"1": [90], "8": [80]}, **{"8": {"flops": 0.75}})
-    assert "multiples of 1 leave 50%; multiples of 8 leave 75%" in text
+def test_a_run_is_repeated_by_the_shared_command_and_its_own_options():
+    found = study("baseline", {"REPrune": [90, 91], "L1 norm": [90], "dense": [95]})
+    line, table = report.runs(found)
+    shared = report.options(line.partition("`")[2].rstrip("`"))
+    rows = [row for arm in found for row in arm.rows]
+    assert shared[0] == "python -m reprune_triton.train" and "--model resnet20" in shared
+    for cells, row in zip(table.rows, rows, strict=True):
+        own = report.options(cells[-1].strip("`"))[1:]
+        assert len(own) <= 3 and f"--seed {row['seed']}" in own
+        assert sorted(shared + own) == sorted(report.options(row["command"]))
+    assert [list(cells[:2]) for cells in table.rows] == [
+        ["REPrune", "0"], ["REPrune", "1"], ["L1 norm", "0"], ["dense", "0"]
+    ]  # fmt: skip
 
 
 def test_rows_of_an_earlier_version_and_arms_without_a_baseline(tmp_path):
@@ -118,8 +79,6 @@ def test_rows_of_an_earlier_version_and_arms_without_a_baseline(tmp_path):
         found = ablate.arms_of(planned, known)
         cells = {column.header: list(column.cells) for column in ablate.table(question, "digits", found).columns}
         assert "" in cells["training FLOPs"] and "50.0%" in cells["training FLOPs"]
-        if question != "paradigm":
-            findings.SAYS[question]({arm.name: arm for arm in found})
     alone = [row_of(run, 0.9) for run in ablate.plan("linkage", "digits", [0, 1, 2]) if not run.baseline]
     assert [section.title for section in report.report({"ablate": alone})] == ["The method's questions on digits"]
     for row in alone:
@@ -203,18 +162,14 @@ def test_a_folder_of_rows_becomes_a_report(tmp_path, monkeypatch, capsys):
     assert "| `linkage`: Is Ward the right linkage? | 2 | 90.50% ± 0.71 | complete: +0.00 ± 0.00 |" in readme
     assert readme.endswith("<!-- end -->\nafter\n") and "digits" not in readme, "a row of uncommitted code is no row"
 
-    text, page = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("md", "html"))
-    assert "### Is Ward the right linkage? (Table 5; fashion)" in text and "`python -m x <&>`" in text
-    assert "<code>python -m x &lt;&amp;&gt;</code>" in page and "**" not in document.without_pictures(page)
-    for name in re.findall(r"!\[.*?\]\((.*?)\.svg\)", text):
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "### Is Ward the right linkage? (Table 5; fashion)" in text
+    assert "\n| single | 1 | 91.10% | 50.0% | a CPU | cccccccccc |  | `--seed 1 --linkage single` |\n" in text
+    assert ablate.QUESTIONS["linkage"].note in text
+    drawn = re.findall(r"!\[.*?\]\((.*?)\.svg\)", text)
+    for name in drawn:
         assert (tmp_path / "out" / f"{name}.svg").read_text().lstrip().startswith("<?xml")
-        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert page.count("<svg") == text.count(".svg)") >= 6
-    assert not re.search(r'(src|href)="(?!#)', document.without_pictures(page)), "the page needs no other file"
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids)), "no two drawings share a name"
-    used = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
-    assert used and set(used) <= set(ids)
+    assert len(drawn) >= 6
 
 
 def test_rows_that_are_none(tmp_path, capsys):
@@ -238,12 +193,17 @@ def test_without_matplotlib(monkeypatch):
         report.picture("step_parts", "", [])
 
 
-def test_tables_of_a_document():
+def test_parts_of_a_document():
     table = document.Table(["arm", "n", "paper"], [["a|b", "1", "x"]], left=("paper",))
-    assert document.markdown_table(table) == "| arm | n | paper |\n| --- | ---: | --- |\n| a\\|b | 1 | x |"
-    page = document.html("T", [document.Section("A & b", [table, "**bold** `x < y` [here](there)"])])
-    assert '<td>a|b</td><td class="n">1</td><td>x</td>' in page and '<h2 id="a-b">A &amp; b</h2>' in page
-    assert '<strong>bold</strong> <code>x &lt; y</code> <a href="there">here</a>' in page
+    text = "| arm | n | paper |\n| --- | ---: | --- |\n| a\\|b | 1 | x |"
+    assert document.block(table) == text
+    folded = document.Folded("All", ["line", table])
+    picture = document.Picture("name", "What it shows", "<svg></svg>")
+    made = document.markdown("T", [document.Section("A", ["**bold**", picture]), document.Section("B", [folded], 3)])
+    assert made == (
+        "# T\n\n## A\n\n**bold**\n\n![What it shows](name.svg)\n\n### B\n\n"
+        f"<details><summary>All</summary>\n\nline\n\n{text}\n\n</details>\n"
+    )
 
 
 def test_lines_of_a_text():
