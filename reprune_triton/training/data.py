@@ -1,11 +1,11 @@
-"""Image classification data: digits, fashion-mnist, cifar10 (held on the device) and imagenet (read from folders).
+"""Data to classify: digits, fashion-mnist, cifar10 (held on the device) and imagenet (read from folders).
 
     data = load("digits", batch=64, seed=0, device="cpu")
     for x, y in data.train_batches(epoch): ...      # x (B, C, H, W) float, normalised; y (B,) int64
 
-Order and augmentation are a pure function of (seed, epoch), drawn on the CPU: a resumed run sees the very batches of an
+Order and augmentation are a pure function of (seed, epoch), drawn on the CPU: a resumed run sees the same batches as an
 uninterrupted one, on any device and with any number of workers, and no generator state has to be saved.
-Nothing is downloaded: a data set that is not found says what was looked for, where, and how to get it.
+Nothing is downloaded. Where a data set is not found, the error says what was looked for, where, and how to get it.
 """
 
 import gzip
@@ -128,8 +128,10 @@ class Folders:
 
 
 class _Seeded(torch.utils.data.Dataset):
-    """The images of one epoch in their order, each augmented under a seed of its own, so that neither the worker that
-    decodes it nor the state of the process's generator matters."""
+    """The images of one epoch in their order, each augmented under a seed of its own.
+
+    So neither the worker that decodes it nor the state of the process's generator matters.
+    """
 
     def __init__(self, dataset: Any, order: list[int], seeds: list[int]):
         self.dataset, self.order, self.seeds = dataset, order, seeds
@@ -150,7 +152,7 @@ def load(
     name: str, root: str | Path | None = None, *, batch: int = 128, seed: int = 0, device: str = "cpu",
     workers: int = 4, size: int = 224,
 ) -> Data:  # fmt: skip
-    """The data set `name`; `root` is its folder, `workers` and `size` (of the crop) are for imagenet only."""
+    """Return the data set `name`; `root` is its folder, `workers` and `size` (of the crop) are for imagenet only."""
     common: dict[str, Any] = {"batch": batch, "seed": seed, "device": str(device)}
     if name == "digits":
         return Resident(*_digits(), pad=1, flip=False, **common)
@@ -169,7 +171,7 @@ def load(
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """One seed for (seed, epoch); distinct pairs give distinct streams for any training of under 2**20 epochs."""
+    """Return one seed for (seed, epoch): distinct pairs give distinct ones, in any training of under 2**20 epochs."""
     return (seed << 20) + epoch
 
 
@@ -193,27 +195,21 @@ def _digits() -> tuple[Split, Split]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-# fashion-mnist: IDX files, gzipped or not
+# torchvision's FashionMNIST and CIFAR10 read neither .gz, .tar.gz nor the binary version, want folders of their own and
+# md5 sums, and load pickles that may run code. So these formats, which are plain, are read here.
 
 
 def _fashion_mnist(root: str | Path | None) -> tuple[Split, Split]:
     places = [Path(root)] if root else [FASHION_MNIST_PACKAGE, Path("data/fashion-mnist"), Path("fashion-mnist")]
-    for place in places:
-        found = [
-            [_either(place, f"{part}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-            for part in ("train", "t10k")
-        ]
-        if all(path for pair in found for path in pair):
-            train, test = (_idx_pair(*pair) for pair in found)  # type: ignore[arg-type]
-            return train, test
-    wanted = ["train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
-              "t10k-labels-idx1-ubyte.gz"]  # fmt: skip
-    raise _not_found("fashion-mnist", wanted, places, "with `apt-get install dataset-fashion-mnist` (Debian, Ubuntu), "
-                     "or from github.com/zalandoresearch/fashion-mnist")  # fmt: skip
-
-
-def _either(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+    names = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    for folder in (place / inside for place in places for inside in ("", "FashionMNIST/raw")):  # torchvision's folder
+        found = [path for name in names for path in (folder / f"{name}.gz", folder / name) if path.is_file()]
+        paths = {path.name.removesuffix(".gz"): path for path in reversed(found)}  # .gz if both are there
+        if len(paths) == len(names):
+            train, train_labels, test, test_labels = (paths[name] for name in names)
+            return _idx_pair(train, train_labels), _idx_pair(test, test_labels)
+    get = "with `apt-get install dataset-fashion-mnist` (Debian) or from github.com/zalandoresearch/fashion-mnist"
+    raise _not_found("fashion-mnist", [" and ".join(f"{name}.gz" for name in names)], places, get)
 
 
 def _idx_pair(images_path: Path, labels_path: Path) -> Split:
@@ -224,26 +220,22 @@ def _idx_pair(images_path: Path, labels_path: Path) -> Split:
 
 
 def _idx(path: Path, rank: int) -> np.ndarray:
-    """IDX: two zero bytes, the type (8 = uint8), the rank, the sizes as big-endian int32, then the values."""
+    """Read IDX: two zero bytes, the type (8 = uint8), the rank, the sizes as big-endian int32, then the values."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise RepruneError(f"{path}: cannot be read ({error}); get the file again") from error
+        raise _damaged(path, f"cannot be read ({error})") from error
     start = 4 + 4 * rank
     if raw[:4] != bytes([0, 0, 8, rank]) or len(raw) < start:
-        raise RepruneError(f"{path}: not an IDX file of rank {rank}; get the file again")
+        raise _damaged(path, f"not an IDX file of rank {rank}")
     shape = np.frombuffer(raw, ">i4", rank, 4).astype(np.int64)
     if len(raw) - start != shape.prod():
-        raise RepruneError(f"{path}: {len(raw) - start} bytes of values where {shape.tolist()} needs {shape.prod()}; "
-                           "get the file again")  # fmt: skip
+        raise _damaged(path, f"{len(raw) - start} bytes of values where {shape.tolist()} needs {shape.prod()}")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()
 
 
-# cifar10: the python version (pickles) or the binary version, unpacked or as .tar.gz
-
-
 def _cifar10(root: str | Path | None) -> tuple[Split, Split]:
-    # Folder or archive, the suffix of the batches in it, their reader.
+    # Folder, archive, the suffix of the batches in them, their reader.
     kinds: list[tuple[str, str, str, Callable[[bytes, str], Split]]] = [
         ("cifar-10-batches-py", "cifar-10-python.tar.gz", "", _cifar_python),
         ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", ".bin", _cifar_binary),
@@ -263,25 +255,25 @@ def _cifar10(root: str | Path | None) -> tuple[Split, Split]:
 
 
 def _members(source: Path, folder: str, names: list[str]) -> list[bytes] | None:
-    """The named files of a folder or of an archive; None where `source` does not hold them all."""
+    """Return the named files of a folder or of an archive; None if `source` does not hold them all."""
     if source.is_dir():
         paths = [source / name for name in names]
         return [path.read_bytes() for path in paths] if all(path.is_file() for path in paths) else None
     if not source.is_file():
         return None
-    wanted = {f"{folder}/{name}" for name in names}
+    wanted = [f"{folder}/{name}" for name in names]
     try:
         with tarfile.open(source, "r:*") as archive:
             # In one pass: a second look-up in a gzipped archive would decompress it again from the start.
             found = {m.name: archive.extractfile(m).read() for m in archive if m.isfile() and m.name in wanted}  # type: ignore[union-attr]
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise RepruneError(f"{source}: cannot be read ({error}); get the file again") from error
-    return [found[f"{folder}/{name}"] for name in names] if len(found) == len(wanted) else None
+        raise _damaged(source, f"cannot be read ({error})") from error
+    return [found[name] for name in wanted] if len(found) == len(wanted) else None
 
 
 def _cifar_binary(raw: bytes, path: str) -> Split:
     if not raw or len(raw) % 3073:
-        raise RepruneError(f"{path}: {len(raw)} bytes is no whole number of CIFAR-10 records; get the file again")
+        raise _damaged(path, f"{len(raw)} bytes is no whole number of CIFAR-10 records")
     records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)  # label, then 3 x 32 x 32 pixels
     return _cifar_checked(records[:, 1:].copy(), records[:, 0].astype(np.int64), path)
 
@@ -293,15 +285,19 @@ def _cifar_python(raw: bytes, path: str) -> Split:
     except RepruneError as error:
         raise RepruneError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise RepruneError(f"{path}: not a CIFAR-10 batch ({error!r}); get the file again") from error
+        raise _damaged(path, f"not a CIFAR-10 batch ({error!r})") from error
     return _cifar_checked(pixels, labels, path)
 
 
 def _cifar_checked(pixels: Any, labels: np.ndarray, path: str) -> Split:
     whole = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3072)
     if not whole or not len(labels) or labels.min() < 0 or labels.max() > 9:
-        raise RepruneError(f"{path}: not a CIFAR-10 batch; get the file again")
+        raise _damaged(path, "not a CIFAR-10 batch")
     return pixels.reshape(-1, 3, 32, 32), labels
+
+
+def _damaged(path: Path | str, why: str) -> RepruneError:
+    return RepruneError(f"{path}: {why}; get the file again")
 
 
 class _NumpyUnpickler(pickle.Unpickler):
@@ -313,19 +309,7 @@ class _NumpyUnpickler(pickle.Unpickler):
         if (module, name) == ("numpy", "ndarray"):
             return None  # only ever the first argument of _reconstruct
         if (module, name) == ("numpy", "dtype"):
-            return _uint8
+            return lambda *_: np.dtype(np.uint8, copy=True)  # values of another size would not fit the shape
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
-            return _latin1
+            return lambda text, _: text.encode("latin1")
         raise RepruneError(f"the pickle asks for {module}.{name}, which a CIFAR-10 batch has no use for")
-
-
-def _uint8(code: Any, *_: Any) -> np.dtype:
-    if code not in ("u1", b"u1"):
-        raise RepruneError(f"the pickle holds an array of {code!r}, not of uint8")
-    return np.dtype(np.uint8, copy=True)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise RepruneError(f"the pickle holds bytes as {encoding!r}, not latin1")
-    return text.encode("latin1")

@@ -142,6 +142,15 @@ def test_fashion_mnist(tmp_path, monkeypatch, compress):
     assert batches(source, 0)[0][0].shape == (10, 1, 28, 28)
 
 
+def test_fashion_mnist_of_torchvision(tmp_path):
+    """The folder that torchvision makes, and the arrays that it reads there."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    (tmp_path / "FashionMNIST").mkdir()
+    write_fashion(tmp_path / "FashionMNIST" / "raw", compress=False)
+    source, theirs = data.load("fashion-mnist", tmp_path, batch=10), datasets.FashionMNIST(tmp_path, train=False)
+    assert torch.equal(source.test_images[:, 0], theirs.data) and torch.equal(source.test_labels, theirs.targets)
+
+
 def test_fashion_mnist_names_the_damaged_file(tmp_path):
     write_fashion(tmp_path)
     path = tmp_path / "t10k-images-idx3-ubyte.gz"
@@ -248,7 +257,8 @@ def test_cifar10_names_the_damaged_file(tmp_path, binary):
         (tmp_path / name).write_bytes(raw)
     name = next(name for name in files if "4" in name)
     bad_label = pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}, protocol=2)
-    for damaged in (b"", files[name][:-100], b"\x0a" + files[name][1:], pickle.dumps([1]), bad_label):
+    wide = pickle.dumps({"data": np.zeros((1, 3072)), "labels": [1]}, protocol=2)  # float64
+    for damaged in (b"", files[name][:-100], b"\x0a" + files[name][1:], pickle.dumps([1]), bad_label, wide):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(RepruneError, match=name):
             data.load("cifar10", tmp_path, batch=10)
