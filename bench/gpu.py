@@ -32,10 +32,9 @@ from typing import IO, Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from reprune_triton import ops
-from reprune_triton.bench import rows
+from reprune_triton.bench import rows, terminal
 from reprune_triton.errors import RepruneError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,112 +153,85 @@ def run(args: argparse.Namespace) -> None:
         raise RepruneError(f"{len(failed)} of {len(results)} parts failed: {', '.join(failed)}. See {out / 'log.txt'}.")
 
 
-class Benchmarks:
-    """Parts that are benchmarks of this project, at these sizes."""
+def benchmark(out: Path, sizes: Sizes, name: str, words: str, limit: float, needs: float = LEAST) -> Part:
+    """Return a part that is a benchmark of this project.
 
-    def __init__(self, out: Path, sizes: Sizes):
-        self._out, self._sizes = out, sizes
+    words: the command and its options; a field of `sizes` stands for each {NAME}, or the folder for {out}.
+    """
+    filled = words.format_map(sizes._asdict() | {"seconds": "{seconds}", "out": "{out}"})
+    command = [word.replace("{out}", str(out)) for word in filled.split()]
+    skip = ""
+    if sizes.device == "cpu" and any(word.endswith("-graph") for word in command):
+        skip = NO_GRAPH
+    elif sizes.device == "cpu" and any(word.endswith(("-compile", "-max-autotune")) for word in command):
+        skip = "torch.compile on a CPU takes minutes"
+    file = ("--json", str(out / f"{command[0]}.jsonl"))
+    return Part(name, (*WAITING, *command, *file), limit * sizes.patience, needs, sizes.environment, skip)
 
-    def __call__(
-        self, name: str, command: str, options: str, limit: float, needs: float = LEAST, skip: str = "",
-        rows_in: str = "",
-    ) -> Part:  # fmt: skip
-        """rows_in: the name of a file of rows; default: the command's."""
-        sizes, words = self._sizes, [command, *options.split()]
-        file = ("--json", str(self._out / f"{rows_in or command}.jsonl"))
-        limit *= sizes.patience
-        return Part(name, (*WAITING, *words, *file), limit, needs, sizes.environment, skip)
 
-    def smoke(self, limit: float) -> Part:
-        sizes = self._sizes
-        return self("smoke", "smoke", f"--model {sizes.model} --device {sizes.device} {sizes.smoke}", limit)
-
-    def step(
-        self, name: str, variants: str, limit: float, needs: float = 20, model: str = "", sparsity: str = ""
-    ) -> Part:
-        """The dense variants, and narrow ones at 0, have their turn beside every other sparsity."""
-        sizes = self._sizes
-        shares = f"--sparsity {sparsity or sizes.sparsity} --device {sizes.device}"
-        options = f"--model {model or sizes.model} {shares} {sizes.step} --seconds {{seconds}} --variants {variants}"
-        words = variants.split()
-        skip = NO_GRAPH if sizes.device == "cpu" and any(word.endswith("-graph") for word in words) else ""
-        if sizes.device == "cpu" and any(word.endswith(("-compile", "-max-autotune")) for word in words):
-            skip = "torch.compile on a CPU takes minutes"
-        return self(name, "step", options, limit, needs, skip)
-
-    def event(self, name: str, limit: float, more: str = "", model: str = "", needs: float = LEAST) -> Part:
-        sizes = self._sizes
-        options = f"--model {model or sizes.model} --device {sizes.device} {sizes.event} {more}"
-        skip = NO_GRAPH if sizes.device == "cpu" and "--graph" in more else ""
-        return self(name, "event", options, limit, needs, skip)
-
-    def dispatch(self, limit: float) -> Part:
-        sizes = self._sizes
-        return self("dispatch", "dispatch", f"--model {sizes.model} --device {sizes.device} {sizes.dispatch}", limit)
-
-    def scaling(self, name: str, limit: float, options: str | None = None) -> Part:
-        sizes = self._sizes
-        chosen = sizes.scaling if options is None else options
-        return self(name, "scaling", f"--device {sizes.device} {chosen}", limit)
-
-    def hours(self, limit: float) -> Part:
-        """Of the steps and events that were measured before."""
-        sizes, (steps, events) = self._sizes, (self._out / f"{name}.jsonl" for name in ("step", "event"))
-        return self("hours", "hours", f"--model {sizes.model} --from {steps} --events {events} {sizes.hours}", limit)
+SMOKE = "smoke --model {model} --device {device} {smoke}"
+# The dense variants, and narrow ones at 0, have their turn beside every other sparsity.
+STEP = "step --model {model} --sparsity {sparsity} --device {device} {step} --seconds {seconds} --variants "
+EVENT = "event --model {model} --device {device} {event} "
+DISPATCH = "dispatch --model {model} --device {device} {dispatch}"
+TWO_BY_TWO = STEP + "dense dense-fused narrow narrow-fused"
 
 
 def first(out: Path, sizes: Sizes) -> list[Part]:
-    """Is each kernel right? How long is an event? What does a step gain? Is dispatch biased? Does a graph hold an
-    event?"""
-    bench = Benchmarks(out, sizes)
+    """Return the parts that answer: Is each kernel right? How long is an event? What does a step gain? Is dispatch
+    biased? Does a graph hold an event?"""
+    bench = functools.partial(benchmark, out, sizes)
     return [
         compiling(sizes, "bench", 30),
-        bench.smoke(30),
-        bench.event("event", 30, "--total"),
-        bench.step("step", "dense narrow narrow-fused", 45),
-        bench.step("graph narrow-fused", "narrow-fused-graph", 30, needs=12),
-        bench.dispatch(20),
-        bench.event("graph event", 20, "--graph"),
-        bench.step("step compile", "dense-compile", 60),
+        bench("smoke", SMOKE, 30),
+        bench("event", EVENT + "--total", 30),
+        bench("step", STEP + "dense narrow narrow-fused", 45, 20),
+        bench("graph narrow-fused", STEP + "narrow-fused-graph", 30, 12),
+        bench("dispatch", DISPATCH, 20),
+        bench("graph event", EVENT + "--graph", 20),
+        bench("step compile", STEP + "dense-compile", 60, 20),
     ]
 
 
 def parts(out: Path, sizes: Sizes) -> list[Part]:
-    """All, in order; the limits of those down to "same bits" add up to less than MINUTES."""
-    bench, model = Benchmarks(out, sizes), sizes.model
-    two_by_two = "dense dense-fused narrow narrow-fused"
+    """Return all parts in order; the limits of those down to "same bits" add up to less than MINUTES."""
+    bench = functools.partial(benchmark, out, sizes)
+
+    def of(model: str, *shares: str) -> Sizes:
+        return sizes._replace(model=model, sparsity=" ".join(("0", *shares)))
+
     found = [
         compiling(sizes, "all", 45),  # else all others would spend their time on it
-        bench.smoke(25),
-        bench.step("step", two_by_two, 80, sparsity=f"0 {sizes.sparsity}"),
-        bench.event("event", 40),
-        bench.event("graph event", 15, "--graph"),
-        bench.step("graph narrow-fused", "dense-graph dense-fused-graph narrow-fused-graph", 40),
-        bench.step("graph narrow", "dense-graph narrow-graph", 25),
-        bench.step("graph compact", "dense-graph compact-graph compact-fused-graph", 30),
-        bench.step("step compile", "dense-compile compact-compile", 85),
-        bench.dispatch(20),
-        bench.scaling("scaling", 25),
-        bench.hours(10),
+        bench("smoke", SMOKE, 25),
+        benchmark(out, of(sizes.model, sizes.sparsity), "step", TWO_BY_TWO, 80, 20),
+        bench("event", EVENT, 40),
+        bench("graph event", EVENT + "--graph", 15),
+        bench("graph narrow-fused", STEP + "dense-graph dense-fused-graph narrow-fused-graph", 40, 20),
+        bench("graph narrow", STEP + "dense-graph narrow-graph", 25, 20),
+        bench("graph compact", STEP + "dense-graph compact-graph compact-fused-graph", 30, 20),
+        bench("step compile", STEP + "dense-compile compact-compile", 85, 20),
+        bench("dispatch", DISPATCH, 20),
+        bench("scaling", "scaling --device {device} {scaling}", 25),
+        bench("hours", "hours --model {model} --from {out}/step.jsonl --events {out}/event.jsonl {hours}", 10),
         testing(sizes, 70),
         Part("same bits", (*BENCH, "gpu", "--bits", sizes.bits, "--twice"), 25 * sizes.patience,
              environment=sizes.environment),
         *[sanitizing(sizes, tool, 60) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")],
     ]  # fmt: skip
     if sizes.more_sparsities:
-        shares = f"0 {sizes.more_sparsities}"
-        found.append(bench.step("step, other sparsities", two_by_two, 120, needs=60, sparsity=shares))
+        more = of(sizes.model, sizes.more_sparsities)
+        found.append(benchmark(out, more, "step, other sparsities", TWO_BY_TWO, 120, 60))
     for other, share in sizes.more_networks:
-        found.append(bench.step(f"step {other}", two_by_two, 60, needs=40, model=other, sparsity=f"0 {share}"))
-        found.append(bench.event(f"event {other}", 40, model=other, needs=20))
+        found.append(benchmark(out, of(other, share), f"step {other}", TWO_BY_TWO, 60, 40))
+        found.append(benchmark(out, of(other, share), f"event {other}", EVENT, 40, 20))
     for linkage in sizes.more_linkages:
-        found.append(bench.event(f"event {linkage}", 40, f"--linkage {linkage} --total", needs=20))
+        found.append(bench(f"event {linkage}", f"{EVENT}--linkage {linkage} --total", 40, 20))
     if sizes.more_networks:
         found += [
-            bench.event("event, all layers", 100, "--layers all --channels 4", needs=40),
-            bench.step(f"step {model} compact", "dense compact compact-fused", 60, needs=40),
-            bench.step(f"step {model} tuned", "dense-max-autotune compact-max-autotune", 150, needs=120),
-            bench.scaling("scaling, all sizes", 120, ""),
+            bench("event, all layers", EVENT + "--layers all --channels 4", 100, 40),
+            bench(f"step {sizes.model} compact", STEP + "dense compact compact-fused", 60, 40),
+            bench(f"step {sizes.model} tuned", STEP + "dense-max-autotune compact-max-autotune", 150, 120),
+            bench("scaling, all sizes", "scaling --device {device}", 120),
         ]
     return found
 
@@ -352,9 +324,7 @@ def run_parts(some: list[Part], out: Path, minutes: float, commit: str | None = 
             rows.append(out / "parts.jsonl", results[-1])
         for process in ahead.values():
             process.close()
-        table = Table(title="Summary")
-        for column in ("part", "seconds", "rows", "verdict"):
-            table.add_column(column, justify="right" if column in ("seconds", "rows") else "left")
+        table = terminal.table("Summary", ("part", "seconds", "rows", "verdict"), ("part", "verdict"))
         for row in results:
             verdict = f"{row['result']}{row['why'] and ': '}{row['why']}"
             table.add_row(row["part"], f"{row['seconds']:.1f}", str(row["rows"] or ""), verdict)

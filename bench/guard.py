@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from reprune_triton.bench import rows
+from reprune_triton.bench import rows, terminal
 
 TOLERANCE = 1.3  # the ratios of one code differ by up to 1.23 from run to run, beside other work
 Recorded = dict[tuple[str, str, str], float]  # group, side, peer: the ratio
@@ -76,9 +76,8 @@ def regressions(found: Iterable[Ratio], before: Recorded) -> list[str]:
 
 
 def table(found: Iterable[Ratio], before: Recorded) -> Table:
-    made = Table(title="Our side and its peers, median times of this run")
-    for heading in ("work", "our side", "time", "peer", "its time", "times as fast", "recorded"):
-        made.add_column(heading, justify="left" if heading in ("work", "our side", "peer") else "right")
+    columns = ("work", "our side", "time", "peer", "its time", "times as fast", "recorded")
+    made = terminal.table("Our side and its peers, median times of this run", columns, ("work", "our side", "peer"))
     for ratio in found:
         was = before.get(ratio.key)
         made.add_row(

@@ -12,16 +12,14 @@ from reprune_triton.errors import RepruneError
 from reprune_triton.running import analysis
 from reprune_triton.training import models
 
-RULES = ("prunable", "resnet", "all")
+RULES = ("prunable", "all")
 
 
 def choose(args: argparse.Namespace) -> list[ops.Layer]:
-    """The layers of the event, freshly initialised, on the device."""
-    model = build(args)
+    """Return the layers of the event, freshly initialised, on the device."""
+    model = build(args.model, args.seed)
     if args.layers == "all":
         names = [name for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d) and conv.groups == 1]
-    elif args.layers == "resnet":
-        names = resnet_rule(model)
     else:
         found = analysis.analyse(model, models.example_inputs(args.model)).prunable
         names = [layer.name for layer in found if layer.norm]  # the scales share out a global sparsity
@@ -32,17 +30,8 @@ def choose(args: argparse.Namespace) -> list[ops.Layer]:
     return [ops.Layer(weight, None, index, name) for weight, index, name in zip(weights, inputs, names, strict=True)]
 
 
-def build(args: argparse.Namespace) -> nn.Module:
-    torch.manual_seed(args.seed)
-    return models.build(args.model, num_classes=10 if args.model in models.CIFAR_RESNETS else 1000)
-
-
-def resnet_rule(model: nn.Module) -> list[str]:
-    """The convs that the paper prunes in a ResNet: all but the last of every block."""
-    names = []
-    for name, block in model.named_modules():
-        children = [getattr(block, f"conv{number}", None) for number in (1, 2, 3)]
-        convs = [conv for conv in children if isinstance(conv, nn.Conv2d)]
-        if len(convs) > 1 and all(conv.groups == 1 for conv in convs):
-            names += [f"{name}.conv{number}" for number in range(1, len(convs))]
-    return names
+def build(name: str, seed: int | None = None) -> nn.Module:
+    """Return a freshly initialised classifier, in training."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    return models.build(name, num_classes=10 if name in models.CIFAR_RESNETS else 1000).train()

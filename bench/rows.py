@@ -46,8 +46,10 @@ def version(package: str) -> str | None:
         return None
 
 
-def append(path: str | Path, row: dict[str, Any]) -> None:
-    """Add one line to a file of JSON rows."""
+def append(path: str | Path | None, row: dict[str, Any]) -> None:
+    """Add one line to a file of JSON rows. None: nowhere."""
+    if path is None:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import heapq
 import json
 import os
 import re
@@ -20,14 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import networkx as nx
 import numpy as np
 import torch
 import triton
-from rich.console import Console
-from rich.table import Table
 
 from reprune_triton import ops
-from reprune_triton.bench import networks, rows
+from reprune_triton.bench import networks, rows, terminal
 from reprune_triton.errors import RepruneError
 from reprune_triton.selection import reference
 
@@ -109,13 +107,9 @@ class Estimate(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
+    terminal.add_options(parser, "model linkage algorithm seed")
     parser.add_argument("--layers", default="prunable", choices=networks.RULES, help="as for event (default: prunable)")
-    parser.add_argument("--linkage", default="ward", choices=ops.LINKAGES)
-    parser.add_argument("--algorithm", default="auto", choices=ops.ALGORITHMS)
     parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "sm_100"), help="whose machine code")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
     parser.set_defaults(device="cpu", inputs=None)
 
 
@@ -129,34 +123,32 @@ def run(args: argparse.Namespace) -> None:
         "algorithm": args.algorithm, "target": args.target, "seed": args.seed,
         "assumed": f"{MULTIPROCESSORS} multiprocessors, {SCHEDULERS} instructions a cycle each, {CLOCK / 1e9} GHz",
     }  # fmt: skip
-    table = Table(
-        title=f"Estimated, not measured: clustering and cut of {args.model} on an H100 ({args.linkage})",
-        caption=f"Instructions of the machine code for {args.target} times rounds counted on the CPU, if every "
+    columns = ("kernel", "layers", "problems", "M instructions", "at once", "estimated ms", "estimated alone, ms")
+    table = terminal.table(
+        f"Estimated, not measured: clustering and cut of {args.model} on an H100 ({args.linkage})",
+        columns, ("kernel", "layers"),
+        f"Instructions of the machine code for {args.target} times rounds counted on the CPU, if every "
         f"scheduler issued in every cycle ({settings['assumed']}). Memory, barriers and launches come on top. Alone: "
         "one problem of the row's largest shape, if each of its warps issued in every cycle; no launch can end sooner, "
         "which the total of that column counts in. *: in a launch of fewer programs than the GPU has places for.",
-    )
-    for column in ("kernel", "layers", "problems", "M instructions", "at once", "estimated ms", "estimated alone, ms"):
-        table.add_column(column, justify="left" if column in ("kernel", "layers") else "right")
+    )  # fmt: skip
     for part in found.parts:
         fills = found.fills(part.launch)
         at_once = f"{min(part.problems, part.resident * MULTIPROCESSORS):,}{'' if fills else ' *'}"
         cells = (f"{part.problems:,}", f"{part.instructions / 1e6:.1f}", at_once)
         table.add_row(part.kernel, part.shape, *cells, f"{part.ms:.3f}", f"{part.alone_ms:.3f}")
-        if args.json:
-            figures = {"estimated_ms": part.ms, "warp_instructions": part.instructions, "problems": part.problems}
-            figures |= {"alone_ms": part.alone_ms, "per_multiprocessor": part.resident, "fills": fills}
-            rows.append(args.json, settings | {"row": part.kernel, "shape": part.shape} | figures)
+        figures = {"estimated_ms": part.ms, "warp_instructions": part.instructions, "problems": part.problems,
+                   "alone_ms": part.alone_ms, "per_multiprocessor": part.resident, "fills": fills}  # fmt: skip
+        rows.append(args.json, settings | {"row": part.kernel, "shape": part.shape} | figures)
     table.add_section()
     instructions = sum(part.instructions for part in found.parts)
     problems = sum(layer.columns for layer in layers)
     times = f"{found.ms:.3f}", f"{found.serial_ms:.3f}"
     table.add_row("total", f"{len(layers)}", f"{problems:,}", f"{instructions / 1e6:.1f}", "", *times)
-    if args.json:
-        figures = {"estimated_ms": found.ms, "warp_instructions": instructions, "problems": problems}
-        figures |= {"serial_ms": found.serial_ms}
-        rows.append(args.json, settings | {"row": "total", "layers": len(layers)} | figures)
-    Console(width=160).print(table)
+    figures = {"estimated_ms": found.ms, "warp_instructions": instructions, "problems": problems,
+               "serial_ms": found.serial_ms}  # fmt: skip
+    rows.append(args.json, settings | {"row": "total", "layers": len(layers)} | figures)
+    terminal.console(160).print(table)
 
 
 def estimate(
@@ -248,81 +240,42 @@ def parse(lines: Sequence[str]) -> Code:
 
 
 def _loops(code: Sequence[str], after: Sequence[Sequence[int]]) -> tuple[int, list[Loop]]:
-    # Blocks of instructions that run one after the other, from the first instruction on.
-    leaders = {0} | {there for follow in after if len(follow) != 1 for there in follow}
-    leaders |= {there for at, follow in enumerate(after) for there in follow if there != at + 1}
-    span, next_of = {}, {}
-    todo = [0]
-    while todo:
-        begin = todo.pop()
-        if begin not in span:
-            end = begin
-            while len(after[end]) == 1 and after[end][0] == end + 1 and end + 1 not in leaders:
-                end += 1
-            span[begin], next_of[begin] = code[begin : end + 1], list(dict.fromkeys(after[end]))
-            todo += next_of[begin]
-    before: dict[int, list[int]] = {block: [] for block in span}
-    for block, follow in next_of.items():
-        for there in follow:
-            before[there].append(block)
-
-    dominators = {block: set(span) for block in span} | {0: {0}}
-    changed = True
-    while changed:
-        changed = False
-        for block in sorted(span)[1:]:
-            new = {block} | set.intersection(*(dominators[b] for b in before[block]))
-            changed |= new != dominators[block]
-            dominators[block] = new
+    """Return how many instructions are outside of all loops, and the outermost loops in their order."""
+    flow = nx.DiGraph([(at, there) for at, follow in enumerate(after) for there in follow])
+    flow.add_node(0)
+    flow = nx.DiGraph(flow.subgraph({0} | nx.descendants(flow, 0)))  # what is never reached does not count
+    dominators = nx.immediate_dominators(flow, 0)
+    tree = nx.DiGraph([(above, at) for at, above in dominators.items() if above not in (None, at)])
+    tree.add_nodes_from(flow)
 
     bodies: dict[int, set[int]] = {}  # by the head of the loop
-    waits = {block: 0 for block in span}  # edges to it that do not lead back
-    for block, follow in next_of.items():
-        for head in follow:
-            if head not in dominators[block]:
-                waits[head] += 1
-                continue
-            body, todo = bodies.setdefault(head, {head}), [block]
-            while todo:
-                at = todo.pop()
-                if at not in body:
-                    body.add(at)
-                    todo += before[at]
-    todo, done = [0], 0
-    while todo:
-        block, done = todo.pop(), done + 1
-        for there in next_of[block]:
-            if there not in dominators[block]:
-                waits[there] -= 1
-                todo += [there] * (waits[there] == 0)
-    if done != len(span):
+    ahead = flow.copy()  # without the edges that lead back
+    for head in (at for at in sorted(flow) if at == 0 or flow.in_degree(at) > 1):
+        dominated = nx.descendants(tree, head)
+        tails = [tail for tail in flow.predecessors(head) if tail == head or tail in dominated]
+        inner = flow.subgraph(dominated)
+        if tails:
+            bodies[head] = {head}.union(tails, *(nx.ancestors(inner, tail) for tail in tails if tail != head))
+            ahead.remove_edges_from((tail, head) for tail in tails)
+    if not nx.is_directed_acyclic_graph(ahead):
         raise RepruneError("the machine code has a loop that is entered in the middle; mend bench/cost.py.")
 
     def inside(body: set[int]) -> list[Loop]:
-        """The outermost loops within the body, in their order."""
+        """Return the outermost loops within the body, in their order."""
         found = {head: own for head, own in bodies.items() if own < body}
         return [loop(head) for head in sorted(found) if not any(found[head] < own for own in found.values())]
 
     def loop(head: int) -> Loop:
         body = bodies[head]
         nested = set().union(*(own for own in bodies.values() if own < body))
-        text = [re.sub(r"^@\S+\s+", "", line) for block in sorted(body - nested) for line in span[block]]
-        return Loop(len(text), shortest(head, body, nested), inside(body), text)
+        text = [re.sub(r"^@\S+\s+", "", code[at]) for at in sorted(body - nested)]
+        # From the head back to it; loops inside are for free.
+        own = flow.subgraph(body)
+        far = nx.single_source_dijkstra_path_length(own, head, weight=lambda _, at, __: at not in nested)
+        shortest = 1 + min(far[tail] for tail in own.predecessors(head))
+        return Loop(len(text), shortest, inside(body), text)
 
-    def shortest(head: int, body: set[int], nested: set[int]) -> int:
-        """From the head back to it; loops inside are for free."""
-        heap, seen = [(len(span[head]), head)], {head}
-        while True:
-            length, block = heapq.heappop(heap)
-            if head in next_of[block]:
-                return length
-            for there in next_of[block]:
-                if there in body and there not in seen:
-                    heapq.heappush(heap, (length + (0 if there in nested else len(span[there])), there))
-            seen.add(block)
-
-    nested = set().union(*bodies.values())
-    return sum(len(span[block]) for block in span if block not in nested), inside(set(span))
+    return len(flow) - len(set().union(*bodies.values())), inside(set(flow) | {-1})
 
 
 _BUILD = """

@@ -14,15 +14,11 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
-from reprune_triton.bench import rows
+from reprune_triton.bench import rows, terminal
 from reprune_triton.errors import RepruneError
 from reprune_triton.selection.widths import regrow_share
 
@@ -50,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--events", nargs="+", default=[str(RESULTS / "event.jsonl")], metavar="FILE",
         help="rows of bench event on the same device (default: bench/results/event.jsonl)",
     )  # fmt: skip
-    parser.add_argument("--model", default="resnet50", help="default: resnet50")
+    terminal.add_options(parser, "model")
     parser.add_argument("--batch", type=int, help="per GPU (default: the one that was measured)")
     parser.add_argument("--sparsity", type=float, nargs="+", help="s_bar (default: all that were measured)")
     parser.add_argument("--epochs", type=int, default=250, help="default: 250")
@@ -59,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--regrow", type=float, default=0.3, help="delta_0 (default: 0.3)")
     parser.add_argument("--images", type=int, default=1281167, help="of an epoch (default: 1281167, ImageNet)")
     parser.add_argument("--gpus", type=int, default=8, help="default: 8")
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
 def run(args: argparse.Namespace) -> None:
-    if min(args.epochs, args.until, args.every, args.images, args.gpus) < 1 or not 0 <= args.regrow < 1:
-        raise RepruneError("--epochs, --until, --every, --images and --gpus must be at least 1, --regrow in [0, 1).")
+    terminal.check_at_least_one(args, "epochs until every images gpus")
+    if not 0 <= args.regrow < 1:
+        raise RepruneError(f"--regrow must be in [0, 1); got {args.regrow}")
     if args.until > args.epochs:
         raise RepruneError("--until must not be after the last epoch.")
     steps = step_rows(args)
@@ -74,24 +70,24 @@ def run(args: argparse.Namespace) -> None:
     shares = args.sparsity or sorted({row["sparsity"] for row in steps if row["net"] == "narrow" and row["sparsity"]})
     if not shares:
         raise missing("narrow", "a narrow variant", args)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = terminal.console(150)
     on_cpu = where["device"] == "cpu"
     settings = rows.environment() | {key: where[key] for key in (*HARDWARE, "threads", "commit", "dirty")} | {
         "benchmark": "hours", "computed": True, "measured_on_cpu": on_cpu, "model": args.model, "batch": where["batch"],
         "epochs": args.epochs, "until": args.until, "every": args.every, "regrow": args.regrow, "images": args.images,
         "gpus": args.gpus, "steps_per_epoch": per_epoch, "event_s": event_s,
     }  # fmt: skip
-    made = Table(
-        title=f"Computed from measured steps and events: {args.model}, {args.epochs} epochs, {args.gpus} devices "
+    made = terminal.table(
+        f"Computed from measured steps and events: {args.model}, {args.epochs} epochs, {args.gpus} devices "
         f"({where['cpu'] if on_cpu else where['device']}{', a CPU' if on_cpu else ''})",
-        caption=f"{per_epoch} steps an epoch of {where['batch']} images a device; an event takes {event_s:.3g} s. "
+        ("sparsity", "FLOPs cut", "until the last event", "then", "hours", "events, hours", "dense, hours", "saved",
+         "best dense, hours", "saved of it"),
+        ("until the last event", "then"),
+        f"{per_epoch} steps an epoch of {where['batch']} images a device; an event takes {event_s:.3g} s. "
         "Saved: by the same kernels throughout, against them dense; and by the fastest after the last event, against "
         "the best dense ones. Data loading, validation, compiling "
         "and traffic between devices are left out, which favours whatever computes fastest. " + paper(),
-    )
-    for column in ("sparsity", "FLOPs cut", "until the last event", "then", "hours", "events, hours", "dense, hours",
-                   "saved", "best dense, hours", "saved of it"):  # fmt: skip
-        made.add_column(column, justify="left" if column in ("until the last event", "then") else "right")
+    )  # fmt: skip
 
     dense: dict[str, list[float]] = {}
     for row in steps:
@@ -117,8 +113,7 @@ def run(args: argparse.Namespace) -> None:
                 cells += [f"{line['best_dense_hours']:.2f}", f"{line['saved_of_best']:.1%}"]
             cut = "" if left is None else f"{1 - left:.1%}"
             made.add_row(f"{share:g}", cut, narrow, line["final"], *cells)
-            if args.json:
-                rows.append(args.json, settings | line)
+            rows.append(args.json, settings | line)
     if left_out and not made.rows:
         raise left_out[0]
     console.print(made)
@@ -230,7 +225,7 @@ def event_seconds(found: Sequence[Row], where: Row, model: str) -> float:
     fitting = [
         row for row in found
         if row.get("benchmark") == "event" and row["row"] == "total" and row["model"] == model and "event_s" in row
-        and row["rule"] in ("prunable", "resnet") and row["linkage"] == "ward" and all(row[k] == where[k] for k in keys)
+        and row["rule"] == "prunable" and row["linkage"] == "ward" and all(row[k] == where[k] for k in keys)
     ]  # fmt: skip
     if not fitting:
         raise RepruneError(
@@ -238,7 +233,7 @@ def event_seconds(found: Sequence[Row], where: Row, model: str) -> float:
             f"reprune_triton.bench event --model {model} --device {'cpu' if where['device'] == 'cpu' else 'cuda'} "
             "--json FILE there, and name the file in --events."
         )
-    return float(max(fitting, key=lambda row: (row["rule"] == "prunable", row["time"]))["event_s"])
+    return float(max(fitting, key=lambda row: row["time"])["event_s"])
 
 
 def missing(variant: str, what: str, args: argparse.Namespace) -> RepruneError:

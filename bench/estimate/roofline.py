@@ -20,19 +20,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from reprune_triton import ops
-from reprune_triton.bench import rows
+from reprune_triton.bench import networks, rows, terminal
 from reprune_triton.bench.estimate import graph
+from reprune_triton.bench.measure import device as devices
 from reprune_triton.errors import RepruneError
 from reprune_triton.running import analysis, compact
 from reprune_triton.running.channels import Channels
@@ -69,45 +66,35 @@ class Kernel(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
-    parser.add_argument("--batch", type=int, default=256, help="images of a step (default: 256)")
-    parser.add_argument("--size", type=int, help="side of the images (default: 224, or 32 for the CIFAR ResNets)")
-    parser.add_argument(
-        "--sparsity", type=float, nargs="+", default=[0.0, 0.3, 0.51, 0.75],
-        help="share of the prunable channels to leave out, of every layer (default: 0 0.3 0.51 0.75)",
-    )  # fmt: skip
+    terminal.add_options(parser, "model batch size sparsity")
     parser.add_argument("--round-to", type=int, default=16, help="widths are a multiple of this (default: 16)")
     parser.add_argument(
         "--device", default="assumed",
         help="assumed: an H100 of 790 TFLOP/s and 3.0 TB/s; else the ceilings are measured on this device",
     )  # fmt: skip
     parser.add_argument("--bytes", type=int, default=2, help="of a value (default: 2, bfloat16)")
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
 def run(args: argparse.Namespace) -> None:
-    if min(args.batch, args.size or 1, args.round_to, args.bytes) < 1:
-        raise RepruneError("--batch, --size, --round-to and --bytes must be at least 1.")
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    terminal.check_at_least_one(args, "batch size round-to bytes")
+    console = terminal.console(150)
     shape = (args.batch, 3, *[args.size or models.image_size(args.model)] * 2)
     ceilings = H100 if args.device == "assumed" else measure(args.device)
     with torch.device("meta"):
-        model = build(args.model)
+        model = networks.build(args.model)
     channels = analysis.prunable(model, shape)
     settings: dict[str, Any] = rows.environment("cpu" if ceilings.assumed else args.device) | {
         "benchmark": "roofline", "estimated": True, "model": args.model, "batch": args.batch, "size": shape[-1],
         "round_to": args.round_to, "value_bytes": args.bytes, "ceilings": ceilings._asdict(),
     }  # fmt: skip
-    table = Table(
-        title=f"Estimated, not measured: one training step of {args.model}, {args.batch} images of {shape[-1]}x"
+    table = terminal.table(
+        f"Estimated, not measured: one training step of {args.model}, {args.batch} images of {shape[-1]}x"
         f"{shape[-1]}, ms (times faster than dense)",
+        ("sparsity", "FLOPs cut", *LEVELS, "GB moved"),
         caption=f"If every kernel reached {ceilings.flops / 1e12:.4g} TFLOP/s or {ceilings.bandwidth / 1e12:.3g} TB/s "
         f"({'assumed for an H100' if ceilings.assumed else f'measured on {ceilings.name}'}), whichever it needs "
         "longer for, and nothing else took time.",
     )
-    for column in ("sparsity", "FLOPs cut", *LEVELS, "GB moved"):
-        table.add_column(column, justify="right")
-    shares = Table(title="Where the time goes", caption="In fused 1x1, part of norm is done by the convs.")
     dense = {level: total(kernels(model, shape, level, args.bytes), ceilings) for level in LEVELS}
     lines: list[tuple[str, dict[str, float]]] = []
     for share in args.sparsity:
@@ -121,28 +108,23 @@ def run(args: argparse.Namespace) -> None:
             moved.append(sum(kernel.bytes for kernel in found))
             by_kind = by_kinds(found, ceilings)
             lines.append((f"{share:g}, {level}", by_kind))
-            if args.json:
-                figures = {"roofline_ms": spent * 1e3, "dense_ms": dense[level] * 1e3, "bytes": moved[-1],
-                           "flops": sum(kernel.flops for kernel in found),
-                           "kinds_ms": {kind: seconds * 1e3 for kind, seconds in by_kind.items()}}  # fmt: skip
-                about = {"row": "step", "level": level, "sparsity": share, "flops_left": channels.flops(widths)}
-                rows.append(args.json, settings | about | figures)
+            figures = {"roofline_ms": spent * 1e3, "dense_ms": dense[level] * 1e3, "bytes": moved[-1],
+                       "flops": sum(kernel.flops for kernel in found),
+                       "kinds_ms": {kind: seconds * 1e3 for kind, seconds in by_kind.items()}}  # fmt: skip
+            about = {"row": "step", "level": level, "sparsity": share, "flops_left": channels.flops(widths)}
+            rows.append(args.json, settings | about | figures)
         left = f"{1 - channels.flops(widths):.1%}"
         table.add_row(f"{share:g}", left, *cells, " / ".join(f"{count / 1e9:.0f}" for count in moved))
-    groups = ("conv", "norm", "act", "add")
-    for column in ("sparsity, kernels", *groups, "rest"):
-        shares.add_column(column, justify="left" if column.endswith("kernels") else "right")
+    groups, left = ("conv", "norm", "act", "add"), "sparsity, kernels"
+    shares = terminal.table(
+        "Where the time goes", (left, *groups, "rest"), (left,), "In fused 1x1, part of norm is done by the convs."
+    )
     for name, by_kind in lines:
         parts = [sum(s for kind, s in by_kind.items() if kind.split()[0] == group) for group in groups]
         whole = sum(by_kind.values())
         shares.add_row(name, *(f"{part / whole:.0%}" for part in (*parts, whole - sum(parts))))
     console.print(table)
     console.print(shares)
-
-
-def build(name: str) -> nn.Module:
-    """A freshly initialised classifier; in training, as a step has it."""
-    return models.build(name, num_classes=10 if name in models.CIFAR_RESNETS else 1000).train()
 
 
 def widths_at(channels: Channels, share: float, round_to: int) -> dict[str, int]:
@@ -196,23 +178,10 @@ def measure(device: str | torch.device) -> Ceilings:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(count, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    product = _median_seconds(lambda: a @ b, device)
-    copied = _median_seconds(lambda: target.copy_(source), device)
+    works = (lambda: a @ b, lambda: target.copy_(source))
+    product, copied = (statistics.median(devices.time_each(work, 12, device, wait=True)[2:]) / 1e3 for work in works)
     name = rows.environment(device)["device" if cuda else "cpu"]
     return Ceilings(name, 2 * n**3 / product, 2 * count / copied, False)
-
-
-def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
-    spent = []
-    for _ in range(12):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        spent.append(time.perf_counter() - started)
-    return statistics.median(spent[2:])
 
 
 class _Step:

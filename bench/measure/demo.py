@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from reprune_triton.bench import rows
+from reprune_triton.bench import rows, terminal
 from reprune_triton.errors import RepruneError
 from reprune_triton.running import analysis
 from reprune_triton.training import checkpoint, data, models
@@ -26,15 +26,13 @@ Row = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet20", help="see python -m reprune_triton.train (default: resnet20)")
+    terminal.add_options(parser, "model threads", model="resnet20")
     parser.add_argument("--data", default="digits", help="default: digits, which needs no download")
     parser.add_argument("--data-dir", help="folder of the data set")
     parser.add_argument("--flops", type=float, default=0.44, help="share of the FLOPs to keep (default: 0.44)")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one dense and one pruned run each")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, best for 8x8 images)")
     parser.add_argument("--out", default="runs/demo", help="where the pruned networks go (default: runs/demo)")
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,9 +41,8 @@ def run(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         console.print(f"{args.model} on {args.data}, seed {seed}: training dense, then pruned ...")
         pairs.append(_pair(args, seed))
-        if args.json:
-            for row in pairs[-1]:
-                rows.append(args.json, row)
+        for row in pairs[-1]:
+            rows.append(args.json, row)
     console.print(_table(args, pairs))
     exported = ", ".join(pruned["exported"] for _, pruned in pairs)
     console.print(f"The pruned network: {exported}")
@@ -117,14 +114,11 @@ def _latencies(networks: dict[str, nn.Module], x: Tensor, repeats: int = 30) -> 
 
 def _table(args: argparse.Namespace, pairs: list[tuple[Row, Row]]) -> Table:
     environment = pairs[0][0]
-    table = Table(
-        title=f"{args.model} on {args.data}, {environment['epochs']} epochs, {len(pairs)} seed(s), "
+    table = terminal.table(
+        f"{args.model} on {args.data}, {environment['epochs']} epochs, {len(pairs)} seed(s), "
         f"{environment['threads']} thread(s)",
-        caption=environment["cpu"],
-    )
-    table.add_column("")
-    for heading in ("dense", "pruned", "change"):
-        table.add_column(heading, justify="right")
+        ("", "dense", "pruned", "change"), ("",), environment["cpu"],
+    )  # fmt: skip
 
     def line(label: str, key: str, form: str, change: str = "") -> None:
         dense, pruned = ([row[key] for row in column] for column in zip(*pairs, strict=True))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reprune_triton import capture, fuse
-from reprune_triton.bench import rows
+from reprune_triton.bench import rows, terminal
 from reprune_triton.bench.measure import device as devices
 from reprune_triton.bench.measure import variants
 from reprune_triton.errors import RepruneError
@@ -33,20 +33,14 @@ ALIKE = 0.02  # of the time: less is no difference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
-    parser.add_argument("--batch", type=int, default=256, help="images of a step (default: 256)")
-    parser.add_argument("--size", type=int, help="side of the images (default: 224, or 32 for the CIFAR ResNets)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    terminal.add_options(parser, "model batch size device seed")
     parser.add_argument("--shapes", type=int, default=16, help="how many, from all over the network (default: 16)")
     parser.add_argument("--operation", choices=OPERATIONS, help="only this one (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and images")
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
 def run(args: argparse.Namespace) -> None:
     args.size = args.size or models.image_size(args.model)
-    if min(args.batch, args.size, args.shapes) < 1:
-        raise RepruneError("--batch, --size and --shapes must be at least 1.")
+    terminal.check_at_least_one(args, "batch size shapes")
     device = devices.use(args.device)
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as in a training
     cases = met(args, device)
@@ -58,8 +52,7 @@ def run(args: argparse.Namespace) -> None:
     lines, failed = list[dict[str, Any]](), list[dict[str, Any]]()
     for case in dict.fromkeys(some):
         line = settings | compare(case, cases[case], device)
-        if args.json:
-            rows.append(args.json, line)
+        rows.append(args.json, line)
         if line["result"] == "failed":
             print(f"{case.operation} {case.form} {case.channels}: failed, {line['why']}", flush=True)
             failed.append(line)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +20,10 @@ from unittest import mock
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from reprune_triton import REPrune, capture, ops
-from reprune_triton.bench import networks, rows
+from reprune_triton.bench import networks, rows, terminal
 from reprune_triton.bench.measure import device as devices
 from reprune_triton.bench.measure.peers import TOLERANCE, Peers, Result
 from reprune_triton.errors import RepruneError
@@ -52,21 +50,14 @@ WORK = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
+    terminal.add_options(parser, "model linkage impl algorithm device threads seed", device="cpu")
     parser.add_argument(
         "--layers", default="prunable", choices=networks.RULES,
-        help="prunable: what the pruner would prune; resnet: the paper's rule for ResNets, which "
-        "is the same there, the first 3x3 of a BasicBlock, the first 1x1 and the 3x3 of a Bottleneck; all: every conv "
-        "that is not grouped (default: prunable)",
+        help="prunable: what the pruner would prune; all: every conv that is not grouped (default: prunable)",
     )  # fmt: skip
     parser.add_argument(
         "--sparsity", type=float, default=0.5, help="of every layer; in the whole event, of all layers (default: 0.5)"
     )
-    parser.add_argument("--linkage", default="ward", choices=ops.LINKAGES)
-    parser.add_argument("--impl", default="auto", choices=ops.IMPLS)
-    parser.add_argument("--algorithm", default="auto", choices=ops.ALGORITHMS, help="of Triton (default: auto)")
-    parser.add_argument("--device", default="cpu", help="where our side runs; the others always use the CPU")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the others have only one (default: 1)")
     parser.add_argument("--repeat", type=int, default=3, help="our times are medians of this many runs (default: 3)")
     parser.add_argument(
         "--channels", type=int, metavar="K", help="the others cluster only K input channels per layer, extrapolated"
@@ -74,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inputs", type=int, metavar="K", help="nobody clusters more than the first K input channels: a trial run"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the ties and the sampled channels")
     parser.add_argument(
         "--between", type=float, default=BETWEEN, metavar="SECONDS",
         help="of training between two events, of which the event's share is shown (default: 92, a published time for "
@@ -83,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--total", action="store_true", help="only the whole event, not layer by layer")
     what.add_argument("--graph", action="store_true", help="only whether a CUDA graph holds the event, and its time")
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
 @dataclass
@@ -96,12 +85,10 @@ class Part:
 
 
 def run(args: argparse.Namespace) -> None:
-    counts = (args.threads, args.repeat, *(k for k in (args.channels, args.inputs) if k is not None))
-    if min(counts) < 1:
-        raise RepruneError("--threads, --repeat, --channels and --inputs must be at least 1.")
+    terminal.check_at_least_one(args, "threads repeat channels inputs")
     if not args.between > 0:
         raise RepruneError("--between must be more than 0 seconds.")
-    console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe has no width to keep to
+    console = terminal.console(200)
     devices.use(args.device)
     torch.set_num_threads(args.threads)
     layers = networks.choose(args)
@@ -243,7 +230,7 @@ def of_a_pruner(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
     """The whole event is `REPrune.step`, each time of a new pruner; its analysis of the model is not timed."""
 
     def fresh() -> Callable[[], Whole]:
-        model = networks.build(args)
+        model = networks.build(args.model, args.seed)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
                 nn.init.uniform_(module.weight)
@@ -433,10 +420,9 @@ def hold(console: Console, layers: list[ops.Layer], args: argparse.Namespace) ->
             which = "other weights" if other else "the weights of its capture"
             raise RepruneError(f"a CUDA graph of the event chose other filters, for {which}; no times are shown.")
     figures = {"graph_s": statistics.median(spent) / 1e3, "layers": len(layers), "result": "held"}
-    if args.json:
-        about = {"benchmark": "event", "row": "graph", "model": args.model, "rule": args.layers, "seed": args.seed,
-                 "sparsity": args.sparsity, "linkage": args.linkage, "impl": "triton"}  # fmt: skip
-        rows.append(args.json, rows.environment(args.device) | about | figures)
+    about = {"benchmark": "event", "row": "graph", "model": args.model, "rule": args.layers, "seed": args.seed,
+             "sparsity": args.sparsity, "linkage": args.linkage, "impl": "triton"}  # fmt: skip
+    rows.append(args.json, rows.environment(args.device) | about | figures)
     ms = f"{statistics.median(spent):.3f} ms on the device"
     console.print(f"A CUDA graph holds the event, applied to no model: {ms}.")
 
@@ -512,13 +498,6 @@ def report(
     measured = f", extrapolated from {args.channels} channels per layer" if extrapolated(parts, args) else ""
     algorithm = "" if args.algorithm == "auto" else f" ({args.algorithm})"
     trial = "" if args.inputs is None else f", only {args.inputs} input channels"
-    table = Table(
-        title=f"One pruning event of {args.model} ({args.layers} layers{trial}): {args.linkage}, sparsity "
-        f"{args.sparsity}, {impl}{algorithm} on {device}, {torch.get_num_threads()} CPU thread(s), seconds",
-        caption="Sums are one call for their layers. Selection: in the whole event. Others / ours: their clustering "
-        "alone, our clustering and cut. 1x1 kernels are points on a line: that part of the gain is the algorithm's. "
-        f"Other libraries{measured}: one call per input channel on {rows.cpu_name()}.",
-    )
     # Columns that this run has, by key: heading and form.
     forms = {
         "select_s": ("selection", seconds), "device_s": ("on the device", seconds),
@@ -526,11 +505,16 @@ def report(
         "floor_ms": ("floor, ms", "{:.3f}".format), "share": ("floor / time", "{:.0%}".format),
     }  # fmt: skip
     forms = {key: form for key, form in forms.items() if key in total.figures}
-    table.add_column("layer")
-    headings = ["n_out", "n_in", "kernel", "keep", "clustering, cut"]
-    for column in (*headings, *(head for head, _ in forms.values()), *peers.names,
-                   *(f"{name} / ours" for name in peers.names)):  # fmt: skip
-        table.add_column(column, justify="right")
+    table = terminal.table(
+        f"One pruning event of {args.model} ({args.layers} layers{trial}): {args.linkage}, sparsity "
+        f"{args.sparsity}, {impl}{algorithm} on {device}, {torch.get_num_threads()} CPU thread(s), seconds",
+        ["layer", "n_out", "n_in", "kernel", "keep", "clustering, cut", *(head for head, _ in forms.values()),
+         *peers.names, *(f"{name} / ours" for name in peers.names)],
+        ("layer",),
+        "Sums are one call for their layers. Selection: in the whole event. Others / ours: their clustering alone, our "
+        "clustering and cut. 1x1 kernels are points on a line: that part of the gain is the algorithm's. Other "
+        f"libraries{measured}: one call per input channel on {rows.cpu_name()}.",
+    )  # fmt: skip
 
     def line(part: Part, title: str, *shape: str) -> None:
         figures = part.figures
@@ -568,9 +552,7 @@ def report_stages(console: Console, total: Part, peers: list[str], args: argpars
     """Of the whole event."""
     figures = total.figures
     stages = [key for key in figures if key.startswith("stage_")]
-    table = Table(title="Stages")
-    for column in ("stage", "ms", "share"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    table = terminal.table("Stages", ("stage", "ms", "share"), ("stage",))
     for key in (*stages, "event_s"):
         name = "all, by the clock" if key == "event_s" else key.removeprefix("stage_").removesuffix("_s")
         share = f"{figures[key] / figures['event_s']:.1%}"

@@ -31,11 +31,10 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from reprune_triton import availability, fuse
-from reprune_triton.bench import rows
+from reprune_triton.bench import rows, terminal
 from reprune_triton.bench.measure.step import TWO_BY_TWO
 from reprune_triton.bench.measure.variants import Task, Variant, parse, sgd, train_step
 from reprune_triton.errors import RepruneError
@@ -48,18 +47,14 @@ AMP = {"off": None, "bf16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
-    parser.add_argument("--batch", type=int, default=2, help="images of a step (default: 2)")
-    parser.add_argument("--size", type=int, default=32, help="side of the images (default: 32)")
+    terminal.add_options(parser, "model batch size seed", batch=2, size=32)
     parser.add_argument("--variants", nargs="+", metavar="NAME", default=TWO_BY_TWO, help="default: all four")
     parser.add_argument(
         "--amp", choices=AMP, default="off", help="autocast, as on a GPU; but the CPU multiplies bf16 slowly"
     )
     parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed (default: 5)")
     parser.add_argument("--steps", type=int, default=50, help="steps of each variant, in turns (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and images")
     parser.add_argument("--profile", action="store_true", help="instead: which functions of Python the time goes to")
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -87,17 +82,14 @@ def run(args: argparse.Namespace) -> None:
                 spent[name].append((time.process_time() - begun) * 1e3)
                 launched[name] = len(launches)
     found = {name: statistics.median(each) for name, each in spent.items()}
-    table = Table(title=f"Host time of a step: {args.model}, autocast {args.amp}")
-    for column in ("variant", "ms", "fastest", "of dense", "launches of kernels"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+    columns = ("variant", "ms", "fastest", "of dense", "launches of kernels")
+    table = terminal.table(f"Host time of a step: {args.model}, autocast {args.amp}", columns, ("variant",))
     for name, ms in found.items():
         ratio = ms / found["dense"] if "dense" in found else None
         figures = [f"{ms:.2f}", f"{min(spent[name]):.2f}", "" if ratio is None else f"{ratio:.2f}x"]
         table.add_row(name, *figures, str(launched[name]))
-        if args.json:
-            row = {"variant": name, "host_ms": ms, "fastest_ms": min(spent[name]), "ratio": ratio}
-            row["launches"] = launched[name]
-            rows.append(args.json, settings | row)
+        row = {"variant": name, "host_ms": ms, "fastest_ms": min(spent[name]), "ratio": ratio}
+        rows.append(args.json, settings | row | {"launches": launched[name]})
     console.print(table)
 
 

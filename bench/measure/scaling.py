@@ -8,18 +8,16 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from reprune_triton import ops
-from reprune_triton.bench import rows
+from reprune_triton.bench import rows, terminal
 from reprune_triton.bench.measure import device as devices
 from reprune_triton.bench.measure import peers
 from reprune_triton.errors import RepruneError
@@ -38,23 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", type=int, metavar="P", help="at every size (default: 1024; CPU 16)")
     parser.add_argument("--counts", type=int, nargs="+", metavar="P", help="problems (default: 1 .. 16384; CPU .. 256)")
     parser.add_argument("--size", type=int, metavar="N", help="points, at every count (default: 256; CPU 64)")
-    parser.add_argument("--linkage", default="ward", choices=ops.LINKAGES)
-    parser.add_argument("--impl", default="auto", choices=ops.IMPLS)
-    parser.add_argument("--device", default="cpu", help="where our side runs; SciPy always uses the CPU")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; SciPy has only one (default: 1)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each cell, ours and SciPy's (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the points")
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
+    terminal.add_options(parser, "linkage impl device threads seed", device="cpu")
 
 
 def run(args: argparse.Namespace) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = terminal.console(150)
     device = devices.use(args.device)
     for name, value in DEFAULTS["cuda" if device.type == "cuda" else "cpu"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if min(*args.d, *args.sizes, args.problems, args.size, *args.counts, args.threads) < 1 or args.seconds <= 0:
-        raise RepruneError("sizes, numbers of problems, dimensions, --threads and --seconds must be positive.")
+    terminal.check_at_least_one(args, "d sizes problems size counts threads")
+    if args.seconds <= 0:
+        raise RepruneError(f"--seconds must be positive; got {args.seconds}")
     torch.set_num_threads(args.threads)
     sweeps = {
         f"{args.problems} problems, by size": [(n, args.problems) for n in sorted(args.sizes)],
@@ -67,8 +61,7 @@ def run(args: argparse.Namespace) -> None:
         for d in args.d:
             for line in measure(cells, d, args, notes):
                 found.setdefault(title, []).append(line)
-                if args.json:
-                    rows.append(args.json, settings | {"sweep": title} | line)
+                rows.append(args.json, settings | {"sweep": title} | line)
     for title, lines in found.items():
         console.print(table(f"{title}; {args.linkage} on {settings['device']}, {args.threads} CPU thread(s)", lines))
     for note in notes:
@@ -162,10 +155,8 @@ def against_scipy(
 
 
 def table(title: str, lines: list[Row]) -> Table:
-    made = Table(title=title)
-    for column in ("d", "points", "problems", "algorithm", "ms", "us / problem", "pairs / s", "rounds",
-                   "SciPy, us / problem", "SciPy / ours", "checked"):  # fmt: skip
-        made.add_column(column, justify="right")
+    made = terminal.table(title, ("d", "points", "problems", "algorithm", "ms", "us / problem", "pairs / s", "rounds",
+                                 "SciPy, us / problem", "SciPy / ours", "checked"))  # fmt: skip
     for line, after in zip(lines, [*lines[1:], None], strict=True):
         each, scipy = line["problem_s"], line["scipy_problem_s"]
         made.add_row(

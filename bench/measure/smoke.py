@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn import grad as conv_gradients
 
 from reprune_triton import ops
-from reprune_triton.bench import rows
+from reprune_triton.bench import networks, rows, terminal
 from reprune_triton.bench.estimate import roofline
 from reprune_triton.bench.measure import device as devices
 from reprune_triton.bench.measure import peers
@@ -68,31 +68,25 @@ class Conv(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
-    parser.add_argument("--batch", type=int, default=32, help="images (default: 32)")
-    parser.add_argument("--size", type=int, help="side of the images (default: 224, or 32 for the CIFAR ResNets)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    terminal.add_options(parser, "model batch size device seed", batch=32)
     parser.add_argument("--shapes", type=int, help="only the first so many of each kind (default: all)")
     parser.add_argument("--columns", type=int, default=8, help="input channels that are clustered (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of all numbers")
     parser.add_argument(
         "--family", nargs="+", choices=FAMILIES, help="only these; a single one in this process (default: all)"
     )
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
 def run(args: argparse.Namespace) -> None:
     args.size = args.size or models.image_size(args.model)
-    if min(args.batch, args.size, args.shapes or 1, args.columns) < 1:
-        raise RepruneError("--batch, --size, --shapes and --columns must be at least 1.")
+    terminal.check_at_least_one(args, "batch size shapes columns")
     families = list(args.family or FAMILIES)
     if len(families) == 1:
         bad = check(families[0], args)
     else:
         given = {key: getattr(args, key) for key in OPTIONS}
         options = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
-        command = [sys.executable, "-m", "reprune_triton.bench", "smoke", *options, "--family"]
-        processes = {family: subprocess.Popen([*command, family]) for family in families}
+        words = [sys.executable, "-m", "reprune_triton.bench", "smoke", *options, "--family"]
+        processes = {family: subprocess.Popen([*words, family]) for family in families}
         bad = [family for family, process in processes.items() if process.wait()]
     if bad:
         raise RepruneError(f"not right: {', '.join(bad)}")
@@ -109,8 +103,7 @@ def check(family: str, args: argparse.Namespace) -> list[str]:
     for kernel, some in itertools.groupby(FAMILIES[family](args), key=lambda check: check.kernel):
         started = time.perf_counter()
         line = settings | {"kernel": kernel} | worst(list(some)) | {"seconds": time.perf_counter() - started}
-        if args.json:
-            rows.append(args.json, line)
+        rows.append(args.json, line)
         why = f": {line['why']}" if line["why"] else ""
         figures = f"{line['error']:.1e} from exact, {line['allowed']:.1e} allowed" if line["allowed"] else "exact"
         about = figures if line["result"] == "right" else f"{line['shape']}{why}"
@@ -163,7 +156,7 @@ def convolutions(args: argparse.Namespace) -> list[Conv]:
     """All different ones that are not grouped, of the network with SPARSITY of its prunable channels left out."""
     shape = (args.batch, 3, args.size, args.size)
     with torch.device("meta"):
-        model = roofline.build(args.model)
+        model = networks.build(args.model)
     channels = analysis.prunable(model, shape)
     widths = roofline.widths_at(channels, SPARSITY, ROUND_TO)
     slim = compact.compact(model, channels.slices(roofline.choose(channels, widths, args.seed)))
@@ -371,7 +364,7 @@ def clustering(args: argparse.Namespace) -> Iterator[Check]:
 
     generator = torch.Generator().manual_seed(args.seed)
     with torch.device("meta"):
-        model = roofline.build(args.model)
+        model = networks.build(args.model)
     prunable = analysis.prunable(model, (1, 3, args.size, args.size)).prunable
     shapes = list(dict.fromkeys(tuple(model.get_submodule(x.name).weight.shape) for x in prunable))  # type: ignore[arg-type]
     sizes = list(dict.fromkeys((n, min(m, args.columns), kh, kw) for n, m, kh, kw in shapes))[: args.shapes]

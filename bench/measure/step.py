@@ -9,17 +9,15 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from reprune_triton.bench import rows
+from reprune_triton.bench import rows, terminal
 from reprune_triton.bench.estimate import roofline
 from reprune_triton.bench.measure import device as devices
 from reprune_triton.bench.measure.variants import (
@@ -54,17 +52,11 @@ AGAIN = 2  # steps before each further run that are not timed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet50", help="a name of training.models (default: resnet50)")
-    parser.add_argument("--batch", type=int, default=256, help="images of a step (default: 256)")
-    parser.add_argument("--size", type=int, help="side of the images (default: 224, or 32 for the CIFAR ResNets)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    terminal.add_options(parser, "model batch size device seed")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     widths = parser.add_mutually_exclusive_group()
-    widths.add_argument(
-        "--sparsity", type=float, nargs="+", default=[0.0, 0.3, 0.51, 0.75],
-        help="share of the prunable channels to leave out, of every layer; 0: beside the others also narrow with all "
-        "of them (default: 0 0.3 0.51 0.75)",
-    )  # fmt: skip
+    about = f"{terminal.OPTIONS['sparsity']['help']}; 0: beside the others also narrow with all of them"
+    widths.add_argument("--sparsity", **terminal.OPTIONS["sparsity"] | {"help": about})
     widths.add_argument("--flops", type=float, nargs="+", help="instead: share of the dense network's FLOPs to keep")
     parser.add_argument("--round-to", type=int, help="widths are a multiple of this (default: 16 on CUDA, else 1)")
     parser.add_argument(
@@ -75,8 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=5, help="in each of them every variant has its turn (default: 5)")
     parser.add_argument("--forward", action="store_true", help="also the forward alone, of 1, 16 and 32 images")
     parser.add_argument("--seconds", type=float, help="for all; what no longer fits is skipped")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, images and channels")
-    parser.add_argument("--json", metavar="FILE", help="append the results to this file, one JSON row per line")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -84,8 +74,7 @@ def run(args: argparse.Namespace) -> None:
     cuda = device.type == "cuda"
     args.round_to = args.round_to or (16 if cuda else 1)
     args.size = args.size or models.image_size(args.model)
-    if min(args.batch, args.size, args.round_to, args.steps, args.runs, args.threads or 1) < 1 or args.warmup < 0:
-        raise RepruneError("--batch, --size, --round-to, --steps, --runs and --threads must be at least 1.")
+    terminal.check_at_least_one(args, "batch size round-to steps runs threads")
     variants = [parse(name) for name in args.variants or DEFAULTS["cuda" if cuda else "cpu"]]
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -97,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         # All variants share the code of one class, and narrow ones differ from the rest in their hooks alone.
         config.recompile_limit, config.skip_nnmodule_hook_guards = 64, False
     deadline = time.monotonic() + (args.seconds or math.inf)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = terminal.console(150)
 
     task = make_task(args, device)
     shares = args.sparsity if args.flops is None else [at_flops(task.channels, f, args.round_to) for f in args.flops]
@@ -344,14 +333,12 @@ class Group:
 
 
 def step_table(lines: list[dict[str, Any]], title: str) -> Table:
-    made = Table(
-        title=title,
-        caption="Spread: from the fastest run to the slowest; ratios mean no more. To dense: of the same backend. The "
-        "best dense may be of another one, and have had its turns at another time.",
-    )
-    for column in ("", "FLOPs left", "ms", "spread", "images / s", "to dense", "to narrow at 0",
-                   "to best dense", "peak MB", "of the roofline", "difference", "in float64"):  # fmt: skip
-        made.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    columns = ("", "FLOPs left", "ms", "spread", "images / s", "to dense", "to narrow at 0", "to best dense", "peak MB",
+               "of the roofline", "difference", "in float64")  # fmt: skip
+    caption = "Spread: from the fastest run to the slowest; ratios mean no more. To dense: of the same backend. The "
+    caption += "best dense may be of another one, and have had its turns at another time."
+    made = terminal.table(title, columns, ("",), caption)
+    made.columns[0].no_wrap = True
     for line in lines:
         if line["result"] != "measured":
             made.add_row(label(line), "", line["result"])
@@ -368,9 +355,8 @@ def step_table(lines: list[dict[str, Any]], title: str) -> Table:
 
 
 def forward_table(lines: list[dict[str, Any]], title: str) -> Table:
-    made = Table(title=title, caption="Latency: of one alone. Images a second: one after the other.")
-    for column in ("images", "", "latency, ms", "images / s", "difference"):
-        made.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    columns = ("images", "", "latency, ms", "images / s", "difference")
+    made = terminal.table(title, columns, ("",), "Latency: of one alone. Images a second: one after the other.")
     for line in lines:
         if line["result"] != "measured":
             made.add_row(str(line["images"]), label(line), line["result"])

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reprune_triton import capture, fuse
+from reprune_triton.bench import networks
 from reprune_triton.bench.estimate import roofline
 from reprune_triton.bench.measure import device as devices
 from reprune_triton.errors import RepruneError
@@ -413,8 +414,7 @@ def masked(task: Task, dense: nn.Module, active: dict[str, Tensor]) -> nn.Module
 
 
 def make_task(args: argparse.Namespace, device: torch.device) -> Task:
-    torch.manual_seed(args.seed)
-    dense = roofline.build(args.model)
+    dense = networks.build(args.model, args.seed)
     for module in dense.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # a narrow network would draw other numbers

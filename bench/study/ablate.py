@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from reprune_triton.bench import rows
+from reprune_triton.bench import rows, terminal
 from reprune_triton.bench.study import arms
 from reprune_triton.bench.study.arms import Arm, overlap
 from reprune_triton.errors import RepruneError
@@ -214,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal.console(140)
     names = list(QUESTIONS) if "all" in args.questions else list(dict.fromkeys(args.questions))
     given = {key: getattr(args, key) for key in ("data_dir", "device", "threads", "graph", "epochs")}
     given = {key: value for key, value in given.items() if value is not None}
@@ -405,9 +405,7 @@ def table(question: str, tier: str, found: Iterable[Arm]) -> Table:
     columns = headings(question)
     notes = [f"{name[0].upper()}{name[1:]}: {text}." for name, text in arms.MEANING.items() if name in columns]
     title = f"{QUESTIONS[question].text} ({QUESTIONS[question].source}; tier {tier})"
-    made = Table(title=title, caption=" ".join(notes))
-    for column in (question, *columns):
-        made.add_column(column, justify="left" if column in (question, "paper") else "right")
+    made = terminal.table(title, (question, *columns), (question, "paper"), " ".join(notes))
     for arm in found:
         made.add_row(arm.name, *(arms.COLUMNS[column](arm) for column in columns))
     return made

@@ -161,26 +161,29 @@ def accuracy_flops(by_arm: ByArm) -> Figure:
 
 @_styled
 def event_time(rows: Iterable[Row]) -> Figure:
-    """Time of one clustering problem against the number of its points, ours and the libraries': of layers (rows of
-    `event`) and of random points (rows of `scaling`). What was measured elsewhere or otherwise has its own panel."""
-    rows = [row for row in rows if row.get("row") == "layer" or row.get("sweep", "").endswith("by size")]
+    """Draw the time of one clustering problem against its number of points, ours and the libraries' (rows of `event`).
+    What was measured elsewhere or otherwise has its own panel."""
+    rows = [row for row in rows if row.get("row") == "layer"]
     if not rows:
-        _nothing("no row of a layer, or of points by size")
-    kinds = _grouped(rows, lambda row: (row["benchmark"], row["linkage"], row["impl"], _place(row), row["cpu"]))
+        _nothing("no row of a layer")
+    kinds = _grouped(rows, lambda row: (row["linkage"], row["impl"], _place(row), row["cpu"]))
     figure, panels = _panels(*[3.8] * len(kinds))
-    for axes, ((benchmark, linkage, impl, place, cpu), own) in zip(panels, kinds.items(), strict=True):
-        problem = "input channel" if benchmark == "event" else "problem"
-        axes.set_xlabel("kernels (filters of the layer)" if benchmark == "event" else "random points")
-        axes.set_ylabel(f"time per {problem}, ms")
+    for axes, ((linkage, impl, place, cpu), own) in zip(panels, kinds.items(), strict=True):
+        axes.set(xlabel="kernels (filters of the layer)", ylabel="time per input channel, ms")
         series: dict[tuple[str, tuple[int, int]], dict[int, list[float]]] = {}
-        for side, kernel, n, ms in (time for row in own for time in _times(row)):
-            series.setdefault((side, kernel), {}).setdefault(n, []).append(ms)
+        for row in own:
+            ours = "ours" if row["algorithm"] == "auto" else f"ours, {row['algorithm']}"
+            times = {ours: row["cluster_s"], "SciPy": row.get("scipy_s"), "fastcluster": row.get("fastcluster_s")}
+            for side, spent in times.items():
+                if spent:
+                    of_size = series.setdefault((side, (row["kh"], row["kw"])), {})
+                    of_size.setdefault(row["n_out"], []).append(1e3 * spent / row["n_in"])
         sides, kernels = list(dict.fromkeys(side for side, _ in series)), sorted({kernel for _, kernel in series})
-        for (side, kernel), times in sorted(series.items(), key=lambda item: (sides.index(item[0][0]), item[0][1])):
+        for (side, kernel), medians in sorted(series.items(), key=lambda item: (sides.index(item[0][0]), item[0][1])):
             look, shape = _look(sides.index(side)), _look(kernels.index(kernel))
             axes.plot(
-                sorted(times), [statistics.median(times[n]) for n in sorted(times)], color=look["color"], markersize=4,
-                marker=shape["marker"], linestyle=LINES[kernels.index(kernel) % len(LINES)],
+                sorted(medians), [statistics.median(medians[n]) for n in sorted(medians)], color=look["color"],
+                markersize=4, marker=shape["marker"], linestyle=LINES[kernels.index(kernel) % len(LINES)],
                 label=f"{side}, {kernel[0]}x{kernel[1]}",
             )  # fmt: skip
         axes.set_xscale("log", base=2)
@@ -189,23 +192,11 @@ def event_time(rows: Iterable[Row]) -> Figure:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _legend(axes)
         others = " and ".join(side for side in sides if not side.startswith("ours"))
-        title = f"Clustering ({linkage}) and cut of one {problem}" + ("; the others without the cut" if others else "")
+        title = f"Clustering ({linkage}) and cut of one input channel"
+        title += "; the others without the cut" if others else ""
         there = f"; {others}: 1 thread of {cpu}" if others and place != f"1 thread of {cpu}" else ""
         _title(axes, title, f"Ours: {impl}, {place}{there}" if there else f"{place}; ours: {impl}")
     return figure
-
-
-def _times(row: Row) -> list[tuple[str, tuple[int, int], int, float]]:
-    """Of a row, each side's kernel size, number of points, and milliseconds for one problem."""
-    ours = "ours" if row["algorithm"] == "auto" else f"ours, {row['algorithm']}"
-    if row["benchmark"] == "event":
-        kernel, n, count = (row["kh"], row["kw"]), row["n_out"], row["n_in"]
-        found = {ours: row["cluster_s"], "SciPy": row.get("scipy_s"), "fastcluster": row.get("fastcluster_s")}
-    else:
-        side = math.isqrt(row["d"])
-        kernel, n, count = (side, side) if side * side == row["d"] else (1, row["d"]), row["n"], 1
-        found = {ours: row["problem_s"], "SciPy": row.get("scipy_problem_s")}
-    return [(name, kernel, n, 1e3 * seconds / count) for name, seconds in found.items() if seconds]
 
 
 @_styled
@@ -321,13 +312,8 @@ def _panels(*heights: float) -> tuple[Figure, list[Axes]]:
 
 
 def _look(number: int) -> dict[str, Any]:
-    """Of a line: another one for each of 21 arms."""
-    again, index = divmod(number, len(COLOURS))
-    colour = COLOURS[index]
-    return {
-        "color": colour, "marker": MARKERS[index], "linestyle": LINES[again % len(LINES)],
-        "markerfacecolor": (colour, "white", "black")[again % len(LINES)],
-    }  # fmt: skip
+    """Return colour and marker of a line; no question has more arms than there are."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
 def _legend(axes: Axes) -> None:

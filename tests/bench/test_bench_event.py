@@ -94,7 +94,7 @@ def test_a_pruner_is_run_where_it_prunes_these_layers(monkeypatch):
     monkeypatch.setattr(bench_event.REPrune, "step", counted)
     assert event("--repeat", "2") == 0
     assert stepped == [["stage1.0.conv1", "stage2.0.conv1", "stage3.0.conv1"]] * 2
-    assert event("--layers", "resnet") == event("--inputs", "1") == 0 and len(stepped) == 2
+    assert event("--layers", "all") == event("--inputs", "1") == 0 and len(stepped) == 2
 
 
 def other_filters(monkeypatch):
@@ -137,7 +137,7 @@ def chance(monkeypatch):
     monkeypatch.setattr(steps.Reference, "cover", changing)
 
 
-@pytest.mark.parametrize("rule", ["prunable", "resnet"])
+@pytest.mark.parametrize("inputs", [(), ("--inputs", "64")])  # of a pruner, and applied to no model
 @pytest.mark.parametrize(
     ("defect", "message"),
     [
@@ -146,9 +146,9 @@ def chance(monkeypatch):
         (chance, "two runs of the event chose other filters"),
     ],
 )  # fmt: skip
-def test_no_times_for_a_wrong_selection(tmp_path, capsys, monkeypatch, defect, message, rule):
+def test_no_times_for_a_wrong_selection(tmp_path, capsys, monkeypatch, defect, message, inputs):
     defect(monkeypatch)
-    assert event("--repeat", "2", "--layers", rule, "--json", str(tmp_path / "rows")) == 1
+    assert event("--repeat", "2", *inputs, "--json", str(tmp_path / "rows")) == 1
     printed = capsys.readouterr()
     assert message in printed.err and "no times are shown" in printed.err and "Stages" not in printed.out
     assert not (tmp_path / "rows").exists()
@@ -198,13 +198,17 @@ def test_rule_for_resnets_is_what_the_analysis_finds(model):
         pytest.importorskip("torchvision")
     network = models.build(model, 10)
     found = analysis.analyse(network, models.example_inputs(model, size=32)).prunable
-    assert networks.resnet_rule(network) == [layer.name for layer in found]
+    wanted = []  # the paper's rule: all convs of a block but the last
+    for name, block in network.named_modules():
+        convs = [f"{name}.conv{number}" for number in (1, 2, 3) if hasattr(block, f"conv{number}")]
+        wanted += convs[:-1] if name else []
+    assert wanted == [layer.name for layer in found]
 
 
 def test_triton_shows_its_rounds(tmp_path, capsys, monkeypatch):
     choose = networks.choose
     monkeypatch.setattr(networks, "choose", lambda args: choose(args)[:2])
-    arguments = ("--impl", "triton", "--algorithm", "reciprocal", "--inputs", "1", "--layers", "resnet")
+    arguments = ("--impl", "triton", "--algorithm", "reciprocal", "--inputs", "1")
     if torch.cuda.is_available():
         arguments += ("--device", "cuda")
     assert event(*arguments, "--json", str(tmp_path / "rows")) == 0
@@ -380,7 +384,7 @@ def test_what_a_graph_holds(tmp_path, capsys, monkeypatch, played_gpu):
 
 
 def test_a_graph_needs_a_gpu(capsys):
-    assert event("--layers", "resnet", "--graph") == 1
+    assert event("--graph") == 1
     assert "a CUDA graph needs CUDA" in capsys.readouterr().err
 
 
