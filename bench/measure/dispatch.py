@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -78,21 +77,32 @@ def ratio(ms: dict[str, float]) -> float:
     return ms["triton"] / ms[dispatch.UNKNOWN]
 
 
-def met(args: argparse.Namespace, device: torch.device) -> dict[dispatch.Case, dispatch.Candidates]:
-    """What a step asks `dispatch` for, and what that would run."""
-    found: dict[dispatch.Case, dispatch.Candidates] = {}
+class Asked(dispatch.Table):
+    """Takes PyTorch for every case, and keeps what would be run."""
 
-    def note(x: Tensor, case: dispatch.Case, candidates: Callable[[], dispatch.Candidates]) -> str:
-        found.setdefault(case, candidates())
+    def __init__(self) -> None:
+        super().__init__(None, on_host)
+        self.cases: dict[dispatch.Case, dispatch.Candidates] = {}
+
+    def choose(
+        self, case: dispatch.Case, candidates: Callable[[], dispatch.Candidates], now: Callable[[], bool]
+    ) -> str:
+        self.cases.setdefault(case, candidates())
         return dispatch.UNKNOWN
 
-    task = variants.make_task(args, device)
+
+def met(args: argparse.Namespace, device: torch.device) -> dict[dispatch.Case, dispatch.Candidates]:
+    """Return what a step asks `dispatch` for, and what that would run."""
+    task, asked = variants.make_task(args, device), Asked()
     model = fuse(task.dense)
-    with mock.patch.object(dispatch, "choose", note):
+    dispatch._TABLES[device] = asked
+    try:
         variants.train_step(task, model, variants.sgd(model))
-    if not found:
+    finally:
+        del dispatch._TABLES[device]  # whoever asks next has the usual one
+    if not asked.cases:
         raise RepruneError(f"{args.model} has nothing to choose for: the kernels cannot run here.")
-    return found
+    return asked.cases
 
 
 def compare(case: dispatch.Case, candidates: dispatch.Candidates, device: torch.device) -> dict[str, Any]:
