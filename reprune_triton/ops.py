@@ -164,12 +164,12 @@ def cover(
         return Cover(order.to(torch.int32), gains.to(torch.int32), covered, clusters)
     from reprune_triton.kernels.clustering import launch
 
-    value, order = labels.sort(dim=1, stable=True)
+    value, member = labels.sort(dim=1, stable=True)
     number = torch.nn.functional.pad((value[:, 1:] != value[:, :-1]).long().cumsum(1), (1, 0))  # from 0, any integers
-    levels = None if tie == "random" else torch.zeros(n_out, dtype=torch.int32, device=labels.device)
+    ranked = None if tie == "random" else torch.zeros(n_out, dtype=torch.int32, device=labels.device)
     if score is not None and tie in ("norm", "gamma"):
-        levels = Pool([n_out], labels.device).levels(score)
-    found = launch.cover_layer(torch.empty_like(number).scatter_(1, order, number).int(), keep, seed, levels)
+        ranked = Pool([n_out], labels.device).ranked(score)
+    found = launch.cover_layer(torch.empty_like(number).scatter_(1, member, number).int(), keep, seed, ranked)
     covered, clusters = found.totals[0].tolist()
     return Cover(found.order[:keep], found.gains[:keep], covered, clusters)
 
@@ -245,7 +245,7 @@ def _network(
         some.cluster()
         labels = None
         if keeps is not None:
-            some.level(torch.tensor([keeps[i] for i in numbers], dtype=torch.int32, device=device))
+            some.cut(torch.tensor([keeps[i] for i in numbers], dtype=torch.int32, device=device))
             labels = some.labels()
         for number, result in zip(numbers, some.results(labels), strict=True):
             found[number] = result

@@ -2,13 +2,13 @@
 
     kernels of an input channel -> merges -> clusters; clusters of all channels -> kept filters
 
-`reference` computes the same for whole layers, and is tested against this; the Triton kernels against both.
+`reference` computes the same for whole layers and is tested against this. The Triton kernels are tested against both.
 
-Ties. Of equally cheap merges the one with the lowest cluster goes first, then with the lowest partner; a cluster is
-named by its lowest member. `reference` and the kernels merge many pairs at once: each cluster with the lowest of its
-nearest, and kernels of one number (1x1), which lie on a line, with every second of equal neighbours, so that evenly
-spaced ones do not take a round each. Where merges cost exactly the same they may thus come in another order than here.
-Every one is still a cheapest at its turn.
+Ties. A cluster is named by its lowest member. Of equally cheap merges the one with the lowest cluster goes first, then
+the one with the lowest partner. `reference` and the kernels merge many pairs at once: a cluster merges with the lowest
+of its nearest neighbours. Kernels of one number (1x1) lie on a line; there every second one of equal gaps closes in the
+same round, so that evenly spaced kernels take few rounds. So merges that cost exactly the same may come in another
+order than here, but each is a cheapest one when its turn comes.
 
 Park et al., "REPrune: Channel Pruning via Kernel Representative Selection", AAAI 2024 (arXiv:2402.17862).
 """
@@ -24,7 +24,7 @@ Merge = tuple[float, int, int]  # height, the cluster that stays, the one that j
 
 
 def height(a: Sequence[Point], b: Sequence[Point], linkage: str) -> float:
-    """What merging the clusters A and B costs: I(A, B) for ward, else a Euclidean distance."""
+    """Return what merging the clusters A and B costs: I(A, B) for ward, a Euclidean distance for the others."""
     if linkage == "ward":  # the growth of the sum of squared distances to the mean (Ward 1963)
         means = [[math.fsum(x) / len(cluster) for x in zip(*cluster, strict=True)] for cluster in (a, b)]
         return len(a) * len(b) / (len(a) + len(b)) * math.dist(*means) ** 2
@@ -46,7 +46,7 @@ def merges(points: Sequence[Point], linkage: str = "ward") -> list[Merge]:
 
 
 def cut(channels: Sequence[Sequence[Merge]], n: int, keep: int) -> tuple[list[list[set[int]]], float]:
-    """The clusters of every channel at the lowest height that leaves none more than `keep`, and this height."""
+    """Return the clusters of every channel, and the cut height: the lowest that leaves no channel more than `keep`."""
     if keep == n:
         return [[{i} for i in range(n)] for _ in channels], 0.0
     h = max(sorted(cost for cost, _, _ in channel)[n - keep - 1] for channel in channels)
@@ -61,9 +61,9 @@ def cut(channels: Sequence[Sequence[Merge]], n: int, keep: int) -> tuple[list[li
 
 
 def cover(channels: Sequence[Sequence[set[int]]], n: int, keep: int, tie: Callable[[int, int], float]) -> list[int]:
-    """Take `keep` of n filters, each time the one with most clusters in which no filter has been taken yet.
+    """Take `keep` of n filters, each time the one that covers the most clusters not covered yet.
 
-    tie: (step, filter) -> which of equally good filters goes first, the larger; then the lowest.
+    tie: maps (step, filter) to a number. Of equally good filters the one with the largest goes first, then the lowest.
     """
     clusters = [cluster for channel in channels for cluster in channel]
     covers = [{number for number, cluster in enumerate(clusters) if i in cluster} for i in range(n)]
@@ -79,6 +79,6 @@ def cover(channels: Sequence[Sequence[set[int]]], n: int, keep: int, tie: Callab
 def select(
     weight: Sequence[Sequence[Point]], keep: int, tie: Callable[[int, int], float], linkage: str = "ward"
 ) -> list[int]:
-    """The filters of a layer that stay, in the order of choice. weight[i][j]: filter i's kernel of input channel j."""
+    """Return the kept filters of a layer in the order of choice. weight[i][j] is filter i's kernel of channel j."""
     clusters, _ = cut([merges(kernels, linkage) for kernels in zip(*weight, strict=True)], len(weight), keep)
     return cover(clusters, len(weight), keep, tie)

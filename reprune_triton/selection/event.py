@@ -1,10 +1,10 @@
 """One pruning event over a whole network: a fixed sequence of steps on the device, which the host reads once.
 
-    scales -> widths -> forests -> level -> labels -> cover -> regrow -> filters to run on
+    scales -> widths -> forests -> cut heights -> labels -> cover -> regrow -> active filters
 
-Making a `PreparedEvent` carries to the device what the host knows: shapes, addresses, seeds. `launch` starts the steps;
-nothing in it waits for the device, the host knows no size that depends on a weight, and every event of the same shapes
-is the same sequence of launches, which a CUDA graph can hold. `read` waits, in one transfer.
+Making a `PreparedEvent` carries to the device what the host knows: shapes, addresses, seeds. `launch` starts the steps
+and does not wait for the device: no size depends on a weight. So all events of the same shapes are the same sequence of
+launches, which a CUDA graph can hold. `read` waits for the result, in one transfer.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class Request:
     Attributes:
         layers: the prunable convs, in the pool's order.
         pool: all their filters, active or not.
-        widths: how many filters each layer is to have; called on every launch.
+        widths: returns how many filters each layer is to have; called on every launch.
+        seeds: per layer, for the ties and for the draw.
         linkage, impl, tie: see `ops.cluster_network` and `ops.cover`.
-        seeds: per layer, of the ties and of the draw.
-        select: "coverage", or else the filters with the largest scores are kept.
-        scores: for tie="norm" and "gamma", and for any other selection: (T,), called on every launch.
-        regrow: may `widths` ask for more filters than it keeps?
-        regrow_by: which come back, one of `regrow.RULES`.
+        select: "coverage"; with any other value the filters with the largest scores are kept.
+        scores: returns (T,); called on every launch, for tie="norm" and "gamma" and for selections by score.
+        regrow: whether `widths` may ask for more filters than it keeps.
+        regrow_by: which filters come back, one of `regrow.RULES`.
         watched: tensors that must be finite.
-        check: raises the error that names what is wrong with them, or with the scales that `widths` counts. It may wait
-            for the device, and is called only when something was found.
+        check: raises the error that names what is wrong with the watched tensors or the scales. It is called only when
+            something is, and may wait for the device.
     """
 
     layers: Sequence[Layer]
@@ -67,24 +67,24 @@ class Request:
 class LayerOutcome(NamedTuple):
     """What an event found for a layer."""
 
-    kept: int  # filters chosen by coverage
-    width: int  # with those that came back
-    covered: int  # clusters
-    clusters: int
-    h: float  # height of the cut
+    kept: int  # kept filters
+    width: int  # active filters
+    covered: int  # covered clusters
+    clusters: int  # all clusters
+    h: float  # cut height, in true units
 
 
 class Outcome(NamedTuple):
     """What an event decided."""
 
     layers: list[LayerOutcome]
-    rank: int  # filters of all layers at or under the threshold of their scales; 0 without one
-    active: Tensor  # (T,) bool on the device: filters to run on
-    kept: Tensor  # (T,) bool on the device: those that coverage chose
+    rank: int  # of the threshold of the scales, see `Widths`
+    active: Tensor  # (T,) bool on the device
+    kept: Tensor  # (T,) bool on the device
 
 
 class Clock:
-    """Milliseconds of every stage: between events on a GPU, by the clock elsewhere."""
+    """A stopwatch of an event's stages: on a GPU by the device's time, elsewhere by the host's."""
 
     def __init__(self, device: torch.device):
         self._device, self._cuda = device, device.type == "cuda"
@@ -92,14 +92,14 @@ class Clock:
         self("")
 
     def __call__(self, stage: str) -> None:
-        """This stage has been launched."""
+        """Note that this stage has been launched."""
         if self._cuda:
             mark = torch.cuda.Event(enable_timing=True)
             mark.record(torch.cuda.current_stream(self._device))
         self._marks.append((stage, mark if self._cuda else time.perf_counter()))
 
     def ms(self) -> dict[str, float]:
-        """Once the device has been waited for."""
+        """Return the milliseconds of every stage. The device must have been waited for."""
         found = {}
         for (_, begin), (stage, end) in zip(self._marks, self._marks[1:], strict=False):
             found[stage] = begin.elapsed_time(end) if self._cuda else (end - begin) * 1e3
@@ -107,7 +107,7 @@ class Clock:
 
 
 class PreparedEvent:
-    """A prepared event. `launch` it, then `read` it; both again for another of the same shapes and seeds.
+    """An event, ready to be launched. `launch` it, then `read` it; both again for another of the same shapes and seeds.
 
     Raises:
         RepruneError: for layers that cannot be clustered; see `ops.cluster_network`.
@@ -128,7 +128,7 @@ class PreparedEvent:
         limits = [(layer.n, layer.n_out * own) for layer, own in zip(request.layers, mine, strict=True)]
         self._candidates, self._mine = to_device(limits, self.device).T.unbind()
         for group in self._groups:
-            self._try(group.prepare)
+            self._try(group.prepare, _nothing)
 
     # ------------------------------------------------------------------ the sequence
 
@@ -136,54 +136,49 @@ class PreparedEvent:
     def launch(self, mark: Callable[[str], None] = lambda stage: None) -> None:
         """Start all steps. mark is called after each of STAGES.
 
-        A CUDA graph can hold this after a first call of it, if every layer goes through the kernels (the reference
-        looks at values on the host) and the processes talk by NCCL. It is good for other weights at the same addresses
-        with the same active channels; these change from one event to the next.
+        After a first call a CUDA graph can hold this, if every layer goes through the kernels (the reference looks at
+        values on the host) and the processes talk by NCCL. The graph is good for other weights at the same addresses,
+        as long as the same channels are active; so it does not outlast an event.
         """
-        request, pool = self.request, self.request.pool
-        zero = torch.zeros_like(pool.n_out)
-        none = Widths(zero, zero, zero[0], zero[0], zero[0] > 0)
-        self._widths = self._try(request.widths) or none
-        # Never more to keep than are active: what is pruned has scale 0, and delta_t only falls. But NaN counts oddly.
+        pool = self.request.pool
+        self._widths = self._try(self.request.widths, self._no_widths)
+        # The scales of pruned filters count as 0, so no layer is to keep more filters than are active. Scales that are
+        # NaN may count as more: the event then fails when it is read, but until then needs valid sizes.
         self._keep = torch.minimum(self._widths.keep, self._candidates).int()
-        finite = self._try(self._finite)
+        finite = self._try(self._finite, self._true)
         mark("sparsity")
         for group in self._groups:
-            self._try(group.cluster)
+            self._try(group.cluster, _nothing)
         mark("cluster")
         for group in self._groups:
-            levels = self._try(partial(group.level, self._keep))
-            group.levels = steps.blank_level(group.work, group.by_triton) if levels is None else levels
-            self.ranks.maximum(group.levels)
+            group.heights = self._try(partial(group.cut, self._keep), group.blank_cut)
+            self.ranks.maximum(group.heights)
         for group in self._groups:
-            labels = self._try(group.label)
-            group.labels = steps.blank_labels(group.work) if labels is None else labels
+            group.labels = self._try(group.label, group.blank_labels)
             self.ranks.total(group.labels)
         mark("cut")
         for group in self._groups:
-            self._try(group.membership)
+            self._try(group.membership, _nothing)
         mark("membership")
         kept = torch.zeros_like(pool.layer, dtype=torch.int32)
-        totals = torch.zeros(len(zero), 2, dtype=torch.int32, device=self.device)
-        self._try(partial(self._cover, kept, totals))
+        totals = torch.zeros(len(pool.sizes), 2, dtype=torch.int32, device=self.device)
+        self._try(partial(self._cover, kept, totals), _nothing)
         mark("cover")
-        active = self._try(partial(self._regrow, kept > 0))
+        active = self._try(partial(self._regrow, kept > 0), lambda: kept > 0)
         mark("regrow")
-        finite = zero[0] == 0 if finite is None else finite
-        active = kept > 0 if active is None else active
         self._result = self._assemble(finite, kept, totals, active)
         self.ranks.total(self._result)
 
     def read(self) -> Outcome:
-        """Wait for the device, once, and take what it found.
+        """Wait for the device, once, and return what it found.
 
         Raises:
             RepruneError: if a layer could not be clustered, or another process failed.
         """
         L, T = len(self.request.layers), self.request.pool.total
         head, active, kept = self._result.split([4 + 4 * L, T, T])
-        levels = [group.levels.flatten() for group in self._groups]
-        numbers = torch.cat([head.double(), *(level.double() for level in levels)]).tolist()
+        cuts = [group.heights.flatten().double() for group in self._groups]
+        numbers = torch.cat([head.double(), *cuts]).tolist()
         failed, infinite, flat, rank = (int(x) for x in numbers[:4])
         if failed:
             failure, self._failure = self._failure, None
@@ -193,10 +188,10 @@ class PreparedEvent:
             what = "weights or scales that are not finite" if infinite else "scales that are all equal"
             raise RepruneError(f"another process has {what}: its model is not the one of this process.")
         heights, at = [0.0] * L, 4 + 4 * L
-        for group, level in zip(self._groups, levels, strict=True):
-            for number, h in zip(group.numbers, group.steps.heights(numbers[at : at + len(level)]), strict=True):
+        for group, own in zip(self._groups, cuts, strict=True):
+            for number, h in zip(group.numbers, group.steps.heights(numbers[at : at + len(own)]), strict=True):
                 heights[number] = h
-            at += len(level)
+            at += len(own)
         found = []
         for i, h in enumerate(heights):
             chosen, width, covered, clusters = (int(x) for x in numbers[4 + 4 * i : 8 + 4 * i])
@@ -206,27 +201,30 @@ class PreparedEvent:
     # ------------------------------------------------------------------ its parts
 
     def _finite(self) -> Tensor:
-        """() bool: are all watched tensors finite? Their largest magnitude is."""
+        """Whether all watched tensors are finite, as their largest magnitude is: () bool."""
         if not self.request.watched:
-            return self.request.pool.n_out[0] > 0
+            return self._true()
         finite = torch.nn.utils.get_total_norm(self.request.watched, float("inf")).isfinite()
         if not all(group.by_triton for group in self._groups) and not finite:
-            self.request.check()  # the reference waits anyway, and would have other words for it
+            self.request.check()  # now: the reference, which waits for the device anyway, would fail less clearly
         return finite
 
+    def _true(self) -> Tensor:
+        return self.request.pool.n_out[0] > 0
+
     def _cover(self, kept: Tensor, totals: Tensor) -> None:
-        """Into kept (T,) and totals (L, 2): the filters of the layers that are chosen here."""
+        """Write this process's layers into kept (T,) and totals (L, 2), covered clusters and clusters."""
         order = None
         if self.request.scores is not None:
             scores = self.request.scores()
-            order = self.request.pool.levels(scores) if self.request.select == "coverage" else scores
+            order = self.request.pool.ranked(scores) if self.request.select == "coverage" else scores
         for group in self._groups:
             found, counts = group.cover(self._keep, order)
             group.filters.put(kept, found)
             group.index.put(totals, counts)
 
     def _regrow(self, kept: Tensor) -> Tensor:
-        """(T,) bool: kept filters, and in the layers that are chosen here those that come back."""
+        """Return kept filters (T,) bool, with those that come back in this process's layers."""
         request = self.request
         if not request.regrow:
             return kept
@@ -242,11 +240,11 @@ class PreparedEvent:
         elif request.regrow_by == "coverage":
             kernels = [layer and layer._replace(filters=None).points() for layer in chosen]
             residual = regrow.distances(kernels, kept, request.pool)
-        width = torch.minimum(self._widths.width, self._mine)  # of other processes' layers nothing
+        width = torch.minimum(self._widths.width, self._mine)  # 0 in the layers of other processes
         return regrow.draw(residual, kept, width, bits, request.pool)
 
     def _assemble(self, finite: Tensor, kept: Tensor, totals: Tensor, active: Tensor) -> Tensor:
-        """All that the processes have to tell each other and the host, int32: failed, not finite, flat, rank; per layer
+        """Return all that the processes tell each other and the host, int32: failed, not finite, flat, rank; per layer
         kept, width, covered, clusters; active (T,); kept (T,)."""
         pool, first = self.request.pool, self.ranks.rank == 0
         head = torch.stack([
@@ -256,9 +254,13 @@ class PreparedEvent:
         rows = torch.stack([pool.count(kept), pool.count(active), *totals.long().unbind(1)], 1)
         return torch.cat([head, rows.flatten(), active.long(), kept.long()]).int()
 
-    def _try(self, step: Callable[[], Result]) -> Result | None:
-        """What the step gives. A process among others that has failed gets None, and goes on with something of the same
-        shape, as the others wait for it."""
+    def _no_widths(self) -> Widths:
+        zero = torch.zeros_like(self.request.pool.n_out)
+        return Widths(zero, zero, zero[0], zero[0], zero[0] > 0)
+
+    def _try(self, step: Callable[[], Result], instead: Callable[[], Result]) -> Result:
+        """Return the step's result. If it or one before it has failed, note the error and return that of `instead`: of
+        the same shape, as the other processes wait for it. A process alone raises the error."""
         if self._failure is None:
             try:
                 return step()
@@ -266,7 +268,11 @@ class PreparedEvent:
                 if self.ranks.size == 1:
                     raise
                 self._failure = error
-        return None
+        return instead()
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Some:
@@ -285,8 +291,8 @@ class _Some:
 class _Group:
     """The layers of an event that one implementation works on."""
 
-    levels: Tensor
-    labels: Tensor
+    heights: Tensor  # result of `Steps.cut`
+    labels: Tensor  # (points,) int32
     steps: steps.Steps
 
     def __init__(self, request: Request, by_triton: bool, numbers: list[int] | None, share: Ranks):
@@ -314,11 +320,17 @@ class _Group:
     def cluster(self) -> None:
         self.steps.cluster()
 
-    def level(self, keep: Tensor) -> Tensor:
-        return self.steps.level(self.index.of(keep))
+    def cut(self, keep: Tensor) -> Tensor:
+        return self.steps.cut(self.index.of(keep))
+
+    def blank_cut(self) -> Tensor:
+        return steps.blank_cut(self.work, self.by_triton)
 
     def label(self) -> Tensor:
         return self.steps.labels()
+
+    def blank_labels(self) -> Tensor:
+        return steps.blank_labels(self.work)
 
     def membership(self) -> None:
         self.steps.membership(self.labels)
@@ -332,5 +344,5 @@ class _Group:
 
 
 def _cost(layer: Layer, linkage: str) -> int:
-    """About how much work one clustering problem of the layer is: sorted lines take n, all others n^2."""
+    """Estimate the work of one problem of the layer, in any unit: sorted lines take n, all others n^2."""
     return 40 * layer.n if layer.d == 1 and linkage == "ward" else layer.n**2 * (4 + layer.d)

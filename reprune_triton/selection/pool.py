@@ -1,4 +1,4 @@
-"""All filters of the prunable layers in one row, layer after layer: what an event counts, ranks and sorts together.
+"""All filters of the prunable layers in one row, layer after layer, to be counted, ranked and sorted together.
 
 No method waits for the device: sizes that only the device knows stay tensors there.
 """
@@ -34,25 +34,25 @@ class Pool:
         return self.layer.device
 
     def count(self, mask: Tensor) -> Tensor:
-        """How many filters of each layer a mask (..., T) has: (..., L) int64."""
+        """Count the filters of each layer that are in a mask (..., T): (..., L) int64."""
         upto = torch.nn.functional.pad(mask.long().cumsum(-1), (1, 0))
         return upto[..., self.start + self.n_out] - upto[..., self.start]
 
     def descending(self, score: Tensor) -> Tensor:
-        """The place of every filter (T,) among those of its layer: 0 for the largest score; the lowest on ties."""
+        """Return every filter's place (T,) in its layer by score (T,): 0 for the largest, the lowest on ties."""
         order = score.argsort(descending=True, stable=True)
         order = order[self.layer[order].argsort(stable=True)]
         return torch.empty_like(order).scatter_(0, order, torch.arange(self.total, device=score.device) - self._before)
 
-    def levels(self, score: Tensor) -> Tensor:
-        """Integers (T,) int32 in the order of the scores within every layer, equal where they are equal."""
+    def ranked(self, score: Tensor) -> Tensor:
+        """Return integers (T,) int32 that are in the same order as the scores (T,), and equal where these are."""
         value, order = score.sort(stable=True)
         new = torch.ones_like(order)
         new[1:] = (value[1:] != value[:-1]).long()
         return torch.empty_like(order).scatter_(0, order, new.cumsum(0)).int()
 
     def partition(self, mask: Tensor) -> Tensor:
-        """Indices (T,) int64: in the places of each layer its filters in the mask, ascending, then its others."""
+        """Return the filters of each layer (T,) int64: those in the mask (T,) bool, ascending, then the others."""
         order = (2 * self.layer + (~mask).long()).argsort(stable=True)
         return order - self._before
 
@@ -61,5 +61,5 @@ class Pool:
         return self.start[self.layer]
 
     def split(self, row: Tensor) -> list[Tensor]:
-        """A tensor (T, ...) layer by layer, as views."""
+        """Split a tensor (T, ...) into views of the layers."""
         return list(row.split(self.sizes))

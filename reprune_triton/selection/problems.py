@@ -1,4 +1,4 @@
-"""Clustering problems and what is found in them: layers, merges, clusters; their checks, and who works on them.
+"""Clustering problems and their results: layers, merges, clusters. Checks of layers, and who clusters them.
 
     Layer -> P problems of n points -> Merges -> Clusters
 """
@@ -31,26 +31,26 @@ class Layer(NamedTuple):
 
     @property
     def n_out(self) -> int:
-        """All filters, active or not."""
+        """Number of filters, active or not."""
         return self.weight.shape[0]
 
     @property
     def n(self) -> int:
-        """Points of every problem: active filters."""
+        """Number of points in every problem: active filters."""
         return (self.weight if self.filters is None else self.filters).shape[0]
 
     @property
     def columns(self) -> int:
-        """Problems: active input channels."""
+        """Number of problems, P: active input channels."""
         return self.weight.shape[1] if self.inputs is None else self.inputs.shape[0]
 
     @property
     def d(self) -> int:
-        """Dimensions of the points: kh * kw."""
+        """Dimension of the points: kh * kw."""
         return self.weight.shape[2] * self.weight.shape[3]
 
     def points(self) -> Tensor:
-        """The clustering problems, copied if only some are active: (P, n, d)."""
+        """Return the points of all problems (P, n, d): a copy if only some channels are active."""
         weight = self.weight.detach()
         if self.filters is not None:
             weight = weight[self.filters]
@@ -59,7 +59,7 @@ class Layer(NamedTuple):
         return kernel_points(weight)
 
     def rows(self) -> Tensor:
-        """All filters over the active input channels, one a row, copied if only some are active: (n_out, m)."""
+        """Return all filters over the active input channels, one a row (n_out, P d): a copy if only some are active."""
         weight = self.weight.detach()
         return (weight if self.inputs is None else weight.index_select(1, self.inputs)).flatten(1)
 
@@ -77,11 +77,11 @@ class Merges(NamedTuple):
     scale: float = 1.0  # true height = height * scale; a power of two, 1 unless the points are tiny or huge
 
     def problems(self, start: int, stop: int) -> Merges:
-        """The problems start .. stop - 1, for layers that were clustered in one call."""
+        """Return the merges of problems start .. stop - 1 alone."""
         return self._replace(parent=self.parent[start:stop], height=self.height[start:stop])
 
     def to_scipy(self) -> np.ndarray:
-        """SciPy's linkage matrices, (P, n - 1, 4) float64, with SciPy's heights (ward: sqrt(2 I)).
+        """Return SciPy's linkage matrices, (P, n - 1, 4) float64, with SciPy's heights (ward: sqrt(2 I)).
 
         Merges of exactly equal height are ordered so that the matrix is valid; SciPy may order them otherwise.
         """
@@ -115,21 +115,21 @@ class Merges(NamedTuple):
 
 
 class Clusters(NamedTuple):
-    """What the cut leaves of every problem."""
+    """The clusters of every problem of a layer at the cut."""
 
     labels: Tensor  # (P, n) int32: equal label = same cluster; numbered from 0 by the lowest member
-    h: float  # height of the cut, in true units (I for ward)
+    h: float  # cut height, in true units (I for ward)
 
 
 def kernel_points(weight: Tensor) -> Tensor:
-    """The clustering problems of a conv weight (n_out, n_in, kh, kw): points (n_in, n_out, kh * kw)."""
+    """Return the points (n_in, n_out, kh * kw) of all problems of a conv weight (n_out, n_in, kh, kw)."""
     if weight.dim() != 4:
         raise RepruneError(f"weight has shape {tuple(weight.shape)}; it must be (n_out, n_in, kh, kw).")
     return weight.detach().flatten(2).transpose(0, 1)
 
 
 def grouped(layers: Sequence[Layer], impl: str) -> dict[tuple[bool, torch.device], list[int]]:
-    """Layer numbers by what works on them (Triton? else the reference), and where."""
+    """Group the layers' numbers by (whether Triton works on them, their device)."""
     parts: dict[tuple[bool, torch.device], list[int]] = {}
     for number, layer in enumerate(layers):
         parts.setdefault((uses_triton(layer, impl), layer.weight.device), []).append(number)
@@ -137,9 +137,10 @@ def grouped(layers: Sequence[Layer], impl: str) -> dict[tuple[bool, torch.device
 
 
 def uses_triton(layer: Layer, impl: str) -> bool:
-    """Does Triton cluster this layer, or the reference? The one asked for, never another one in silence.
+    """Whether Triton clusters this layer; the reference does otherwise. impl="auto" alone leaves the choice.
 
-    Raises RepruneError for impl="triton" where the kernels cannot run.
+    Raises:
+        RepruneError: for impl="triton" where the kernels cannot run.
     """
     if impl == "reference" or (impl == "auto" and layer.weight.device.type != "cuda"):
         return False
@@ -155,7 +156,11 @@ def uses_triton(layer: Layer, impl: str) -> bool:
 
 
 def checked(layer: Layer) -> Layer:
-    """The layer with int64 index lists, if it can be clustered at all."""
+    """Return the layer with its index lists in int64.
+
+    Raises:
+        RepruneError: if it cannot be clustered.
+    """
     weight, name = layer.weight, layer.name
     if weight.dim() != 4:
         raise RepruneError(f"{name} has shape {tuple(weight.shape)}; it must be (n_out, n_in, kh, kw).")
@@ -177,12 +182,14 @@ def checked(layer: Layer) -> Layer:
 
 
 def check_indices(layer: Layer) -> None:
+    """Raise RepruneError if an index is out of range; waits for the device."""
     for what, index, size in zip(("filters", "inputs"), layer[1:3], layer.weight.shape, strict=False):
         if index is not None and not ((index >= 0) & (index < size)).all():
             raise RepruneError(f"{layer.name}: {what} has an index outside 0 .. {size - 1}.")
 
 
 def check_finite(name: str, points: Tensor) -> None:
+    """Raise RepruneError if points (P, n, d) hold NaN or infinity; waits for the device."""
     finite = points.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().squeeze(1)
@@ -193,14 +200,16 @@ def check_finite(name: str, points: Tensor) -> None:
 
 
 def working_dtype(points: Tensor, name: str = "points") -> torch.dtype:
+    """Return the dtype of the heights: float64 for float64 points, float32 for the other floating-point types."""
     if not points.dtype.is_floating_point:
         raise RepruneError(f"{name}: the type is {points.dtype}; convert to a floating-point type first.")
     return torch.float64 if points.dtype == torch.float64 else torch.float32
 
 
 def scale_of(points: Tensor) -> int:
-    """e such that `ward` works on points * 2^-e. It is 0 unless max|x| is so tiny or huge that squares would leave
-    the normal range. Layers may share one call of `ward` when n, d and this exponent are equal.
+    """Return the exponent e by which points are scaled to points * 2^-e before they are clustered.
+
+    It is 0 unless max|x| is so tiny or huge that squares would leave the normal range.
     """
     largest = points.detach().abs().max().to(torch.float64).item() if points.numel() else 0.0
     low, high = _SAFE_EXPONENTS[working_dtype(points)]

@@ -1,10 +1,10 @@
 """The processes that share one event: who does what, and how they put it together.
 
-    problems --equal shares by cost--> levels --max--> labels --sum--> layers --one owner each--> filters --sum-->
+    problems, in equal shares by cost -> cut heights --max--> labels --sum--> layers, one owner each -> filters --sum-->
 
 Every process has the same weights. Each result is computed once and sent to all, so all of them go on with the same
-channels, and these are bit for bit those of one process alone. One that fails still takes part in what the others wait
-for; then all of them raise its error.
+channels, which are bit for bit those of one process alone. A process that fails still takes part in what the others
+wait for; then all of them raise its error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 
 def broadcast(value: Value, group: dist.ProcessGroup | None, device: torch.device, source: int = 0) -> Value:
-    """What process `source` of the group has, in all of them.
+    """Return in all processes of the group the value that process `source` has.
 
     device: of this process's own model. Without one, NCCL sends over the current device, which is the first GPU in
         every process that has not chosen another.
@@ -41,17 +41,17 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
 
     def maximum(self, tensor: Tensor) -> None:
-        """The largest of all processes, entry by entry, in place."""
+        """Replace each entry by the largest of all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
 
     def total(self, tensor: Tensor) -> None:
-        """The sum over all processes, in place; here of parts that are 0 but in one process."""
+        """Replace each entry by the sum over all processes, in place. Here each is 0 in all processes but one."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group)
 
     def together(self, work: Callable[[], None], device: torch.device) -> None:
-        """Do the work in all processes; where it fails in one, all raise its error, as `raise_failure` does."""
+        """Do the work in all processes. If it fails in one, all raise its error, as `raise_failure` does."""
         failure = None
         try:
             work()
@@ -66,12 +66,12 @@ class Ranks:
                 self.raise_failure(failure, device)
 
     def raise_failure(self, failure: BaseException | None, device: torch.device) -> NoReturn:
-        """For all processes, when at least one of them has failed: tell each other, and raise.
+        """Tell all processes which one has failed, and raise in all of them. All call this when at least one has.
 
         device: of this process's own model.
 
         Raises:
-            RepruneError: what went wrong, and in which process; the process's own error where it was this one's.
+            RepruneError: with what went wrong, and in which process. A process that has failed raises its own error.
         """
         if failure is not None and self.size == 1:
             raise failure
@@ -84,11 +84,11 @@ class Ranks:
 
 
 def shares(problems: Sequence[int], cost: Sequence[int], rank: int, size: int) -> list[tuple[int, int]]:
-    """Which problems of every layer, first .. last - 1, are this process's: of equal cost, but for one problem.
+    """Return this process's problems of every layer, as (first, last + 1). The shares cost the same within a problem.
 
     Args:
-        problems: per layer.
-        cost: of one problem of each layer.
+        problems: how many each layer has.
+        cost: of one problem of each layer, in any unit.
     """
     total = sum(count * each for count, each in zip(problems, cost, strict=True))
     found, done = [], 0
@@ -101,7 +101,7 @@ def shares(problems: Sequence[int], cost: Sequence[int], rank: int, size: int) -
 
 
 def owners(cost: Sequence[int], size: int) -> list[int]:
-    """The process for every layer: the dearest first, each to the one with least to do so far."""
+    """Return a process for every layer: the dearest layer first, each to the process with the least to do so far."""
     load, found = [0] * size, [0] * len(cost)
     for layer in sorted(range(len(cost)), key=lambda number: -cost[number]):
         found[layer] = min(range(size), key=load.__getitem__)

@@ -1,4 +1,4 @@
-"""What REPrune computes in one layer, in plain PyTorch: this file is the specification.
+"""The method in plain PyTorch, for all problems of a layer at once. `definition` states it, merge by merge.
 
 Read top to bottom, it follows the data:
 
@@ -27,27 +27,27 @@ _PAIRS_PER_BLOCK = 1 << 17  # Ward: distances held at any one time; they should 
 
 
 def ward_growth(squared_distance: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """I(A, B) = ab / (a + b) * ||m_A - m_B||^2, how much merging A and B adds to the within-cluster SSE (Ward 1963)."""
+    """Return I(A, B) = ab / (a + b) * ||m_A - m_B||^2, by which a merge adds to the within-cluster SSE (Ward 1963)."""
     return squared_distance / (1 / a + 1 / b)
 
 
 def merged_mean(m_a: torch.Tensor, m_b: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean of A + B. Written as a step from m_A, which keeps equal means equal and does not lose a common offset."""
+    """Return the mean of A + B, as a step from m_A: equal means stay equal, and a common offset is not lost."""
     return m_a + b / (a + b) * (m_b - m_a)
 
 
 def single(d_a: torch.Tensor, d_b: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """d(A + B, C) from d(A, C) and d(B, C): the nearest two members."""
+    """Return d(A + B, C) from d(A, C) and d(B, C): the distance of the nearest two members."""
     return torch.minimum(d_a, d_b)
 
 
 def complete(d_a: torch.Tensor, d_b: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """d(A + B, C) from d(A, C) and d(B, C): the farthest two members."""
+    """Return d(A + B, C) from d(A, C) and d(B, C): the distance of the farthest two members."""
     return torch.maximum(d_a, d_b)
 
 
 def average(d_a: torch.Tensor, d_b: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """d(A + B, C) from d(A, C) and d(B, C): the mean over all pairs of members."""
+    """Return d(A + B, C) from d(A, C) and d(B, C): the mean distance over all pairs of members."""
     return (a * d_a + b * d_b) / (a + b)
 
 
@@ -55,11 +55,11 @@ LANCE_WILLIAMS: dict[str, Callable[..., torch.Tensor]] = {"single": single, "com
 LINKAGES = ("ward", *LANCE_WILLIAMS)
 
 # Clustering: points -> (parent, height), the absorption forest. Each merge kills one representative j, the higher of
-# the two: parent[j] = i < j and height[j] is the height of the merge. The root keeps parent[r] = r, height[r] = +inf.
+# the two: parent[j] = i < j and height[j] is the merge height. The root keeps parent[r] = r, height[r] = +inf.
 
 
 def problems_per_chunk(n: int, linkage: str) -> int:
-    """Problems of n points that are clustered together; bounds memory: no temporary comes near (P, n, n)."""
+    """Return how many problems of n points are clustered together, so that no temporary comes near (P, n, n)."""
     return max(1, _POINTS_PER_CHUNK // n if linkage == "ward" else _PAIRS_PER_CHUNK // (n * n))
 
 
@@ -67,8 +67,8 @@ def forest(points: torch.Tensor, linkage: str) -> tuple[torch.Tensor, torch.Tens
     """Cluster every problem of points (P, n, d): parent (P, n) int32 and height (P, n) in the dtype of the points.
 
     Heights are I for `ward`, Euclidean distances for the other linkages. The arithmetic is float64 whatever the points
-    are: in float32, 4 of the 16,896 problems of a fresh ResNet-50 (all 1x1) meet two merges that only rounding tells
-    apart, and take the other one.
+    are. In float32, 4 of the 16,896 problems of a fresh ResNet-50 (all 1x1) merge in another order, where only rounding
+    tells two merges apart.
     """
     P, n, d = points.shape
     parent = torch.empty((P, n), dtype=torch.int32, device=points.device)
@@ -150,20 +150,22 @@ def reciprocal_pairs(points: torch.Tensor, linkage: str) -> tuple[torch.Tensor, 
 
 
 def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances (B, r, m) between the points x (B, r, d) and y (B, m, d), by differences: the shorter way
-    over x^2 + y^2 - 2xy loses all digits for near duplicates or an offset."""
+    """Return the Euclidean distances (B, r, m) of the points x (B, r, d) and y (B, m, d).
+
+    By differences: x^2 + y^2 - 2xy is quicker, but loses all digits for near duplicates or an offset.
+    """
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class Means:
-    """Ward: a cluster is its mean and size, and distances are computed when they are needed."""
+    """Clusters for Ward: their means and sizes. Distances are computed when they are needed."""
 
     def __init__(self, points: torch.Tensor):
         self.mean = points.clone()  # (B, m, d)
         self.size = torch.ones_like(points[..., 0])  # (B, m)
 
     def nearest(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each cluster in the columns rows (B, r): the column of the nearest other one (lowest on ties), and I."""
+        """Return, for the clusters in columns rows (B, r), the column of the nearest other (lowest on ties), and I."""
         near, dist = torch.empty_like(rows), torch.empty_like(rows, dtype=self.mean.dtype)
         m = self.size.shape[1]
         for block, span in blocks(rows.shape[0], rows.shape[1], m):
@@ -188,7 +190,7 @@ class Means:
 
 
 class Distances:
-    """Other linkages: all distances are carried along and updated by Lance-Williams formulas."""
+    """Clusters for the other linkages: all distances, which Lance-Williams formulas update."""
 
     def __init__(self, points: torch.Tensor, formula: Callable[..., torch.Tensor]):
         self.formula = formula
@@ -197,7 +199,7 @@ class Distances:
         self.size = torch.ones_like(points[..., 0])  # (B, m)
 
     def nearest(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Means.nearest`, with the distance of the linkage."""
+        """Return what `Means.nearest` does, with the distance of the linkage."""
         dist, near = self.dist.gather(1, rows[:, :, None].expand(-1, -1, self.dist.shape[2])).min(dim=2)
         return near, dist
 
@@ -251,7 +253,7 @@ def sorted_line(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     height[point] = torch.where(first, INF, 0.0).to(value.dtype)
     mean, size = value[head], head.diff(append=head.new_tensor([B * n])).to(value.dtype)
     newest = torch.zeros_like(mean)
-    wall = torch.zeros_like(mean, dtype=torch.bool)  # the problem ends behind this cluster
+    wall = torch.zeros_like(mean, dtype=torch.bool)  # the problem ends after this cluster
     wall[number[start[1:]] - 1] = wall[-1] = True
 
     while True:
@@ -287,7 +289,7 @@ def sorted_line(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def follow(pointer: torch.Tensor) -> torch.Tensor:
-    """Where each chain of pointers (P, n) ends, by pointer jumping: log2(longest chain) steps."""
+    """Return where each chain of pointers (P, n) ends, by pointer jumping: log2(longest chain) steps."""
     while True:
         beyond = pointer.gather(1, pointer)
         if torch.equal(beyond, pointer):
@@ -295,19 +297,24 @@ def follow(pointer: torch.Tensor) -> torch.Tensor:
         pointer = beyond
 
 
-# Cut: one height for the whole layer, so that every channel has at most `keep` clusters.
+# Cut: one height for the whole layer, so that every problem has at most `keep` clusters.
 
 
-def level(height: torch.Tensor, keep: int) -> float:
-    """The height of the cut, of the problems (P, n): with c = n - keep merges wanted and d_j(c) the c-th smallest
-    height of channel j, it is max_j d_j(c). -1 for c = 0: nothing merges, not even duplicates."""
+def cut_height(height: torch.Tensor, keep: int) -> float:
+    """Return the cut height of a layer from the merge heights (P, n) of its problems.
+
+    With c = n - keep merges wanted and d_j(c) the c-th smallest height of problem j it is max_j d_j(c). For c = 0 it is
+    -1, so that nothing merges, not even duplicates.
+    """
     n = height.shape[1]
     return -1.0 if keep == n else float(height.kthvalue(n - keep, dim=1).values.max())
 
 
 def labels(parent: torch.Tensor, height: torch.Tensor, h: float) -> torch.Tensor:
-    """What the merges with height <= h join: labels (P, n) int64, the clusters of a channel numbered by their lowest
-    member."""
+    """Return labels (P, n) int64: the clusters of each problem after the merges with height <= h.
+
+    They are numbered from 0 in the order of their lowest members.
+    """
     column = torch.arange(parent.shape[1], device=parent.device)
     # Heights never decrease towards the root, so a chain of merges at or under the cut has no gaps.
     root = follow(torch.where(height <= h, parent.long(), column))
@@ -316,12 +323,12 @@ def labels(parent: torch.Tensor, height: torch.Tensor, h: float) -> torch.Tensor
 
 
 def cut(parent: torch.Tensor, height: torch.Tensor, keep: int) -> tuple[torch.Tensor, float]:
-    """Labels (P, n) int64 and the height of the cut, 0 where nothing merges."""
-    h = level(height, keep)
+    """Return labels (P, n) int64 and the cut height; 0 where nothing merges."""
+    h = cut_height(height, keep)
     return labels(parent, height, h), max(h, 0.0)
 
 
-# Cover: take the filters that together touch most clusters, greedily.
+# Cover: take the filters that together cover the most clusters, greedily.
 
 INDEX_BITS, TIE_BITS = 12, 31  # the sort key of a filter: gain | tie | reversed index
 _TIE_BLOCK = 1 << 16  # random bits drawn ahead
@@ -331,12 +338,16 @@ TIES = ("random", "index", "norm", "gamma")
 def cover(
     labels: torch.Tensor, keep: int, tie: str, seed: int, score: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """Greedy maximum coverage over labels (n_in, n_out): filter i covers the cluster labels[j, i] of every channel j.
+    """Take `keep` filters by greedy maximum coverage; filter i covers cluster labels[j, i] of every channel j.
 
-    Returns the filters in order of choice (keep,), how many clusters each was first to cover (keep,), the number of
-    covered clusters and the number of clusters. Greedy covers at least (1 - 1/e) of what any `keep` filters can.
-    Every step takes the largest key: gain first; equal gains by fresh random bits (the paper), by nothing, or by the
-    rank of the score; then the lowest index.
+    Every step takes the largest key: the gain, then the tie rule (fresh random bits, as in the paper; nothing; or the
+    rank of the score), then the lowest index. Greedy covers at least (1 - 1/e) of what any `keep` filters can.
+
+    Args:
+        labels: (n_in, n_out) integer.
+    Returns:
+        The filters in order of choice (keep,), how many clusters each was the first to cover (keep,), the number of
+        covered clusters and the number of clusters.
     """
     n_in, n_out = labels.shape
     device = labels.device

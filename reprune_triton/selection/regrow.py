@@ -1,8 +1,8 @@
-"""Which pruned filters come back (SPEC, step 6; Hou et al., "CHEX", CVPR 2022).
+"""Which pruned filters come back (docs/method.md, step 6; Hou et al., "CHEX", CVPR 2022).
 
     filters -> Gram matrix -> residual norms --Gumbel noise--> the largest come back
 
-Two other rules are there to compare that one with: `distances` in place of residual norms, or nothing but the noise.
+Two other rules are for comparison: `distances` in place of residual norms, or the noise alone.
 
 Nothing here waits for the device.
 """
@@ -17,15 +17,15 @@ from reprune_triton.selection.pool import Pool
 RULES = ("residual", "coverage", "random")
 _PAIRS = 2**24  # of kernels compared at once: 256 MB
 
-# Of the largest squared norm. It stands in for an exact rank: a Gram matrix of dependent filters has no Cholesky
-# factor. A filter in the span of others comes out with about 1e-5 of its norm instead of 0.
+# Added to the diagonal, as a share of the largest squared norm: a Gram matrix of dependent filters has no Cholesky
+# factor. So a filter in the span of the others comes out with about 1e-5 of its norm instead of 0.
 RIDGE = 1e-10
 
 
 def residual_norms(gram: Tensor, kept: Tensor) -> Tensor:
-    """What the kept filters cannot express of each filter: the norm of w_i - projection of w_i on span{w_k : k kept}.
+    """Return the norm of the part of each filter that is not in the span of the kept ones.
 
-    ||w_i||^2 - g_i^T G^-1 g_i with the Gram matrix G of the kept filters and g_i = <w_k, w_i>.
+    Its square is ||w_i||^2 - g_i^T G^-1 g_i, with the Gram matrix G of the kept filters and g_i = <w_k, w_i>.
 
     Args:
         gram: (B, n, n) float64, <w_i, w_j> of B layers of n filters.
@@ -45,7 +45,7 @@ def residual_norms(gram: Tensor, kept: Tensor) -> Tensor:
 
 
 def residuals(filters: Sequence[Tensor | None], kept: Tensor, pool: Pool) -> Tensor:
-    """Residual norms of all filters of a network: (T,) float64; 0 in layers that are None.
+    """Return the residual norms of all filters of a network: (T,) float64, 0 in layers that are None.
 
     Args:
         filters: per layer (n_out, m) floating point, one filter a row, or None.
@@ -69,8 +69,10 @@ def residuals(filters: Sequence[Tensor | None], kept: Tensor, pool: Pool) -> Ten
 
 
 def distances(kernels: Sequence[Tensor | None], kept: Tensor, pool: Pool) -> Tensor:
-    """How badly kept filters represent each filter, kernel by kernel: the root of the sum, over the input channels, of
-    the squared distance from its kernel to the nearest kernel of a kept filter. What coverage would ask for next.
+    """Return how far each filter is from the kept ones, kernel by kernel.
+
+    It is the root of the sum, over the input channels, of the squared distance from the filter's kernel to the nearest
+    kernel of a kept filter.
 
     Args:
         kernels: per layer (P, n_out, d) floating point, the kernels of P input channels, or None.
@@ -90,10 +92,10 @@ def distances(kernels: Sequence[Tensor | None], kept: Tensor, pool: Pool) -> Ten
 
 
 def draw(residual: Tensor, kept: Tensor, width: Tensor, bits: Tensor, pool: Pool) -> Tensor:
-    """The kept filters and those that come back: (T,) bool.
+    """Return the active filters (T,) bool: the kept ones, and those that are drawn to come back.
 
     In every layer as many filters as it lacks are drawn from those that are not kept, without replacement, with
-    probability softmax(residual): the largest of log-probability + Gumbel noise.
+    probability softmax(residual): those with the largest log-probability + Gumbel noise.
 
     Args:
         residual: (T,) float64: residual norms, or what another rule has in their place.

@@ -24,14 +24,14 @@ _BLOCK = 1 << 16  # offsets per pass, so that the temporaries stay in cache
 
 
 def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
-    """High and low 32 bits of a 32 x 32 bit product; split into halves so that int64 never overflows."""
+    """Return the high and low 32 bits of a 32 x 32 bit product, from halves, so that int64 never overflows."""
     low = constant * (word & 0xFFFF)  # < 2^48
     high = constant * (word >> 16) + (low >> 16)  # < 2^48 + 2^32
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word | int, k1: Word | int) -> tuple[Word, Word, Word, Word]:
-    """Ten rounds of Philox-4x32 on the counter (c0, c1, c2, c3) under the key (k0, k1)."""
+    """Do ten rounds of Philox-4x32 on the counter (c0, c1, c2, c3) under the key (k0, k1)."""
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
@@ -41,10 +41,10 @@ def philox(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word | int, k1: Word | in
 
 
 def random_bits(seed: int, start: int, count: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """Words number start .. start + count - 1 of the stream `seed`: int64 tensor (count,), uniform in [0, 2^32).
+    """Return words start .. start + count - 1 of the stream `seed`: (count,) int64, uniform in [0, 2^32).
 
     The key is the low and high half of the 64-bit seed, the counter is (offset low, offset high, 0, 0), and the first
-    output word is taken: exactly what Triton's `tl.randint(seed, offset)` gives, read as unsigned.
+    output word is taken. These are the words of Triton's `tl.randint(seed, offset)`, read as unsigned.
     """
     words = torch.empty(count, dtype=torch.int64, device=device)
     for a in range(0, count, _BLOCK):
@@ -56,25 +56,24 @@ def random_bits(seed: int, start: int, count: int, device: torch.device | str | 
 
 
 def derive_seed(seed: int, *ints: int) -> int:
-    """A 63-bit seed for the stream named by `ints` (epoch, layer, ...). Other ints, or another order, another seed."""
+    """Return a 63-bit seed for the stream named by `ints` (epoch, layer, ...); their order counts."""
     for position, value in enumerate(ints):
         seed = _derived(seed, value, position)
     return seed
 
 
 def derive_seeds(seed: int, epoch: int, layers: int, streams: int) -> np.ndarray[Any, Any]:
-    """derive_seed(seed, epoch, layer, stream) for all layers and streams: (layers, streams) int64."""
+    """Return derive_seed(seed, epoch, layer, stream) for all layers and streams: (layers, streams) int64."""
     of_layer = _derived(np.array(_derived(seed, epoch, 0)), np.arange(layers), 1)
     return _derived(of_layer[:, None], np.arange(streams)[None, :], 2)
 
 
 @contextlib.contextmanager
 def kept(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put the generators that the whole program draws from back afterwards: torch's of the CPU and of these devices,
-    NumPy's and Python's."""
+    """Put the global generators back afterwards: torch's of the CPU and of these devices, NumPy's and Python's."""
     own, numpys, pythons = torch.get_rng_state(), np.random.get_state(), random.getstate()
     others = {device: torch.get_device_module(device) for device in set(devices) if device.type != "cpu"}
-    # On MPS, of which there is one, they take no device.
+    # There is one MPS device, and its functions take none.
     where = {device: (device,) * len(signature(module.get_rng_state).parameters) for device, module in others.items()}
     states = {device: module.get_rng_state(*where[device]) for device, module in others.items()}
     try:

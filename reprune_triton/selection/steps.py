@@ -1,17 +1,17 @@
 """The steps of one pruning event over some layers of a network, by the reference and by Triton.
 
-    layers -> cluster -> level -> labels -> cover -> kept filters
+    layers -> cluster -> cut -> labels -> cover -> kept filters
 
-Both classes have the same methods, which take and give the same things. With Triton every step is launches alone, and
-nothing waits for the device; the reference runs wherever its tensors are.
+Both classes have the same methods, with the same arguments and results. With Triton every step only launches kernels,
+and nothing waits for the device. The reference runs wherever its tensors are.
 
 A process may cluster a share of the problems and choose the filters of some layers. Between the steps the processes put
-their results together: levels by the maximum, all others by the sum, as what is not a process's own is 0 there.
+their results together: cut heights by the maximum; all else by the sum, as a process has 0 for what is not its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 
 class Work(NamedTuple):
-    """What of an event is to be done: the arguments of `launch.prepare`."""
+    """What a process does of an event: the arguments of `launch.prepare`."""
 
     layers: Sequence[Layer]
     linkage: str = "ward"
-    algorithm: str = "auto"  # of Triton
+    algorithm: str = "auto"  # for Triton
     shares: Sequence[tuple[int, int]] | None = None  # per layer the problems to cluster here; None: all
     chosen: Sequence[int] | None = None  # layers whose filters are chosen here; None: all
-    seeds: Sequence[tuple[int, int]] | None = None  # per layer: of the ties and of the draw
+    seeds: Sequence[tuple[int, int]] | None = None  # per layer: for the ties and for the draw
 
     @property
     def points(self) -> int:
@@ -55,9 +55,17 @@ class Work(NamedTuple):
     def device(self) -> torch.device:
         return self.layers[0].weight.device
 
+    def parts(self) -> Iterator[tuple[Layer, slice, slice]]:
+        """Yield every layer with its places among the points and among the filters of all layers."""
+        point = first = 0
+        for layer in self.layers:
+            points, filters = layer.n * layer.columns, layer.n_out
+            yield layer, slice(point, point + points), slice(first, first + filters)
+            point, first = point + points, first + filters
 
-def blank_level(work: Work, by_triton: bool) -> Tensor:
-    """Of a process that could not begin: what it gives to the maximum."""
+
+def blank_cut(work: Work, by_triton: bool) -> Tensor:
+    """Return what `Steps.cut` does, for a process that has failed: any other process has more."""
     if by_triton:
         from reprune_triton.kernels.clustering import table
 
@@ -66,69 +74,90 @@ def blank_level(work: Work, by_triton: bool) -> Tensor:
 
 
 def blank_labels(work: Work) -> Tensor:
-    """... and to the sum of labels."""
+    """Return labels (points,) of a process that has clustered nothing."""
     return torch.zeros(work.points, dtype=torch.int32, device=work.device)
 
 
 def by_score(work: Work, labels: Tensor, keep: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """What `Steps.cover` returns, of the filters with the largest scores (filters,) instead; the lowest on ties.
+    """Return what `Steps.cover` does, but keep the filters with the largest scores (filters,), the lowest on ties.
 
     labels: (points,) int32, clusters at the cut. Nothing here waits for the device.
     """
+
+    def largest(number: int, own: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        order = score[active].argsort(descending=True, stable=True)
+        taken = torch.empty_like(order, dtype=torch.int32)
+        taken[order] = (torch.arange(len(order), device=work.device) < keep[number]).int()
+        blank, own = torch.zeros_like(own, dtype=torch.int32), own.long()
+        # The clusters in which the taken filters have kernels, and those in which any filter has.
+        found = (blank.scatter_reduce(1, own, x.expand_as(own), "amax").sum() for x in (taken, torch.ones_like(taken)))
+        return taken, torch.stack(list(found))
+
+    return _chosen(work, labels, largest)
+
+
+def _chosen(
+    work: Work, labels: Tensor, choose: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Return what `Steps.cover` does.
+
+    choose: maps a layer's number, its labels (P, n) and the places (n,) of its active filters among all filters to
+        (n,) int32, 1 where kept, and (2,), covered clusters and clusters.
+    """
     kept = torch.zeros(work.filters, dtype=torch.int32, device=work.device)
     totals = torch.zeros(len(work.layers), 2, dtype=torch.int32, device=work.device)
-    start = first = 0
-    for number, layer in enumerate(work.layers):
-        points, n_out = layer.n * layer.columns, len(layer.weight)
+    for number, (layer, points, filters) in enumerate(work.parts()):
         if work.chosen is None or number in work.chosen:
-            own = labels[start : start + points].view(layer.columns, layer.n).long()
-            active = torch.arange(n_out, device=kept.device) if layer.filters is None else layer.filters.long()
-            order = score[first : first + n_out][active].argsort(descending=True, stable=True)
-            taken = torch.empty_like(order, dtype=torch.int32)  # of the active filters, as the labels are
-            taken[order] = (torch.arange(len(order), device=kept.device) < keep[number]).int()
-            kept[first + active] = taken
-            for column, those in enumerate((taken, torch.ones_like(taken))):  # clusters that any of them is in
-                found = torch.zeros_like(own, dtype=torch.int32).scatter_reduce(1, own, those.expand_as(own), "amax")
-                totals[number, column] = found.sum()
-        start, first = start + points, first + n_out
+            active = torch.arange(layer.n_out, device=kept.device) if layer.filters is None else layer.filters.long()
+            active = filters.start + active
+            kept[active], totals[number] = choose(number, labels[points].view(layer.columns, layer.n), active)
     return kept, totals
 
 
 class Steps(Protocol):
-    """What both have in common. `cluster` comes first, then one after another; L layers."""
+    """The steps over L layers, to be called in this order."""
 
     def cluster(self) -> None:
         """Cluster this process's share of the problems."""
 
-    def level(self, keep: Tensor) -> Tensor:
-        """The height of the cut of every layer that leaves each problem at most keep[layer] (L,) int32 clusters, in
-        numbers of the implementation's own, whose maximum over all processes is the level of the whole layer. What is
-        written into them goes on to the next steps."""
+    def cut(self, keep: Tensor) -> Tensor:
+        """Find the cut height of every layer, which leaves each problem at most keep[layer] (L,) int32 clusters.
+
+        Returns:
+            (L, ...) in a form of the implementation's own. The maximum over all processes is the cut of whole layers;
+            written into this tensor it is what the next steps read.
+        """
 
     def labels(self) -> Tensor:
-        """Clusters at the cut: (points,) int32, problem after problem; 0 for the shares of others."""
+        """Return the clusters at the cut: (points,) int32, problem after problem; 0 in the shares of others."""
 
     def membership(self, labels: Tensor) -> None:
-        """Take the labels of all problems."""
+        """Take the labels (points,) of all problems."""
 
     def cover(self, keep: Tensor, tie: str, order: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Choose filters: kept (filters,) int32, 1 where chosen; and (L, 2) int32, covered clusters and clusters.
+        """Choose filters.
 
-        order: (filters,) integers, which of equally good filters goes first, the larger; for tie="norm" and "gamma".
+        Args:
+            order: (filters,) integers for tie="norm" and "gamma": of equally good filters the largest goes first.
+        Returns:
+            (filters,) int32, 1 where kept; and (L, 2) int32, covered clusters and clusters.
         """
 
     def bits(self) -> Tensor:
-        """Random bits for the draw, of every filter of these layers: (filters,) int64 in [0, 2^32)."""
+        """Return random bits for the draw, one word for every filter of these layers: (filters,) int64 in [0, 2^32)."""
 
     def heights(self, numbers: Sequence[float]) -> list[float]:
-        """The height of each layer's cut in true units, from the levels as the host has read them, row by row.
+        """Return the cut height of each layer in true units. numbers: the result of `cut`, read by the host, flat.
 
         Raises:
             RepruneError: if a layer could not be clustered, by name.
         """
 
     def results(self, labels: Tensor | None) -> list[tuple[Merges, Clusters | None]]:
-        """Merges of every layer, and its clusters if it was cut; without shares. Waits for the device once."""
+        """Return every layer's merges, and its clusters if it was cut. All problems are this process's own.
+
+        Waits for the device once.
+        """
 
 
 class Reference:
@@ -137,10 +166,10 @@ class Reference:
     def __init__(self, work: Work):
         self.work = work
         self._merges: list[Merges | None] = [None] * len(work.layers)
-        self._level = blank_level(work, by_triton=False)
+        self._cut = blank_cut(work, by_triton=False)
 
     def cluster(self) -> None:
-        """Layers of one shape are clustered together, unless their magnitudes need different scaling."""
+        """Cluster layers of one shape together, unless their magnitudes need different scaling."""
         groups: dict[tuple[int, int, int, torch.dtype], list[tuple[int, Tensor]]] = {}
         for number, layer in enumerate(self.work.layers):
             points = layer.points()
@@ -163,45 +192,37 @@ class Reference:
                 self._merges[number] = merges.problems(start, start + len(points))
                 start += len(points)
 
-    def level(self, keep: Tensor) -> Tensor:
-        """In true units: (L,) float64, -1 where nothing merges."""
-        self._level = blank_level(self.work, by_triton=False)  # an event may be launched again
+    def cut(self, keep: Tensor) -> Tensor:
+        """Return cut heights in true units: (L,) float64, -1 where nothing merges."""
+        self._cut = blank_cut(self.work, by_triton=False)  # an event may be launched again
         for number, merges in enumerate(self._merges):
             if merges is not None and len(merges.parent):
-                level = reference.level(merges.height, int(keep[number]))
-                self._level[number] = level * merges.scale if level >= 0 else -1.0
-        return self._level
+                h = reference.cut_height(merges.height, int(keep[number]))
+                self._cut[number] = h * merges.scale if h >= 0 else -1.0
+        return self._cut
 
     def labels(self) -> Tensor:
-        labels, start = blank_labels(self.work), 0
-        for number, (layer, merges) in enumerate(zip(self.work.layers, self._merges, strict=True)):
+        labels = blank_labels(self.work)
+        for number, (layer, points, _) in enumerate(self.work.parts()):
+            merges = self._merges[number]
             if merges is not None and len(merges.parent):
-                first = start + layer.n * (0 if self.work.shares is None else self.work.shares[number][0])
-                h = float(self._level[number])
+                first = points.start + layer.n * (0 if self.work.shares is None else self.work.shares[number][0])
+                h = float(self._cut[number])
                 own = reference.labels(merges.parent, merges.height, h / merges.scale if h >= 0 else h)
                 labels[first : first + own.numel()] = own.flatten().int()
-            start += layer.n * layer.columns
         return labels
 
     def membership(self, labels: Tensor) -> None:
         self._labels = labels
 
     def cover(self, keep: Tensor, tie: str, order: Tensor | None) -> tuple[Tensor, Tensor]:
-        kept = torch.zeros(self.work.filters, dtype=torch.int32, device=self.work.device)
-        totals = torch.zeros(len(self.work.layers), 2, dtype=torch.int32, device=self.work.device)
-        start = first = 0
-        for number, layer in enumerate(self.work.layers):
-            points, n_out = layer.n * layer.columns, len(layer.weight)
-            if self.work.chosen is None or number in self.work.chosen:
-                labels = self._labels[start : start + points].view(layer.columns, layer.n)
-                active = torch.arange(n_out, device=kept.device) if layer.filters is None else layer.filters.long()
-                score = None if order is None else order[first : first + n_out][active]
-                seed = 0 if self.work.seeds is None else self.work.seeds[number][0]
-                taken, _, *counts = reference.cover(labels, int(keep[number]), tie, seed, score)
-                kept[first + active[taken]] = 1
-                totals[number] = torch.tensor(counts)
-            start, first = start + points, first + n_out
-        return kept, totals
+        def greedy(number: int, own: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+            score = None if order is None else order[active]
+            seed = 0 if self.work.seeds is None else self.work.seeds[number][0]
+            taken, _, *counts = reference.cover(own, int(keep[number]), tie, seed, score)
+            return torch.zeros_like(active, dtype=torch.int32).index_fill_(0, taken, 1), torch.tensor(counts)
+
+        return _chosen(self.work, self._labels, greedy)
 
     def bits(self) -> Tensor:
         assert self.work.seeds is not None
@@ -215,17 +236,16 @@ class Reference:
 
     def results(self, labels: Tensor | None) -> list[tuple[Merges, Clusters | None]]:
         found: list[tuple[Merges, Clusters | None]] = []
-        heights, start = self.heights(self._level.tolist()), 0
-        for layer, merges, h in zip(self.work.layers, self._merges, heights, strict=True):
+        for merges, h, (_, points, _) in zip(
+            self._merges, self.heights(self._cut.tolist()), self.work.parts(), strict=True
+        ):
             assert merges is not None
-            own = None if labels is None else labels[start : start + merges.parent.numel()].view_as(merges.parent)
-            found.append((merges, None if own is None else Clusters(own, h)))
-            start += layer.n * layer.columns
+            found.append((merges, None if labels is None else Clusters(labels[points].view_as(merges.parent), h)))
         return found
 
 
 class Triton:
-    """The kernels, all layers in a handful of launches. Layers are on one device."""
+    """The kernels: all layers, which are on one device, in a handful of launches."""
 
     def __init__(self, work: Work):
         from reprune_triton.kernels.clustering import launch
@@ -236,8 +256,8 @@ class Triton:
     def cluster(self) -> None:
         self._forests = self._launch.cluster(self._event)
 
-    def level(self, keep: Tensor) -> Tensor:
-        """The report of the kernels: (L, 3) int32."""
+    def cut(self, keep: Tensor) -> Tensor:
+        """Return the reports of the kernels: (L, 3) int32."""
         self._launch.level(self._event, self._forests, keep)
         return self._forests.report
 
@@ -264,7 +284,7 @@ class Triton:
         return 2.0 ** (2 * report.exponent if self.work.linkage == "ward" else report.exponent)
 
     def _reports(self, numbers: Sequence[float]) -> list[Report]:
-        """What the kernels say of every layer.
+        """Read what the kernels report on every layer.
 
         Raises:
             RepruneError: if a layer could not be clustered, by name.

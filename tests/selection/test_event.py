@@ -200,7 +200,7 @@ def test_an_event_can_be_launched_again(impl, device):
     found.launch()
     first = found.read()
     for layer, other in zip(layers, network(device, 1), strict=True):
-        layer.weight.copy_(other.weight / 8)  # lower levels than before
+        layer.weight.copy_(other.weight / 8)  # lower cut heights than before
     found.launch()
     again = found.read()
     assert same(again, run(layers, impl=impl)) and not same(again, first)
@@ -395,9 +395,9 @@ def test_reference_level_and_labels_are_its_cut():
     parent, height = reference.forest(torch.randn(3, 9, 2), "ward")
     for keep in (1, 4, 9):
         labels, h = reference.cut(parent, height, keep)
-        level = reference.level(height, keep)
-        assert (level, h) == ((-1.0, 0.0) if keep == 9 else (h, level))
-        assert torch.equal(labels, reference.labels(parent, height, level))
+        found = reference.cut_height(height, keep)
+        assert (found, h) == ((-1.0, 0.0) if keep == 9 else (h, found))
+        assert torch.equal(labels, reference.labels(parent, height, found))
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -34,9 +34,9 @@ def test_counts_and_index_lists(pool, share):
 
 def test_places_and_levels(pool):
     score = torch.tensor([2.0, 1, 2, 0, 9, -1, 3, 3, 3, 3, 1, 1, 0, 5, 0, 0, 0])
-    places, levels = pool.split(pool.descending(score)), pool.split(pool.levels(score))
-    for own, place, level in zip(pool.split(score), places, levels, strict=True):
+    places, ranked = pool.split(pool.descending(score)), pool.split(pool.ranked(score))
+    for own, place, rank in zip(pool.split(score), places, ranked, strict=True):
         assert place.argsort().tolist() == own.argsort(descending=True, stable=True).tolist()
         for i in range(len(own)):
             for j in range(len(own)):
-                assert (level[i] < level[j]) == (own[i] < own[j]) and (level[i] == level[j]) == (own[i] == own[j])
+                assert (rank[i] < rank[j]) == (own[i] < own[j]) and (rank[i] == rank[j]) == (own[i] == own[j])

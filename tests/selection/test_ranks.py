@@ -100,7 +100,7 @@ def failing(rank: int, size: int) -> None:
     """In any step of the last process: all raise, then all can go on."""
     pruner, _ = pruned("reference", nn.parallel.DistributedDataParallel)
     before = {name: index.clone() for name, index in pruner.active.items()}
-    for step in ("__init__", "cluster", "level", "labels", "membership", "cover", "bits"):
+    for step in ("__init__", "cluster", "cut", "labels", "membership", "cover", "bits"):
         own = getattr(steps.Reference, step)
 
         def broken(*arguments, _own=own, _step=step):
