@@ -20,9 +20,11 @@ from reprune_triton.errors import RepruneError
 from reprune_triton.fused import dispatch
 from reprune_triton.history import Event, LayerEvent, show
 from reprune_triton.kernels.host import to_device
-from reprune_triton.running import analysis, compact, copies, layers, narrow
+from reprune_triton.running import analysis, compact, copies, layers, shadows
 from reprune_triton.running.channels import Channels, Prunable, matches
+from reprune_triton.running.narrow import Narrowing
 from reprune_triton.running.optimizers import Optimizers
+from reprune_triton.running.setting import Setting
 from reprune_triton.running.wrappers import average_in, opened, process_group, unwrapped
 from reprune_triton.selection import event
 from reprune_triton.selection.pool import Pool
@@ -105,7 +107,7 @@ class REPrune:
         self._check_optimizers(optimizers)
         self._optimizers = optimizers
         impl = "torch" if self.config.impl == "reference" else self.config.impl
-        self._narrowing = narrow.Narrowing(model, optimizers, impl)
+        self._narrowing = Narrowing(model, optimizers, impl)
         self._state = self._on(0, [], torch.ones_like(self._pool.layer, dtype=torch.bool), self._pool.sizes)
         self._slim: nn.Module | None = None  # that finalize() returns
         self._before: tuple[list[tuple[int, int]], Tensor] | None = None
@@ -150,7 +152,7 @@ class REPrune:
 
     def settle(self) -> None:
         """Put back what an interrupted step of the optimizer has changed. Every method here does."""
-        self._narrowing.settle_step()
+        self._narrowing.freezing.settle_step()
 
     def expect_weights(self) -> None:
         """Weights are about to be loaded, so that they change without a step of the optimizer."""
@@ -261,7 +263,7 @@ class REPrune:
         gone = {name: row[count:] for name, row, count in zip(names, rows, kept, strict=True)}
         return self.channels.frozen(gone)
 
-    def _setting(self, state: _State, gone: layers.Slices | None = None) -> narrow.Setting:
+    def _setting(self, state: _State, gone: layers.Slices | None = None) -> Setting:
         """For the model to run on the channels of this state."""
         home = self._parameter(self.channels.prunable[0].name).device
         active, pruned = ({name: index.to(home) for name, index in x.items()} for x in (state.active, state.pruned))
@@ -423,7 +425,7 @@ class REPrune:
             slim = compact.compact(self.model, slices)
             copies.remove(slim)
             moves = compact.moves(self.model, slim, slices)
-            compact.carry(moves, gradients=not self._narrowing.spent())
+            compact.carry(moves, gradients=not self._narrowing.freezing.spent())
 
             def change() -> None:
                 compact.carry_optimizers(self._optimizers, moves)
@@ -441,7 +443,7 @@ class REPrune:
         """Make the model, its averages and what the optimizer holds physically narrow, in place."""
         slices = self.channels.slices(self.active)
         shrinking = [compact.Shrinking(model, slices) for model in (self.model, *self._averages)]
-        spent = self._narrowing.spent()
+        spent = self._narrowing.freezing.spent()
 
         def change() -> None:
             if spent:
@@ -450,7 +452,7 @@ class REPrune:
             for shrink in shrinking:
                 shrink()
             for model in (self.model, *self._averages):
-                narrow.remove_hooks(model)
+                shadows.remove_hooks(model)
                 copies.remove(model)
             self._finished = True
 
@@ -623,7 +625,7 @@ class REPrune:
         optimizers = Optimizers(given, self.model.parameters())
         self._check_optimizers(optimizers)
         self._optimizers = optimizers
-        self._narrowing.follow(optimizers)
+        self._narrowing.freezing.follow(optimizers)
         self._await_training()
 
     def _concerned(self) -> layers.Slices:
@@ -767,10 +769,10 @@ def _gradients(model: nn.Module) -> list[tuple[int, int]]:
     return [(id(p.grad), p.grad._version) for p in model.parameters() if p.grad is not None]
 
 
-def _made_of(module: nn.Module, part: narrow.Slice) -> tuple[nn.Module, type, tuple[str, ...]]:
+def _made_of(module: nn.Module, part: layers.Slice) -> tuple[nn.Module, type, tuple[str, ...]]:
     """What a module is as long as it stays the same: itself, its class, and which of its tensors can be made narrow."""
     try:
-        return module, type(module), tuple(narrow.cuts(module, part))
+        return module, type(module), tuple(layers.cuts(module, part))
     except RepruneError:  # no class of which anything can
         return module, type(module), ()
 

@@ -1,8 +1,8 @@
-"""The analysis: which output channels can go, and who reads them.
+"""Find which output channels can go, and who reads them.
 
-The dependency analysis is torch-pruning's; this is the only module that knows that library. Where it is not installed,
-`chains` does for networks of plain chains. Either works on a copy of the model and never edits it. The answer is then
-proved by running, in plain PyTorch: dropping channels must give the same outputs as masking them (`_objection`).
+The dependency analysis is torch-pruning's, which no other module knows. Where it is not installed, `chains` does it for
+networks of plain chains. Either runs a copy of the model and does not change it. The answer is then proved by running
+in plain PyTorch: dropping channels must give the same outputs as masking them (`_objection`).
 """
 
 import contextlib
@@ -26,27 +26,28 @@ from reprune_triton.running.channels import (
     Prunable,
     Reader,
     call,
+    mapped,
     matches,
     tensors,
 )
-from reprune_triton.running.layers import CHANNELWISE, READ_WIDTHS, is_depthwise, width_of
-from reprune_triton.running.narrow import Narrowing, check_whole
+from reprune_triton.running.layers import READERS, Kind, has_one_slope, is_depthwise, ranking_norm, width_read
+from reprune_triton.running.narrow import Narrowing
+from reprune_triton.running.shadows import check_whole
 from reprune_triton.selection import rng
 
-# What operations raise, and a network's own checks, when shapes or types do not fit; and what is none of their doing.
+# What operations, and a network's own checks, raise when shapes or types do not fit.
 _OBJECTIONS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError)
-
-
+# RuntimeErrors that have another reason.
 _FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 def analyse(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = ()) -> Channels:
     """Find the prunable convs of `model`.
 
-    A conv is prunable if its output reaches, through channel-wise operations only, the inputs of further layers in one
-    chain: not an addition or concatenation with another branch, not the network's output. A conv read by several
-    layers feeds a residual stream and stays too, as in the paper (first 3x3 of a BasicBlock; first 1x1 and the 3x3 of
-    a Bottleneck).
+    A conv is prunable if one conv or linear reads its channels, and all operations between treat every channel alone:
+    no addition or concatenation with another branch. A conv that several layers read feeds a residual stream and is not
+    pruned, nor is one whose channels are the network's output. That leaves the convs that the paper prunes: the first
+    3x3 of a BasicBlock; the first 1x1 and the 3x3 of a Bottleneck.
 
     Args:
         model: any module; not changed.
@@ -62,13 +63,13 @@ def analyse(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = ()) -
     check_whole(model)
     with torch.inference_mode(False), _as_written(), rng.kept(p.device for p in model.parameters()):
         # Autograd's graph, which the analysis follows, cannot hold tensors of inference mode.
-        inputs = _mapped(example_inputs, lambda x: x.clone() if x.is_inference() else x)
+        inputs = mapped(example_inputs, lambda x: x.clone() if x.is_inference() else x)
         return _analyse(_twin(model), inputs, ignore)
 
 
 @contextlib.contextmanager
 def _as_written() -> Iterator[None]:
-    """What torch.compile has compiled inside the model runs without it."""
+    """Run what torch.compile has compiled inside the model as it is written."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -77,6 +78,7 @@ def _as_written() -> Iterator[None]:
 
 
 def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of the model, not fused, in evaluation mode."""
     try:
         return fusion.unfuse(copy.deepcopy(model)).eval()
     except Exception as error:
@@ -87,6 +89,7 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def _analyse(twin: nn.Module, inputs: Any, ignore: Sequence[str]) -> Channels:
+    """`analyse` a copy that may be changed."""
     for parameter in twin.parameters():
         parameter.requires_grad_(True)  # the analysis follows autograd's graph, through frozen layers too
     try:
@@ -101,7 +104,7 @@ def _analyse(twin: nn.Module, inputs: Any, ignore: Sequence[str]) -> Channels:
 def unproved(
     twin: nn.Module, inputs: Any, ignore: Sequence[str], finder: Callable[[nn.Module, Any], Finder]
 ) -> Channels:
-    """What a dependency analysis says of a model, without the proof; it is run, but not changed."""
+    """Return what a dependency analysis finds, without the proof. The model is run, but not changed."""
     costs, calls = _costs(twin, inputs)
     layers, reasons = _layers(twin, finder(twin, inputs), calls, ignore)
     out = {name: layer.name for layer in layers for name in (layer.name, *layer.followers)}
@@ -125,7 +128,7 @@ def prunable(model: nn.Module, shape: tuple[int, ...]) -> Channels:
 
 
 def _costs(twin: nn.Module, inputs: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """Multiply-adds per sample, and the number of calls, of every conv and linear that `inputs` reach."""
+    """Return the multiply-adds per sample, and the number of calls, of every conv and linear that `inputs` reach."""
     macs: dict[str, int] = {}
     calls: dict[str, int] = {}
 
@@ -141,7 +144,7 @@ def _costs(twin: nn.Module, inputs: Any) -> tuple[dict[str, int], dict[str, int]
     handles = [
         module.register_forward_hook(count(name))
         for name, module in twin.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and module._parameters.get("weight") is not None
+        if isinstance(module, READERS) and module._parameters.get("weight") is not None
     ]
     try:
         with torch.no_grad():
@@ -160,7 +163,7 @@ def _costs(twin: nn.Module, inputs: Any) -> tuple[dict[str, int], dict[str, int]
 def _layers(
     twin: nn.Module, find: Finder, calls: Mapping[str, int], ignore: Sequence[str]
 ) -> tuple[list[Prunable], dict[str, str]]:
-    """The prunable convs, and the reason of every conv."""
+    """Return the prunable convs, and for every conv "prunable" or why it is not."""
     owners: dict[int, list[str]] = {}
     for name, module in twin.named_modules():
         for parameter in module._parameters.values():
@@ -168,7 +171,7 @@ def _layers(
                 owners.setdefault(id(parameter), []).append(name)
 
     def sharing(name: str, keys: Sequence[str] | None = None) -> list[str]:
-        """The modules with which this one shares a parameter."""
+        """Return the modules with which this one shares a parameter."""
         own = twin.get_submodule(name)._parameters
         return [x for key in own if keys is None or key in keys for x in owners.get(id(own[key]), []) if x != name]
 
@@ -199,7 +202,7 @@ def _layers(
 
 
 def _by_torch_pruning(twin: nn.Module, inputs: Any) -> Finder:
-    """By torch-pruning."""
+    """`chains.finder` by torch-pruning."""
     import torch_pruning
 
     names = {module: name for name, module in twin.named_modules()}
@@ -220,7 +223,9 @@ def _by_torch_pruning(twin: nn.Module, inputs: Any) -> Finder:
         prune, everything = torch_pruning.prune_conv_out_channels, list(range(conv.out_channels))
         group = graph.get_pruning_group(conv, prune, idxs=everything)
         layer = _layer(name, conv, group, names, graph.is_in_channel_pruning_fn)
-        return layer if isinstance(layer, str) else replace(layer, norm=_norm(graph.module2node[conv], names))
+        if isinstance(layer, str):
+            return layer
+        return replace(layer, norm=ranking_norm(_chain_after(graph.module2node[conv], names)))
 
     return find
 
@@ -228,38 +233,42 @@ def _by_torch_pruning(twin: nn.Module, inputs: Any) -> Finder:
 def _layer(
     name: str, conv: nn.Conv2d, group: Any, names: dict[nn.Module, str], reads: Callable[[Any], bool]
 ) -> Prunable | str:
-    """What goes with the output channels of `conv`; a string says why they cannot go."""
+    """Return what goes with the output channels of `conv`, or why they cannot go.
+
+    Args:
+        group: torch-pruning's, of all output channels: pairs of a dependency and channel indices.
+        reads: whether a dependency's handler prunes input channels.
+    """
     followers, readers = [], []
     for dependency, indices in group:
         module = dependency.target.module
         if module is conv:
             continue
         if module not in names:  # an operation without weights, or a bare parameter
-            kind = type(module).__name__
-            moving = any(word in kind for word in ("Concat", "Split", "Slice", "Unbind", "Expand"))
+            operation = type(module).__name__.strip("_")
+            moving = any(word in operation for word in ("Concat", "Split", "Slice", "Unbind", "Expand"))
             if moving or isinstance(module, Tensor):
-                return f"its output goes through {kind.strip('_')}, which mixes or moves channels"
+                return f"its output goes through {operation}, which mixes or moves channels"
             continue
         target = names[module]
         repeat, rest = divmod(len(indices), conv.out_channels)
         if rest or list(indices) != list(range(len(indices))):
             return f"it writes only some of the channels that {target} reads (a concatenation)"
-        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-            continue  # one slope for all channels
-        width = width_of(module, READ_WIDTHS) or len(indices)
-        takes = isinstance(module, CHANNELWISE) or is_depthwise(module) or reads(dependency.handler)
-        if takes and len(indices) != width:
-            return f"an operation on the way to {target} moves or joins channels"
-        if isinstance(module, CHANNELWISE) or is_depthwise(module):
-            followers.append(target)
-        elif isinstance(module, (nn.Conv2d, nn.Linear)) and reads(dependency.handler):
-            if isinstance(module, nn.Conv2d) and module.groups > 1:
-                return f"{target}, which reads it, is a grouped convolution"
-            readers.append(Reader(target, repeat))
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            return f"its output meets that of {target} (a residual connection or a gate)"
-        else:
+        if has_one_slope(module):
+            continue
+        kind = Kind.of(module)
+        if kind is None:
             return f"{target}, a {type(module).__name__}, works across channels"
+        if not kind.follows and not reads(dependency.handler):
+            return f"its output meets that of {target} (a residual connection or a gate)"
+        if len(indices) != width_read(module, kind):
+            return f"an operation on the way to {target} moves or joins channels"
+        if kind.follows:
+            followers.append(target)
+        elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            return f"{target}, which reads it, is a grouped convolution"
+        else:
+            readers.append(Reader(target, repeat))
     if not readers:
         return "no layer reads it: it is an output of the network"
     if len(readers) > 1:
@@ -269,25 +278,23 @@ def _layer(
     return Prunable(name, conv.out_channels, n_in, area, None, tuple(followers), tuple(readers))
 
 
-def _norm(node: Any, names: dict[nn.Module, str]) -> str | None:
-    """The BatchNorm right behind a conv (channel-wise operations may stand between)."""
+def _chain_after(node: Any, names: dict[nn.Module, str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules after this node of torch-pruning's graph, until one is read by several."""
     while len(node.outputs) == 1:
         node = node.outputs[0]
-        if isinstance(node.module, nn.modules.batchnorm._BatchNorm):
-            return names[node.module] if node.module.weight is not None else None
-        if node.module in names and not isinstance(node.module, CHANNELWISE):
-            return None
-    return None
+        if node.module in names:
+            yield names[node.module], node.module
 
 
 def _proved(twin: nn.Module, inputs: Any, channels: Channels) -> Channels:
-    """Refuse every layer for which running narrow and masking disagree, however convincing the graph looked."""
+    """Refuse every layer for which dropping and masking channels disagree, whatever the dependency analysis says."""
     dtype = next(p.dtype for p in twin.parameters() if p.is_floating_point())
     tolerance = 1e-6
     try:
+        doubled = mapped(inputs, lambda x: x.double() if x.is_floating_point() else x)
         with torch.no_grad():
-            call(twin.double(), _doubled(inputs))
-        inputs = _doubled(inputs)
+            call(twin.double(), doubled)
+        inputs = doubled
     except _OBJECTIONS:  # the model casts to a type of its own, the device has no float64, or it does not fit there
         twin, tolerance = twin.to(dtype), 1e-2
     _randomize(twin)
@@ -300,14 +307,14 @@ def _proved(twin: nn.Module, inputs: Any, channels: Channels) -> Channels:
         if together := _objection(twin, inputs, channels, channels.prunable, tolerance):
             alone = {x.name: _objection(twin, inputs, channels, (x,), tolerance) for x in channels.prunable}
             guilty = {name: why for name, why in alone.items() if why is not None}
-            guilty = guilty or dict.fromkeys(alone, together)  # together only: none can be trusted
+            guilty = guilty or dict.fromkeys(alone, together)  # each is right alone, so any may be wrong
         channels = channels.only(lambda layer, guilty=guilty: guilty.get(layer.name))  # type: ignore[misc]
     return channels
 
 
 @torch.no_grad()
 def _randomize(twin: nn.Module) -> None:
-    """Make every path count: a zero-initialised layer or scale would hide what stands before it."""
+    """Give all parameters and statistics random values: a layer or scale of zeros would hide what is before it."""
     generator = torch.Generator().manual_seed(0)
     for tensor in twin.parameters():
         if tensor.is_floating_point() and tensor.dim() > 1:
@@ -326,8 +333,10 @@ def _randomize(twin: nn.Module) -> None:
 def _objection(
     twin: nn.Module, inputs: Any, channels: Channels, layers: Sequence[Prunable], tolerance: float
 ) -> str | None:
-    """Drop every second channel of `layers`: why are the outputs not those with these channels masked at their
-    readers? None if they are."""
+    """Drop every second channel of `layers`, and mask them at their readers instead.
+
+    Return why the outputs differ; None if they do not.
+    """
     active = {layer.name: torch.arange(layer.n_out) for layer in channels.prunable}
     active |= {layer.name: torch.arange(0, layer.n_out, 2) for layer in layers}
     slices = channels.slices(active)
@@ -345,7 +354,7 @@ def _objection(
         for handle in handles:
             handle.remove()
     if isinstance(masked, Exception) or isinstance(again, Exception):
-        # In training BatchNorm refuses a batch of one value a channel: there is nothing to compare with.
+        # In training BatchNorm refuses a batch of one value per channel: there is nothing to compare with.
         return None if twin.training else f"it cannot be checked with some of its channels at zero ({masked})"
     narrowing = Narrowing(twin, impl="torch")  # the analysis asks nothing of Triton
     narrowing.set(slices)
@@ -368,10 +377,10 @@ def _objection(
 
 
 def _attempt(twin: nn.Module, inputs: Any) -> list[Tensor] | Exception:
-    """The outputs; or what the network objects to.
+    """Return the outputs; or the exception, if shapes or types do not fit.
 
     Raises:
-        RepruneError: if it fails of something else, want of memory above all.
+        RepruneError: if it fails for another reason, such as too little memory.
     """
     try:
         return tensors(call(twin, inputs))
@@ -389,6 +398,8 @@ def _failure(twin: nn.Module, error: Exception) -> RepruneError:
 
 
 def _masking(index: Tensor | None) -> Callable[..., Any]:
+    """Return a forward pre-hook of a reader that sets to zero all of its input channels but these."""
+
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -402,15 +413,3 @@ def _masking(index: Tensor | None) -> Callable[..., Any]:
         return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
 
     return hook
-
-
-def _mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(inputs, Mapping):
-        return {key: _mapped(value, change) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_mapped(value, change) for value in inputs)
-    return change(inputs) if torch.is_tensor(inputs) else inputs
-
-
-def _doubled(inputs: Any) -> Any:
-    return _mapped(inputs, lambda x: x.double() if x.is_floating_point() else x)

@@ -1,9 +1,9 @@
-"""Which convs have channels to lose, in networks of plain chains, from one trace by torch.fx.
+"""Find which output channels can go in networks of plain chains, from one trace by torch.fx.
 
     conv -> BatchNorm, activation, pool, depthwise conv, ... -> the next conv, or through one flatten a linear
 
 This is the dependency analysis where torch-pruning is not installed (see `analysis`). It needs nothing but PyTorch, and
-no values.
+no values of tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from reprune_triton.errors import RepruneError
 from reprune_triton.running.channels import Finder, Prunable, Reader, call, tensors
-from reprune_triton.running.layers import CHANNELWISE, READ_WIDTHS, is_depthwise, width_of
+from reprune_triton.running.layers import CHANNELWISE, READERS, Kind, has_one_slope, ranking_norm, width_read
 
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU,
@@ -26,7 +26,7 @@ ACTIVATIONS = (
 )  # fmt: skip
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 DROPOUTS = nn.modules.dropout._DropoutNd
-# Functions and methods by name; those of `operator` and in-place ones are called alike.
+# Functions and methods by name, without underscores: those of `operator` and in-place ones have the same names.
 KINDS = {
     "act": {"relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh"},
     "add": {"add"},
@@ -74,17 +74,17 @@ def kind_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, (nn.Conv2d, nn.Linear, *CHANNELWISE))  # of a class of the user's too
-        return own or super().is_leaf_module(m, module_qualified_name)
+        known = isinstance(m, (*READERS, *CHANNELWISE))  # also of a class of the user's
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(twin: nn.Module, inputs: Any) -> fx.Graph:
-    """The calls of the forward. Arguments that are no tensors have the values of these inputs, or their defaults."""
+    """Return the calls of the forward. Arguments without tensors have the values of `inputs`, or their defaults."""
     given = call(inspect.signature(twin.forward).bind, inputs)
     given.apply_defaults()
     try:
         values = {name: value for name, value in given.arguments.items() if not tensors(value)}
-        with warnings.catch_warnings(action="ignore"):  # that it holds for these values only
+        with warnings.catch_warnings(action="ignore"):  # torch.fx says that the trace holds for these values only
             return _Tracer().trace(twin, values)
     except Exception as error:
         raise RepruneError(
@@ -96,7 +96,7 @@ def _trace(twin: nn.Module, inputs: Any) -> fx.Graph:
 def _follow(
     node: fx.Node, name: str, conv: nn.Conv2d, modules: Mapping[str, nn.Module], calls: Mapping[str, int]
 ) -> Prunable | str:
-    """What goes with the output channels of this conv, which `node` calls; or why they cannot go."""
+    """Return what goes with the output channels of this conv, which `node` calls; or why they cannot go."""
     followers: list[str] = []
     flat = False
     while True:
@@ -112,27 +112,30 @@ def _follow(
             continue
         if _flattens(node, module):
             flat = True
-        elif isinstance(module, CHANNELWISE) or (module is not None and is_depthwise(module)):
-            if width_of(module, READ_WIDTHS) != conv.out_channels:
-                return f"an operation on the way to {target} moves or joins channels"
-            followers.append(target)
-        elif isinstance(module, nn.Conv2d) and module.groups > 1:
-            return f"{target}, which reads it, is a grouped convolution"
-        elif isinstance(module, nn.Conv2d if not flat else nn.Linear):
-            width = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
-            repeat, rest = divmod(int(width), conv.out_channels)
-            if rest or (repeat > 1 and not flat):
-                return f"an operation on the way to {target} moves or joins channels"
-            area = conv.kernel_size[0] * conv.kernel_size[1]
-            reader, norm = Reader(target, repeat), _norm(followers, modules)
-            return Prunable(name, conv.out_channels, conv.in_channels, area, norm, tuple(followers), (reader,))
-        else:
+            continue
+        kind = None if module is None else Kind.of(module)
+        if module is None or kind is None:
             return _obstacle(node, module, target)
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and not kind.follows:
+            return f"{target}, which reads it, is a grouped convolution"
+        if not kind.follows and isinstance(module, nn.Linear) != flat:
+            return _obstacle(node, module, target)
+        repeat, rest = divmod(width_read(module, kind), conv.out_channels)
+        if rest or (repeat > 1 and (kind.follows or not flat)):
+            return f"an operation on the way to {target} moves or joins channels"
+        if kind.follows:
+            followers.append(target)
+            continue
+        area = conv.kernel_size[0] * conv.kernel_size[1]
+        norm = ranking_norm((follower, modules[follower]) for follower in followers)
+        return Prunable(
+            name, conv.out_channels, conv.in_channels, area, norm, tuple(followers), (Reader(target, repeat),)
+        )
 
 
 def _only_reader(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | str:
-    """What reads the output of this node, asking for more than its shape; or why it does not go on from here."""
-    readers = [user for user in node.users if not _asks_for_its_form(user)]
+    """Return the one node that reads the values of this node's output; or why the chain ends here."""
+    readers = [user for user in node.users if not _reads_form(user)]
     if not readers or any(reader.op == "output" for reader in readers):
         return "no layer reads it: it is an output of the network" if len(readers) < 2 else "it is an output, too"
     if len(readers) == 1:
@@ -143,17 +146,16 @@ def _only_reader(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | s
     return f"it branches (into {', '.join(names)}), {_HINT}"
 
 
-def _asks_for_its_form(node: fx.Node) -> bool:
-    asked = node.op == "call_method" and node.target in ("size", "dim", "numel")
-    return asked or (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
+def _reads_form(node: fx.Node) -> bool:
+    """Whether this asks a tensor for its shape or type only."""
+    calls = node.op == "call_method" and node.target in ("size", "dim", "numel")
+    return calls or (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
 
 
 def _passes(node: fx.Node, module: nn.Module | None) -> bool:
-    """Does it work on each channel alone, and alike?"""
-    if isinstance(module, nn.PReLU):
-        return module.num_parameters == 1
+    """Whether this treats every channel alone, and all in the same way."""
     if module is not None:
-        return isinstance(module, (*ACTIVATIONS, *POOLS, DROPOUTS, nn.Identity))
+        return isinstance(module, (*ACTIVATIONS, *POOLS, DROPOUTS, nn.Identity)) or has_one_slope(module)
     kind = kind_of(node, {})
     if kind in ("add", "mul"):
         return len(node.all_input_nodes) == 1 and sum(isinstance(x, fx.Node) for x in node.args) == 1  # with a number
@@ -161,7 +163,7 @@ def _passes(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
-    """Does it make features of channels, those of each side by side?"""
+    """Whether this makes features of channels, with the features of a channel side by side."""
     if module is not None:
         return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
     arguments = _named(node, ("input", "start_dim", "end_dim"))
@@ -174,7 +176,7 @@ def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _averages(node: fx.Node) -> bool:
-    """Is it the mean over height and width?"""
+    """Whether this is the mean over height and width."""
     dims = _named(node, ("input", "dim", "keepdim")).get("dim")
     return _is(node, "mean") and isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
 
@@ -191,18 +193,8 @@ def _named(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
-def _norm(followers: list[str], modules: Mapping[str, nn.Module]) -> str | None:
-    """The BatchNorm right behind the conv (channel-wise operations may stand between), if it has a scale."""
-    for name in followers:
-        if isinstance(modules[name], nn.modules.batchnorm._BatchNorm):
-            return None if modules[name].weight is None else name
-        if not isinstance(modules[name], CHANNELWISE):
-            return None
-    return None
-
-
 def _obstacle(node: fx.Node, module: nn.Module | None, target: str) -> str:
-    """Why the channels cannot go through this operation."""
+    """Return why the channels cannot go through this operation."""
     if module is None and kind_of(node, {}) in ("add", "mul"):
         return f"its output meets another in {target} (a residual connection or a gate)"
     if module is None and any(_is(node, name) for name in ("cat", "concat", "stack", "split", "chunk", "unbind")):

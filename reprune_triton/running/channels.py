@@ -1,4 +1,4 @@
-"""Which output channels can go, who reads them, and what they cost: the result of `analysis`."""
+"""The result of `analysis`: which output channels can go, who reads them, and what they cost."""
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ class Reader(NamedTuple):
     """A conv or linear that reads a prunable conv's channels."""
 
     name: str
-    repeat: int  # input features per channel: 1, or height*width behind a flatten
+    repeat: int  # input features per channel: 1, or height * width after a flatten
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Prunable:
     n_out: int
     n_in: int
     area: int  # kh * kw
-    norm: str | None  # the BatchNorm that follows, whose scale |gamma| ranks the channels
-    followers: tuple[str, ...]  # channel-wise modules and depthwise convs that lose the same channels
+    norm: str | None  # the BatchNorm after it, whose scale |gamma| ranks the channels
+    followers: tuple[str, ...]  # norms, PReLUs and depthwise convs that lose the same channels
     readers: tuple[Reader, ...]
 
 
-Finder = Callable[[str, nn.Conv2d], Prunable | str]  # what goes with a conv's output channels, or why they cannot go
+Finder = Callable[[str, nn.Conv2d], Prunable | str]  # gives what goes with a conv's channels, or why they cannot go
 
 
 class Cost(NamedTuple):
@@ -54,15 +54,23 @@ class Channels:
     costs: tuple[Cost, ...]
 
     def slices(self, active: Mapping[str, Tensor]) -> Slices:
-        """What every module runs on when layer `name` has only the channels active[name] (sorted int64 indices)."""
+        """Return what every module runs on when layer `name` has only the channels active[name].
+
+        Args:
+            active: of every prunable conv, by name: sorted int64 indices (width,).
+        """
         return self._spread({x.name: active[x.name] for x in self.prunable if len(active[x.name]) < x.n_out})
 
     def frozen(self, pruned: Mapping[str, Tensor]) -> Slices:
-        """What every module leaves out when layer `name` is without the channels pruned[name]."""
+        """Return what every module leaves out when layer `name` is without the channels pruned[name].
+
+        Args:
+            pruned: of every prunable conv, by name: sorted int64 indices (n_out - width,).
+        """
         return self._spread({x.name: pruned[x.name] for x in self.prunable if len(pruned[x.name])})
 
     def _spread(self, channels: Mapping[str, Tensor]) -> Slices:
-        """These channels of these layers, in every module that has them."""
+        """Return these channels of these layers as slices of every module that writes, follows or reads them."""
         out: dict[str, Tensor] = {}
         into: dict[str, Tensor] = {}
         for layer in self.prunable:
@@ -78,12 +86,12 @@ class Channels:
         return {name: Slice(out.get(name), into.get(name)) for name in {**out, **into}}
 
     def inputs(self, active: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        """The active input channels of every prunable conv; None where all are."""
+        """Return the active input channels of every prunable conv; None where all are active."""
         slices = self.slices(active)
         return {layer.name: slices.get(layer.name, Slice()).in_ for layer in self.prunable}
 
     def macs(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Multiply-adds per sample of every conv and linear at these widths (the papers' "FLOPs")."""
+        """Return the multiply-adds per sample of every conv and linear at these widths (the papers' "FLOPs")."""
         full = {layer.name: layer.n_out for layer in self.prunable}
         found = {}
         for cost in self.costs:
@@ -95,18 +103,21 @@ class Channels:
         return found
 
     def flops(self, widths: Mapping[str, int]) -> float:
-        """The share of the dense network's FLOPs that is left at these widths."""
+        """Return the share of the dense network's FLOPs that is left at these widths, in (0, 1]."""
         return sum(self.macs(widths).values()) / sum(cost.macs for cost in self.costs)
 
     def terms(self) -> list[tuple[int, int | None, int | None]]:
-        """`macs` as products of widths, by the numbers of the layers: for `widths.Budget`."""
+        """Return `macs` as products of widths, for `widths.Budget`.
+
+        Each is (factor, number of a prunable conv or None, number of another or None).
+        """
         number = {layer.name: i for i, layer in enumerate(self.prunable)} | {None: None}
         full = {layer.name: layer.n_out for layer in self.prunable} | {None: 1}
         return [(c.macs // (full[c.out] * full[c.into]), number[c.out], number[c.into]) for c in self.costs]
 
-    def only(self, keep: Callable[[Prunable], str | None]) -> "Channels":
-        """Without the layers for which `keep` gives a reason."""
-        refused = {layer.name: reason for layer in self.prunable if (reason := keep(layer)) is not None}
+    def only(self, objection: Callable[[Prunable], str | None]) -> "Channels":
+        """Return these channels without the layers for which `objection` gives a reason, which is noted."""
+        refused = {layer.name: reason for layer in self.prunable if (reason := objection(layer)) is not None}
         return replace(
             self,
             prunable=tuple(layer for layer in self.prunable if layer.name not in refused),
@@ -119,7 +130,7 @@ class Channels:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """True if the module name is one of the patterns or fits one (`*` and `?` as in file names)."""
+    """Whether the module name is one of the patterns or fits one (`*` and `?` as in file names)."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -131,9 +142,18 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Those in nested tuples, lists and dicts."""
+    """Return the tensors in nested tuples, lists and dicts."""
     if torch.is_tensor(value):
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
     return [tensor for item in value for tensor in tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested tuples, lists and dicts with every tensor changed."""
+    if isinstance(value, Mapping):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(mapped(item, change) for item in value)
+    return change(value) if torch.is_tensor(value) else value

@@ -1,4 +1,4 @@
-"""The physically narrow network: a copy of the model, or the model itself, with smaller tensors and no hooks of ours.
+"""Make a network compact: a copy of the model, or the model itself, with smaller tensors and no hooks of ours.
 
     parameters (n_out, ...) --gather--> parameters (active, ...), with gradients, hooks and the optimizer's state
 """
@@ -13,18 +13,23 @@ from torch.overrides import TorchFunctionMode
 
 from reprune_triton.errors import RepruneError
 from reprune_triton.running.layers import Cuts, Slices, cuts, gather, narrow_widths, tensors_of
-from reprune_triton.running.narrow import forget_compiled, remove_hooks, uncover
 from reprune_triton.running.optimizers import Optimizers
+from reprune_triton.running.shadows import forget_compiled, remove_hooks, uncover
 
-Moves = dict[nn.Parameter, tuple[nn.Parameter, Cuts]]  # full parameter -> the narrow one (itself), and what it keeps
+# Full parameter -> the compact one (which may be the same object), and the indices that it keeps.
+Moves = dict[nn.Parameter, tuple[nn.Parameter, Cuts]]
 
 
 class _Copying(TorchFunctionMode):
-    """Lets deepcopy copy tensors that autograd has made, without their past: a feature map that a model keeps, say."""
+    """Lets deepcopy copy tensors that autograd has made, detached: a feature map that a model keeps, say.
+
+    Args:
+        tensors: False: no tensor is copied, the copy of the model has the same ones.
+    """
 
     def __init__(self, tensors: bool):
         super().__init__()
-        self.tensors = tensors  # False: no tensor is copied, the copy has the same
+        self.tensors = tensors
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not (self.tensors and args[0].is_leaf):
@@ -35,13 +40,17 @@ class _Copying(TorchFunctionMode):
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy."""
+    """Return a deep copy, also of a model that keeps tensors of autograd."""
     with _Copying(tensors=True):
         return copy.deepcopy(model)
 
 
 def check_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` with the same tensors. Raise RepruneError if it cannot be copied, as `compact` does."""
+    """Return a copy of `model` with the same tensors.
+
+    Raises:
+        RepruneError: if it cannot be copied, as `compact` does.
+    """
     try:
         with _Copying(tensors=False):
             return copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -53,7 +62,11 @@ def check_copy(model: nn.Module) -> nn.Module:
 
 
 def compact(model: nn.Module, slices: Slices) -> nn.Module:
-    """A physically narrow copy of `model`: an ordinary module with smaller parameters and no hooks of ours."""
+    """Return a compact copy of `model`: an ordinary module with smaller parameters and no hooks of ours.
+
+    Raises:
+        RepruneError: if `model` lacks one of the modules in `slices`.
+    """
     absent = set(slices) - {name for name, _ in model.named_modules()}
     if absent:
         raise RepruneError(
@@ -74,14 +87,15 @@ def compact(model: nn.Module, slices: Slices) -> nn.Module:
 
 
 class Shrinking:
-    """Makes `model` physically narrow in place. Its tensors stay the objects that they are: whoever holds them, an
-    optimizer or a list for clipping, goes on with them, and so do their hooks and attributes. Called again it does
-    nothing that is done already.
+    """Makes `model` compact in place, when it is called.
+
+    Its tensors stay the same objects: an optimizer, or a list for clipping, that holds them goes on with them, and they
+    keep their hooks and attributes. Called again it does only what is not done yet.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, slices: Slices):
-        self.parts: list[tuple[Tensor, Tensor, Cuts]] = []  # a tensor, what is left of it, and where that stands
+        self.parts: list[tuple[Tensor, Tensor, Cuts]] = []  # a tensor, its slice, and the indices of that
         self.widths: list[tuple[nn.Module, str, int]] = []
         for name, part in slices.items():
             module = model.get_submodule(name)
@@ -90,7 +104,7 @@ class Shrinking:
             self.widths += [(module, attribute, width) for attribute, width in narrow_widths(module, part)]
 
     def moves(self) -> "Moves":
-        """Of the parameters that are still to be made narrow."""
+        """Return the moves of the parameters that are not compact yet."""
         return {p: (p, cut) for p, part, cut in self.parts if isinstance(p, nn.Parameter) and p.shape != part.shape}
 
     def __call__(self) -> None:
@@ -103,7 +117,7 @@ class Shrinking:
                 vars(tensor).update(_attached(tensor, cut))
             if tensor.requires_grad:
                 torch.autograd.graph.get_gradient_edge(tensor).node.register_prehook(_refuse)
-                # Another type: autograd forgets the node that knows the old shape.
+                # A change of type makes autograd drop the node that has the old shape.
                 other = torch.float32 if part.dtype == torch.float64 else torch.float64
                 tensor.data = torch.empty(0, dtype=other, device=part.device)
             tensor.data = part
@@ -120,7 +134,7 @@ def _refuse(*_: object) -> None:
 
 
 def resize(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put `tensors` in the place of the module's own parameters and buffers of those names, whatever their shape."""
+    """Put `tensors`, of any shape, in the place of the module's parameters and buffers of those names."""
     for name, tensor in tensors.items():
         if name in module._parameters:
             old = module._parameters[name]
@@ -130,7 +144,7 @@ def resize(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def moves(model: nn.Module, slim: nn.Module, slices: Slices) -> Moves:
-    """From the parameters of `model` to those of its compacted copy."""
+    """Return the moves from the parameters of `model` to those of its compact copy `slim`."""
     where: dict[str, Cuts] = {}
     for name, part in slices.items():
         prefix = f"{name}." if name else ""
@@ -140,16 +154,16 @@ def moves(model: nn.Module, slim: nn.Module, slices: Slices) -> Moves:
 
 
 def _attached(tensor: Tensor, cut: Cuts) -> dict[str, Tensor]:
-    """What is left of its attributes that are tensors of its shape, as some optimizers put them there."""
+    """Return the slices of those attributes of a tensor that are tensors of its shape: some optimizers make such."""
     found = {name: value for name, value in vars(tensor).items() if torch.is_tensor(value)}
     return {name: gather(value, cut) for name, value in found.items() if value.shape == tensor.shape}
 
 
 def carry(moves: Moves, gradients: bool) -> None:
-    """Give the narrow parameters what hangs on the full ones: attributes, hooks, and gradients if asked for."""
+    """Give the compact parameters the attributes and hooks of the full ones, and slices of the gradients if asked."""
     for old, (new, cut) in moves.items():
         vars(new).update(vars(old) | _attached(old, cut))
-        # The same dicts, so that the handles of the hooks still remove them.
+        # The same dicts: the handles of the hooks still remove them.
         new._backward_hooks = old._backward_hooks
         new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
         if gradients and old.grad is not None:
@@ -157,5 +171,5 @@ def carry(moves: Moves, gradients: bool) -> None:
 
 
 def carry_optimizers(optimizers: Optimizers, moves: Moves) -> None:
-    """Make the optimizers train the narrow parameters: same groups and options, states sliced like the weights."""
+    """Make the optimizers train the compact parameters: same groups and options, states sliced like the weights."""
     optimizers.carry({old: (new, functools.partial(gather, where=cut)) for old, (new, cut) in moves.items()})

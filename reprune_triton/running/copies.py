@@ -1,8 +1,8 @@
-"""Which channels belong to which weights: of a model's state_dicts, of its copies, and of averages of it.
+"""The channels that state_dicts, copies and averages of a model belong to.
 
-    state_dict   says which channels it is of, in its metadata; loading it brings them back
+    state_dict   names its channels in its metadata; loading it brings them back
     a copy       runs on the channels that it was copied with, as a best model that is kept should
-    an average   a copy that is written to after an event: it runs on the model's channels from then on
+    an average   is a copy that is written to after an event: it runs on the model's channels from then on
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ _KEY = "reprune_triton"  # in the metadata of a state_dict
 
 
 class Owner(Protocol):
-    """A pruner, as its model knows it."""
+    """The part of a pruner that its model knows."""
 
     @property
     def active(self) -> dict[str, Tensor]:
         """The channels that the model runs on."""
 
     def run_on(self, active: Mapping[str, Tensor]) -> None:
-        """Have the model run on these filters."""
+        """Make the model run on these channels."""
 
     def settle(self) -> None:
         """Put back what an interrupted step has changed."""
 
     def expect_weights(self) -> None:
-        """Weights are about to be loaded."""
+        """Note that weights are about to be loaded."""
 
 
 class Belonging:
-    """What a model, or a copy of it, knows of the channels that it runs on. A deep copy of the model has its own.
+    """The channels that a model, or a copy of one, runs on, as hooks of it. A deep copy of the model has its own.
 
     Args:
-        active: per prunable conv the sorted indices of the active filters, of a model without an owner.
-        origin: that of the model which this one is an average of; it follows every event.
+        owner: the pruner of the model; None for a copy.
+        active: for a copy: of every prunable conv, by name, the sorted int64 indices of the active filters (width,).
+        origin: for an average: the `Belonging` of the model that it averages, whose events it follows.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Belonging:
 
     def _link(self, origin: Belonging | None) -> None:
         self.origin = origin
-        self._stale, self._values = self.average, dict[str, float]()  # has the model changed its channels since?
+        self._stale, self._values = self.average, dict[str, float]()  # has the origin changed its channels since?
         if origin is not None:
             origin.copies.add(self)
 
@@ -86,26 +87,26 @@ class Belonging:
 
     @property
     def active(self) -> Mapping[str, Tensor]:
-        """The channels that the model runs on."""
+        """The channels that this model runs on."""
         return self._active if self.owner is None else self.owner.active
 
     def change(self) -> None:
-        """The model is about to run on other channels: its averages will follow when they are written to next."""
+        """Note that the model is about to run on other channels: averages follow when they are written to next."""
         for twin in self.copies:
-            if "_modules" in twin.model.__dict__:  # else it is what a copy that failed has left
+            if "_modules" in twin.model.__dict__:  # not so in what a deepcopy that failed has left
                 twin._stale, twin._values = True, twin._look()
 
     def follow(self) -> None:
-        """Run on the model's channels, if this is an average of it and has been written to since they changed. While a
-        graph is captured, which cannot wait for the device, all stays as it is."""
+        """Run on the origin's channels, if this is an average and has been written to since they changed.
+
+        While a CUDA graph is captured nothing changes, as that cannot wait for the device.
+        """
         if self._stale and self.origin is not None and not capture.capturing():
             if self.average or self._written():
                 self._run_on(self.origin.active)
 
-    # ------------------------------------------------------------------ hooks of the model
-
     def __call__(self, model: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
-        """Of its state_dict: say which channels it is of."""
+        """Name the channels in the metadata of a state_dict; a hook of `state_dict`."""
         if self.owner is not None:
             self.owner.settle()
         self.follow()
@@ -114,7 +115,7 @@ class Belonging:
         metadata[_KEY] = self._cached[1]
 
     def load(self, model: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
-        """Of its load_state_dict: bring back the channels that the state is of, if it says so."""
+        """Run on the channels of the state_dict that is loaded, if it names them; a hook of `load_state_dict`."""
         if self.owner is not None:
             self.owner.expect_weights()
         found, sizes = metadata.get(_KEY, {}), {layer.name: layer.n_out for layer in self.channels.prunable}
@@ -123,10 +124,10 @@ class Belonging:
             self._run_on({name: torch.tensor(index, device=devices[name]) for name, index in found.items()})
 
     def enter(self, model: nn.Module, args: Any) -> None:
-        """Of its forward."""
+        """Follow the origin; a hook of the forward."""
         if self.owner is None and not torch.compiler.is_compiling():
             if model.training and torch.is_grad_enabled() and not self.average:
-                self.origin = None  # a copy that is trained apart
+                self.origin = None  # a copy that is trained is no average
             self.follow()
 
     def _run_on(self, active: Mapping[str, Tensor]) -> None:
@@ -143,8 +144,11 @@ class Belonging:
 
     @torch.no_grad()
     def _look(self) -> dict[str, float]:
-        """Numbers that change when the model is written to, by module. A copy may have lost some, or folded its norms
-        into the convolutions."""
+        """Return a number for each prunable conv that changes when the model is written to, by module.
+
+        It is the sum of the norm's scale or of the conv's weight: a copy may have folded its norms into the convs, or
+        have lost some modules.
+        """
         modules, found = dict(self.model.named_modules()), dict[str, Tensor]()
         for layer in self.channels.prunable:
             for name in (layer.norm, layer.name):
@@ -156,12 +160,12 @@ class Belonging:
 
 
 def of(model: nn.Module) -> Belonging | None:
-    """What this model knows of its channels; None if it is neither a pruner's nor a copy of one."""
+    """Return what this model has; None if it is neither a pruner's nor a copy of one."""
     return next((hook for hook in model._state_dict_hooks.values() if isinstance(hook, Belonging)), None)
 
 
 def remove(model: nn.Module) -> None:
-    """Let the model forget that it is a pruner's or a copy of one."""
+    """Remove from the model what makes it a pruner's or a copy of one."""
     for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks, model._forward_pre_hooks):
         for key, hook in list(hooks.items()):
             function = getattr(hook, "hook", hook)  # torch wraps some

@@ -1,8 +1,8 @@
-"""The optimizers that train a model: which they are, what they remember of its parameters, how that follows channels.
+"""The optimizers that train a model: find them, and make what they keep for its parameters follow the channels.
 
 People wrap optimizers (Lookahead, SAM, accelerate, sharding), give several, and write their own. So nothing here goes
-by the name of a class or of a state: an optimizer is what has `param_groups` and `step()`, wherever it is held; and
-what a state means is tried before the training, on a twin of the optimizer with parameters of its own.
+by the name of a class or of a state. An optimizer is anything with `param_groups` and `step()`, wherever it is held.
+What a state means is found before the training, by steps of a twin of the optimizer that has parameters of its own.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from reprune_triton import capture
 from reprune_triton.errors import RepruneError
 from reprune_triton.selection import rng
 
-Path = tuple[Any, ...]  # where something stands: the name of an attribute, then keys of dicts and places in lists
-Hook = Callable[..., None]  # of the optimizer that steps, and more that is not used
+Path = tuple[Any, ...]  # to a tensor: the name of an attribute, then keys of dicts and indices of lists
+Hook = Callable[..., None]  # is given the optimizer that steps, and more that is not used
 
 
 class State(NamedTuple):
     """A tensor of a parameter's shape that an optimizer keeps for it."""
 
     tensor: Tensor
-    fresh: float | None  # what it holds for a channel without a past: this number; None: the weight itself
+    fresh: float | None  # its value for a channel without a past; None: the weight itself
 
 
 class Optimizers:
@@ -51,19 +51,18 @@ class Optimizers:
             )
         if given is not None and not self.members:
             raise RepruneError("the optimizer trains none of this model's parameters: give the one that does")
-        self.stepped = False  # since someone has set this to False
+        self.stepped = False  # true after a step; the caller sets it to False
         self.replayed = False  # a CUDA graph holds a step: it may be replayed unseen
-        self._fresh: dict[Path, float | None] = {}  # by number of the optimizer, and where it keeps it
-        self._known: tuple[list[Any], list[tuple[int, State]]] = [], []  # `states` of these parameters and values
+        self._fresh: dict[Path, float | None] = {}  # State.fresh, by number of the optimizer and path in it
+        self._known: tuple[list[Any], list[tuple[int, State]]] = [], []  # parameters and states; their `states`
 
     @property
     def parameters(self) -> set[nn.Parameter]:
-        """All that they train, of other models too."""
+        """All parameters that they train, of other models too."""
         return {p for optimizer in self.members for p in _parameters(optimizer)}
 
     def hook(self, before: Hook, after: Hook) -> list[Any]:
-        """Have these called around every step, also around one within another; the handles have `remove()`."""
-
+        """Call `before` and `after` around every step, also around one within another; the handles have `remove()`."""
         noted = functools.partial(self._note, after)
         handles: list[Any] = []
         for optimizer in self.members:
@@ -79,14 +78,14 @@ class Optimizers:
         self.replayed |= capture.capturing()
 
     def states(self, parameters: Sequence[nn.Parameter]) -> list[tuple[int, State]]:
-        """All that is kept in the shape of one of these parameters, with the number of that."""
+        """Return all states that are kept for these parameters in their shapes, each with the parameter's number."""
         kept, objects, simple = list(self._kept()), list[Any](parameters), True
         for _, states in kept:
             for parameter in parameters:
                 state = states.get(parameter, {})
                 simple = simple and type(state) is dict
                 objects += state.values() if type(state) is dict else ()
-        before, found = self._known  # the same as in the step before, as a rule, and asked for in every step
+        before, found = self._known  # asked for in every step, and as a rule the same as in the last one
         if simple and len(objects) == len(before) and all(map(operator.is_, objects, before)):
             return found
         found = []
@@ -107,21 +106,26 @@ class Optimizers:
             _check(optimizer, names)
 
     def try_out(self, names: Mapping[nn.Parameter, str]) -> None:
-        """Learn what will be kept for these parameters, from twins of the optimizers; `check` it.
+        """Learn from twins of the optimizers what they will keep for these parameters, and `check` it.
 
-        An optimizer that cannot be tried (it wants more than a gradient) is taken as it comes: what is near the weight
-        when it is first seen counts as a weight, all else as an average.
+        Some optimizers cannot be tried, as they need more than a gradient. Of these a state that is near the weight
+        when it is first seen counts as a weight, and any other as an average.
+
+        Args:
+            names: the parameters, and their names for messages.
+        Raises:
+            RepruneError: if something cannot follow the channels.
         """
         self._known = [], []
         for number, optimizer in enumerate(self.members):
-            if len(_optimizers(optimizer)) == 1:  # wrappers are seen at work
+            if len(_optimizers(optimizer)) == 1:  # states of wrappers are taken as they are first seen
                 self._fresh |= {(number, *path): fresh for path, fresh in _tried(optimizer, names).items()}
 
     def carry(self, replaced: Mapping[nn.Parameter, tuple[nn.Parameter, Callable[[Tensor], Tensor]]]) -> None:
-        """Train these parameters in place of the old ones, which are the keys. An interrupted call can be repeated.
+        """Train other parameters in place of some. An interrupted call can be repeated.
 
         Args:
-            replaced: to each the new one, and how a tensor of the old shape gets the new one.
+            replaced: old parameter -> (new parameter, function that gives a tensor of the old shape the new shape).
         """
         new = {old: parameter for old, (parameter, _) in replaced.items()}
 
@@ -133,18 +137,21 @@ class Optimizers:
             for old, (parameter, narrowed) in replaced.items():
                 if old in states:
                     fit = functools.partial(_fitted, shape=old.shape, narrowed=narrowed)
-                    states[parameter] = _mapped(states[old], fit)
+                    states[parameter] = _exchange(states[old], fit)
                     if parameter is not old:
                         del states[old]
         for optimizer in self.members:
             for group in optimizer.param_groups:
-                group["params"] = _mapped(group["params"], exchanged)
+                group["params"] = _exchange(group["params"], exchanged)
             for name, value in list(vars(optimizer).items()):
                 if name not in ("param_groups", "state") and isinstance(value, (list, tuple, dict)):
-                    setattr(optimizer, name, _mapped(value, exchanged))
+                    setattr(optimizer, name, _exchange(value, exchanged))
 
     def _kept(self) -> Iterator[tuple[Path, dict[Any, Any]]]:
-        """Where they keep something by parameter. What a wrapper shares with an optimizer inside is that one's."""
+        """Yield the dicts of all optimizers that have parameters as keys, and the paths to them.
+
+        A dict that a wrapper shares with the optimizer inside comes once, as that one's.
+        """
         seen: list[Any] = []
         for number, optimizer in reversed([*enumerate(self.members)]):
             for where, states in _kept(optimizer):
@@ -154,7 +161,7 @@ class Optimizers:
 
     @staticmethod
     def _at_first_sight(states: Mapping[Any, Any], path: Path) -> float | None:
-        """What a state that no twin has shown is for a channel without a past."""
+        """Return `State.fresh` of a state that no twin has shown."""
         pairs = [
             (value, parameter)
             for parameter, state in states.items()
@@ -166,7 +173,7 @@ class Optimizers:
 
 
 class _Wrapped:
-    """Hooks of an optimizer whose step() calls none: in their place a step() of this one object."""
+    """Hooks of an optimizer whose step() calls none: they replace the step() of this one object."""
 
     def __init__(self, optimizer: Any, before: Hook, after: Hook):
         self._optimizer, self._inside, self._on = optimizer, vars(optimizer).get("step"), True
@@ -184,18 +191,15 @@ class _Wrapped:
         self._hooked = optimizer.step = types.MethodType(hooked, optimizer)
 
     def remove(self) -> None:
-        self._on = False  # another may have wrapped it again
+        self._on = False  # another wrapper around it may still call it
         if vars(self._optimizer).get("step") is self._hooked:
             del self._optimizer.step
             if self._inside is not None:
                 self._optimizer.step = self._inside
 
 
-# ---------------------------------------------------------------------- the optimizers themselves
-
-
 def _optimizers(given: Any) -> list[Any]:
-    """All optimizers that this is, or that it holds: the outer before the inner."""
+    """Return all optimizers that this is or holds, outer ones before inner ones."""
     found: dict[int, Any] = {}
 
     def look(value: Any, depth: int) -> None:
@@ -205,7 +209,7 @@ def _optimizers(given: Any) -> list[Any]:
         elif id(value) not in found and _is_optimizer(value):
             found[id(value)] = value
             look(getattr(value, "__dict__", {}), depth)
-        elif depth == 0:  # given, and not an optimizer itself: what does it hold?
+        elif depth == 0:  # the given object itself, which may hold some
             look(getattr(value, "__dict__", {}), depth + 1)
 
     look([*given.members] if isinstance(given, Optimizers) else given, 0)
@@ -222,11 +226,8 @@ def _parameters(optimizer: Any) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-# ---------------------------------------------------------------------- what they remember
-
-
 def _kept(optimizer: Any) -> Iterator[tuple[Path, dict[Any, Any]]]:
-    """The dicts in which an optimizer keeps something by parameter: its state, and others."""
+    """Yield the dicts of an optimizer that have parameters as keys, its state and others, and the paths to them."""
 
     def look(value: Any, path: Path) -> Iterator[tuple[Path, dict[Any, Any]]]:
         if isinstance(value, dict) and path != ("param_groups",):
@@ -240,7 +241,11 @@ def _kept(optimizer: Any) -> Iterator[tuple[Path, dict[Any, Any]]]:
 
 
 def _tensors(value: Any, path: Path = (), objects: bool = False) -> Iterator[tuple[Path, Tensor]]:
-    """All tensors in it and in its lists and dicts, without what is kept there by parameter; objects: in these too."""
+    """Yield all tensors in a value and in its lists and dicts, but those that have a parameter as their key.
+
+    Args:
+        objects: whether to look into attributes of objects too.
+    """
     if torch.is_tensor(value):
         yield path, value
     elif isinstance(value, dict):
@@ -254,17 +259,17 @@ def _tensors(value: Any, path: Path = (), objects: bool = False) -> Iterator[tup
         yield from _tensors(vars(value), path, objects=False)
 
 
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The value with all that is in its lists and dicts changed; lists and dicts stay the same objects."""
+def _exchange(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Change everything in a value's lists and dicts, which stay the same objects; return the value."""
     if isinstance(value, list):
-        value[:] = [_mapped(item, change) for item in value]
+        value[:] = [_exchange(item, change) for item in value]
     elif isinstance(value, dict):
-        changed = {change(key): _mapped(item, change) for key, item in value.items()}
+        changed = {change(key): _exchange(item, change) for key, item in value.items()}
         value.update(changed)
         for key in set(value) - set(changed):
             del value[key]
     elif isinstance(value, deque) or type(value) is tuple:
-        items = [_mapped(item, change) for item in value]
+        items = [_exchange(item, change) for item in value]
         return deque(items, value.maxlen) if isinstance(value, deque) else tuple(items)
     else:
         return change(value)
@@ -272,11 +277,12 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _fitted(value: Any, shape: torch.Size, narrowed: Callable[[Tensor], Tensor]) -> Any:
+    """Return the slice of a tensor of this shape; all else as it is."""
     return narrowed(value) if torch.is_tensor(value) and value.shape == shape else value
 
 
 def _check(optimizer: Any, names: Mapping[nn.Parameter, str]) -> None:
-    """Raise RepruneError if this optimizer keeps something for these parameters that cannot follow their channels."""
+    """Raise RepruneError if this optimizer keeps something for these parameters that cannot follow channels."""
     way_out = "use SGD, AdamW or another optimizer whose state has one number for every entry of its parameter"
     own = set(_parameters(optimizer))
     total = sum(p.numel() for p in own) if len(own) > 1 else -1
@@ -305,7 +311,11 @@ def _check(optimizer: Any, names: Mapping[nn.Parameter, str]) -> None:
 
 @torch.no_grad()
 def _near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    """Are these values weights rather than averages: nearer to the weights than half the way from zero?"""
+    """Whether these values are weights rather than averages: nearer to the weights than half the way from zero.
+
+    Args:
+        pairs: values, and the weights of the same shapes.
+    """
     apart, size = torch.zeros(()), torch.zeros(())
     for value, weight in pairs:
         apart = apart.to(weight.device) + (value.to(weight.device).float() - weight.float()).square().sum()
@@ -315,11 +325,11 @@ def _near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
 
 @torch.enable_grad()
 def _tried(optimizer: Any, names: Mapping[nn.Parameter, str]) -> dict[Path, float | None]:
-    """What the optimizer will keep, and what that is for a channel without a past; found with a twin of it.
+    """Return `State.fresh` of all that the optimizer will keep, found with a twin of it.
 
-    The twin makes two steps with a gradient of zero: what is the weight then is a weight; what is one number and stays
-    it is that number, a step size say; all else is an average, zero. Then a step with another gradient, as some states
-    appear only then; and one as a channel makes it that has come back.
+    The twin makes two steps with a gradient of zero. A state near the weight then is a weight (None); one that is the
+    same number everywhere and after both steps is that number, a step size say; any other is an average (0). A step
+    with another gradient follows, as some states appear only then, and one as a channel makes it that has come back.
     """
     for filled in (False, True):
         with rng.kept(p.device for p in names), contextlib.suppress(_NoTwin):
@@ -328,8 +338,10 @@ def _tried(optimizer: Any, names: Mapping[nn.Parameter, str]) -> dict[Path, floa
 
 
 def _tried_with(twin: Any, alike: Mapping[nn.Parameter, str]) -> dict[Path, float | None]:
+    """`_tried`, with this twin and these parameters of it."""
+
     def step(parameter: nn.Parameter, factor: float) -> dict[Path, Tensor]:
-        """What is there in the parameter's shape after a step with a gradient of so many weights."""
+        """Return the states of the parameter's shape after a step whose gradient is the weight times `factor`."""
         parameter.grad = parameter.detach() * factor
         _step(twin, parameter)
         parameter.grad = None
@@ -360,14 +372,14 @@ def _tried_with(twin: Any, alike: Mapping[nn.Parameter, str]) -> dict[Path, floa
 
 
 class _NoTwin(Exception):
-    """The optimizer cannot be tried: it cannot be copied, or wants more than a gradient for its step."""
+    """The optimizer cannot be tried: it cannot be copied, or needs more than a gradient for its step."""
 
 
 def _fresh(seen: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float | None:
-    """For a state of several parameters: what it holds for a channel without a past.
+    """Return `State.fresh` of a state.
 
     Args:
-        seen: of each parameter the state after two steps and after one, and the weight after two.
+        seen: for each parameter its state after two steps and after one, and the weight after two.
     """
     if _near((value, weight) for value, _, weight in seen):
         return None
@@ -376,8 +388,13 @@ def _fresh(seen: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float | None:
 
 
 def _twin(optimizer: Any, names: Mapping[nn.Parameter, str], filled: bool) -> tuple[Any, dict[nn.Parameter, str]]:
-    """An optimizer like this one that has never stepped, with one parameter of every shape in place of all; and the
-    names of those that are asked for. filled: with the state of now, as some are made with one."""
+    """Return an optimizer like this one that has never stepped, with one parameter of every shape.
+
+    Also return those of its parameters that stand for some in `names`, with a name of one of these.
+
+    Args:
+        filled: whether it has the weights and states of now: some optimizers need them.
+    """
     twin: Any = object.__new__(type(optimizer))
     memo: dict[int, Any] = {id(optimizer): twin}
     asked: dict[nn.Parameter, str] = {}
@@ -390,7 +407,7 @@ def _twin(optimizer: Any, names: Mapping[nn.Parameter, str], filled: bool) -> tu
                 if key not in own:
                     values = torch.linspace(-1.5, 1.5, p.numel(), dtype=p.dtype, device=p.device)
                     own[key] = nn.Parameter(values.view(p.shape))
-                if filled:  # some of its states may be copies of the weights
+                if filled:  # some states may be copies of the weights
                     own[key].data.copy_(p.detach())
                 memo[id(p)] = memo[id(own[key])] = own[key]
                 if p in names:
@@ -411,7 +428,7 @@ def _twin(optimizer: Any, names: Mapping[nn.Parameter, str], filled: bool) -> tu
 
 
 def _step(twin: Any, parameter: nn.Parameter) -> None:
-    """One step, without or with a closure."""
+    """Make one step, without a closure or, if that fails, with one."""
     try:
         twin.step()
     except Exception:

@@ -1,6 +1,6 @@
-"""Slices of many tensors gathered in one launch, and their gradients scattered in one: `narrow.gather` for a network.
+"""Slices of many tensors gathered in one launch, and their gradients scattered in one: `layers.gather` for a network.
 
-For CUDA. Elsewhere, and wherever something is in the way, `Pack.gather` says no, and the caller goes tensor by tensor.
+This is for CUDA. Where it cannot be done, `Pack.gather` returns None, and the caller gathers tensor by tensor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 from reprune_triton import availability, capture
 from reprune_triton.errors import RepruneError
+from reprune_triton.running.layers import is_channels_last
 
 if TYPE_CHECKING:
     from reprune_triton.kernels.step.pack import Copies
@@ -25,16 +26,16 @@ Cut = Sequence[tuple[int, Tensor]]  # (dimension, indices)
 _ALIGNMENT = 256  # bytes, of every tensor in a buffer
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = {Tensor, torch.nn.Parameter}
-# Addresses, dtypes (None: no tensor) and strides of tensors.
+# Addresses, dtypes (None where there is no tensor) and strides of tensors.
 _Forms = tuple[list[int], list[torch.dtype | None], list[tuple[int, ...]]]
 
 
 class Room(NamedTuple):
-    """Where a tensor stands in a buffer."""
+    """The place of a tensor in a buffer."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    dtype: torch.dtype | None  # None: nothing but room
+    dtype: torch.dtype | None  # None: the tensor is not read, zeros stand for it
     offset: int  # bytes
 
 
@@ -43,12 +44,12 @@ class _Layout(NamedTuple):
 
     rooms: list[Room]
     stacks: list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]  # dtype, shape, strides, first element
-    places: list[int]  # of each room in all stacks, one after the other
+    places: list[int]  # the index of each room among the tensors of all stacks, one stack after the other
     bytes: int
 
 
 class _Look:
-    """Where tensors are, and how they lie there."""
+    """Tensors as they were seen last: addresses, dtypes, strides, and all else that `finds` compares."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.forms: _Forms = [t.data_ptr() for t in tensors], [t.dtype for t in tensors], [t.stride() for t in tensors]
@@ -59,10 +60,10 @@ class _Look:
         self._count = len(once)
 
     def finds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are just the same, also in shape, class, device and requires_grad. It may say no to the same
-        tensors in another mode, as under autocast.
+        """Whether these are the same tensors at the same addresses, also in shape, class, device and requires_grad.
 
-        The guards are what torch.compile asks before it runs its code: one call for all tensors.
+        It may be False for the same tensors in another mode, as under autocast. The guards are those of torch.compile,
+        which compare all tensors in one call.
         """
         once = tensors if self._count == len(tensors) else _once(tensors)
         same = len(once) == self._count and self._guards.check(*once)
@@ -70,37 +71,42 @@ class _Look:
 
 
 def _once(tensors: Sequence[Tensor]) -> Collection[Tensor]:
-    """Each of them once, which guards ask for."""
+    """Return each of them once: guards refuse one that comes twice."""
     return {id(t): t for t in tensors}.values()
 
 
 class Pack:
-    """The same slices of the same tensors, again and again.
+    """Gathers the same slices of the same tensors, again and again.
 
-    A CUDA graph can hold all of it, once the same has been done without one: a replay finds the tensors where they were
-    at the capture. What it reads beside them is kept as long as this pack.
+    A CUDA graph can hold all of it, once the same has been done without one. The tables that a replay reads are kept as
+    long as this pack.
 
     Args:
-        cuts: for each tensor which indices are taken of which dimensions: int64, sorted. A vector has dimension 0 only.
-        impl: "triton": the kernels, also interpreted; "torch": never; "auto": the kernels on CUDA.
+        cuts: for each tensor the dimensions that are cut (0 or 1) and the indices that stay: int64, sorted.
+        impl: "triton": the kernels, also interpreted; "torch": never the kernels; "auto": the kernels on CUDA.
     """
 
     def __init__(self, cuts: Sequence[Cut], impl: str = "auto"):
         self.cuts, self.impl = cuts, impl
         self._look: _Look | None = None
-        self._wanted: tuple[list[torch.dtype], list[bool]] = [], []  # dtypes of the slices; which need gradients
+        self._wanted: tuple[list[torch.dtype], list[bool]] = [], []  # dtypes of slices, requires_grad of tensors
         self._far: dict[Any, _Look] = {}
         self._copies: dict[Any, Copies] = {}
-        self._captured: list[Copies] = []  # what graphs may replay
+        self._captured: list[Copies] = []  # those that graphs may replay
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy has index lists of its own, and tables that point to them
+    def __reduce__(self) -> tuple[Any, ...]:  # the tables point to the index lists, and a copy has lists of its own
         return Pack, (self.cuts, self.impl)
 
     def gather(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...] | None:
-        """The slices, in these types and in the tensors' memory formats, side by side in one buffer. None: not here.
+        """Return the slices, side by side in one buffer; None where the kernels cannot do it.
 
-        Differentiable, once; the gradients are zero outside of the slices, and in the tensors' types. They all come
-        in the end of a backward; under torch.distributed group after group, so that what is done is on its way.
+        They are differentiable, once. The gradients have the shapes and types of the tensors, and are zero outside of
+        the slices. They all come at the end of a backward; under torch.distributed group after group, so that the first
+        can be sent while the backward goes on.
+
+        Args:
+            tensors: float32, bfloat16, float16 or float64; of 1, 2 or 4 dimensions, contiguous or channels_last.
+            dtypes: of the slices, which keep the memory formats of the tensors.
         """
         if not self._prepare(tensors, list(dtypes)):
             return None
@@ -113,17 +119,18 @@ class Pack:
         return tuple(found)
 
     def hold(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """All slices, in the tensors' types, in one buffer, for `put_back`. None: not here."""
+        """Return all slices, in the tensors' types, in a buffer for `put_back`; None where the kernels cannot do it."""
         if not self._prepare(tensors, [t.dtype for t in tensors]):
             return None
         return self._to_narrow()
 
     def put_back(self, slice: Tensor, targets: Sequence[tuple[int, Tensor, bool]]) -> None:
-        """Write slices to where they come from; or zeros there.
+        """Write slices, or zeros, to the places from which the slices were gathered.
 
-        slice: any that `gather` has returned, or what `hold` has.
-        targets: (number of the slice, a tensor of the shape it was taken of, such as `takes` has nothing against,
-            whether zeros).
+        Args:
+            slice: any slice that `gather` has returned, or the buffer that `hold` has.
+            targets: (number of the slice, tensor to write to, whether to write zeros). The tensor has the shape of the
+                one that the slice is of, and `takes` accepts it.
         """
         if targets:
             numbers, tensors, zeros = zip(*targets, strict=True)
@@ -144,6 +151,11 @@ class Pack:
     # ------------------------------------------------------------------ one launch each
 
     def _possible(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the kernels can run on these tensors.
+
+        Raises:
+            RepruneError: if they cannot and impl is "triton".
+        """
         if not _PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_inference, tensors)):
             return False
         device = tensors[0].device
@@ -156,10 +168,10 @@ class Pack:
         return why_not is None
 
     def _prepare(self, tensors: Sequence[Tensor], dtypes: list[torch.dtype]) -> bool:
-        """Make what depends on the tensors, if they are not those of the last time; False if they cannot be packed."""
+        """Make what depends on the tensors, unless they are those of the last time; False if they cannot be packed."""
         if not tensors or self.impl == "torch" or torch.compiler.is_compiling():
             return False
-        # Fake tensors, and whoever else wants to see all operations.
+        # Fake tensors and others that want to see all operations are at work.
         if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
             return False
         before = self._look
@@ -171,7 +183,7 @@ class Pack:
         if before is not None and wanted == self._wanted and look.forms == before.forms:
             self._look = look
             return True
-        if capture.capturing():  # what there is for other tensors goes to the device at once, or not at all
+        if capture.capturing():  # a capture copies no new tables to the device
             return False
         device = tensors[0].device
         if not all(_fits(tensor, device) for tensor in tensors) or not set(dtypes) <= set(_DTYPES):
@@ -183,7 +195,7 @@ class Pack:
             tuple(len(cut.get(d, range(n))) for d, n in enumerate(t.shape))
             for t, cut in zip(tensors, cuts, strict=True)
         ]
-        last = [_is_channels_last(t) for t in tensors]
+        last = [is_channels_last(t) for t in tensors]
         self._narrow = _layout(narrow, last, dtypes)
         self._groups, numbers, size = [], [], 0
         needing = [number for number, tensor in enumerate(tensors) if tensor.requires_grad]
@@ -198,7 +210,7 @@ class Pack:
         return True
 
     def _to_narrow(self) -> Tensor:
-        """The slices, from the tensors, side by side."""
+        """Return a buffer with the slices of the tensors."""
         assert self._look is not None
         buffer = torch.empty(self._narrow.bytes, dtype=torch.uint8, device=self._device)
         rooms = self._narrow.rooms
@@ -207,7 +219,7 @@ class Pack:
         return buffer
 
     def _to_full(self, group: _Group, narrow: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Tensors that are zero but for their slices; None where the slice is."""
+        """Return full tensors with these slices, zero elsewhere; None where the slice is None."""
         buffer = torch.zeros(group.full.bytes, dtype=torch.uint8, device=self._device)
         copies = self._cached(("scatter", group.numbers[0]), group.full.rooms, group.numbers, "near", True)
         strides = [
@@ -219,7 +231,7 @@ class Pack:
         return [None if a is None else b for a, b in zip(narrow, _views(buffer, group.full), strict=True)]
 
     def _cached(self, key: Any, rooms: Iterable[Room], numbers: Sequence[int], full: str, to_buffer: bool) -> Copies:
-        """Copies of the slices `numbers`, whose ends in the buffer are `rooms`."""
+        """Return the copies between the tensors and the buffer, of the slices `numbers` at `rooms` in the buffer."""
         capturing, found = capture.capturing(), self._copies.get(key)
         if found is None:
             from reprune_triton.kernels.step.pack import Copies, Near
@@ -228,7 +240,7 @@ class Pack:
             near = [Near(shape, x.offset, x.dtype, x.strides) for shape, x in zip(shapes, rooms, strict=True)]
             lists = [self._lists[number] for number in numbers]
             found = Copies(near, lists, full, to_buffer, self._device, capturing)
-            if not capturing:  # else nothing of it is on the device before a replay
+            if not capturing:  # what is captured gets its tables on the device only by a replay
                 self._copies[key] = found
         if capturing and found not in self._captured:
             self._captured.append(found)
@@ -236,10 +248,10 @@ class Pack:
 
     @staticmethod
     def _copy(copies: Copies, far: _Forms, buffer: Tensor) -> None:
-        """Launch.
+        """Launch the copies.
 
         Raises:
-            RepruneError: if a graph is captured, which holds no loading of the kernel.
+            RepruneError: if a CUDA graph is captured and the kernel is not loaded: a graph cannot hold that.
         """
         if not copies.run(far, buffer, capture.capturing()):
             raise RepruneError(
@@ -256,14 +268,16 @@ class _Group(NamedTuple):
 
 
 def _group_bytes() -> int:
-    """From which size on a group is complete: as large as DistributedDataParallel's buckets, so that it can send one
-    while the backward goes on."""
+    """Return the size from which on a group is complete.
+
+    It is that of DistributedDataParallel's buckets, so that it can send one while the backward goes on.
+    """
     shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return 25 << 20 if shared else 1 << 62
 
 
 class _Gather(torch.autograd.Function):
-    """From the tensors of a group to their slices, which are there already."""
+    """Connects slices that are gathered already to the tensors of their group, for autograd."""
 
     @staticmethod
     def forward(
@@ -280,21 +294,15 @@ class _Gather(torch.autograd.Function):
 
 
 def _fits(tensor: Tensor, device: torch.device) -> bool:
-    whole = tensor.is_contiguous() or _is_channels_last(tensor)
-    return whole and tensor.device == device and tensor.dtype in _DTYPES and tensor.dim() in (1, 2, 4)
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    """And not contiguous in both ways, as a 1x1 kernel is."""
-    return (
-        tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    """Whether the kernels can read this tensor."""
+    dense = tensor.is_contiguous() or is_channels_last(tensor)
+    return dense and tensor.device == device and tensor.dtype in _DTYPES and tensor.dim() in (1, 2, 4)
 
 
 def _layout(
     shapes: Sequence[tuple[int, ...]], channels_last: Sequence[bool], dtypes: Sequence[torch.dtype]
 ) -> _Layout:
-    """Give these tensors their places in a buffer."""
+    """Return places in a buffer for tensors of these shapes, memory formats and types."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for number, (shape, last, dtype) in enumerate(zip(shapes, channels_last, dtypes, strict=True)):
         format = torch.channels_last if last else torch.contiguous_format
@@ -314,8 +322,11 @@ def _layout(
 
 
 def _views(buffer: Tensor, layout: _Layout) -> list[Tensor]:
-    """Tensors in the buffer, which autograd does not take for views of it: each has a version of its own, for BatchNorm
-    updates one while others are saved."""
+    """Return the tensors of the buffer.
+
+    Autograd does not take them for views of it: each has a version of its own, as BatchNorm updates some while others
+    are saved for the backward.
+    """
     found: list[Tensor] = []
     with torch._C._AutoDispatchBelowADInplaceOrView():
         for dtype, shape, strides, begin in layout.stacks:
@@ -324,5 +335,5 @@ def _views(buffer: Tensor, layout: _Layout) -> list[Tensor]:
 
 
 def _buffer(view: Tensor) -> Tensor:
-    """What `_views` has cut this tensor from."""
+    """Return the buffer that holds this tensor."""
     return torch.empty(0, dtype=torch.uint8, device=view.device).set_(view.untyped_storage())

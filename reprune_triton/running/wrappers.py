@@ -11,8 +11,10 @@ from reprune_triton.errors import RepruneError
 
 
 def opened(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The model inside DataParallel, DistributedDataParallel, AveragedModel (EMA) and torch.compile; and what they put
-    before the names of its modules, from outside to inside."""
+    """Return the model inside DataParallel, DistributedDataParallel, AveragedModel (EMA) and torch.compile.
+
+    Also return what these put before the names of its modules, from outside to inside.
+    """
     prefixes: list[str] = []
     while True:
         wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel))
@@ -24,11 +26,12 @@ def opened(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside its wrappers."""
     return opened(model)[0]
 
 
 def process_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """Of DistributedDataParallel, wherever it is wrapped."""
+    """Return the process group of the DistributedDataParallel in `model`; None without one."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return module.process_group
@@ -36,7 +39,11 @@ def process_group(model: nn.Module) -> dist.ProcessGroup | None:
 
 
 def average_in(given: Any, model: nn.Module) -> nn.Module:
-    """The copy of `model` in an average of it: the average itself, or what it holds."""
+    """Return the copy of `model` in an average of it: a module of the average, or of what it holds.
+
+    Raises:
+        RepruneError: if there is none.
+    """
     own = shapes(model)
     held = (given,) if isinstance(given, nn.Module) else getattr(given, "__dict__", {}).values()
     for outer in held:
@@ -50,4 +57,5 @@ def average_in(given: Any, model: nn.Module) -> nn.Module:
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of all parameters and buffers, by name."""
     return {name: x.shape for named in (model.named_parameters(), model.named_buffers()) for name, x in named}

@@ -16,7 +16,7 @@ from reprune_triton.bench.measure import device as devices
 from reprune_triton.bench.measure import step, variants
 from reprune_triton.errors import RepruneError
 from reprune_triton.fused import fusion
-from reprune_triton.running import compact, layers, narrow
+from reprune_triton.running import compact, layers, shadows
 
 TINY = ("--model", "resnet8", "--device", "cpu", "--batch", "4", "--size", "16", "--warmup", "1", "--steps", "2")
 ALL = ("dense", "dense-fused", "narrow", "narrow-fused", "compact")
@@ -116,13 +116,13 @@ def test_sparsity_0(tmp_path):
 def test_narrow_at_0_casts_as_any_narrow_one(monkeypatch):
     """On CUDA. Then nothing but the pruned channels is between it and narrow at another sparsity."""
     kinds = (nn.Conv2d, nn.Linear)
-    monkeypatch.setattr(narrow._Gathering, "casts", lambda self, module: type(module) in kinds)
+    monkeypatch.setattr(shadows.Gathering, "casts", lambda self, module: type(module) in kinds)
     task = variants.make_task(argparse.Namespace(model="resnet8", size=16, batch=2, seed=0), torch.device("cpu"))
     whole = {x.name: torch.arange(x.n_out) for x in task.channels.prunable}
     runner = variants.Runner(task, variants.parse("narrow"), 0.0, whole)
     modules = [runner.model, *(module for module in runner.model.modules() if type(module) in kinds)]
-    assert all(narrow._shadows(module._forward_pre_hooks) for module in modules)
-    assert not any(narrow._shadows(m._forward_pre_hooks) for m in runner.model.modules() if m not in modules)
+    assert all(shadows.own_hooks(module._forward_pre_hooks) for module in modules)
+    assert not any(shadows.own_hooks(m._forward_pre_hooks) for m in runner.model.modules() if m not in modules)
 
 
 def test_forward_of_narrow_at_0(tmp_path, monkeypatch):
@@ -143,13 +143,13 @@ def other_biases(monkeypatch):
             found["bias"] = [(dim, index.flip(0)) for dim, index in found["bias"]]
         return found
 
-    monkeypatch.setattr(narrow, "possible_cuts", wrong)
+    monkeypatch.setattr(shadows, "possible_cuts", wrong)
 
 
 def no_gradient(monkeypatch):
     """A gather that lets no gradient through to the weights: the first outputs are right."""
     gather = layers.gather
-    monkeypatch.setattr(narrow, "gather", lambda tensor, where: gather(tensor.detach(), where))
+    monkeypatch.setattr(shadows, "gather", lambda tensor, where: gather(tensor.detach(), where))
 
 
 @pytest.mark.parametrize("broken", [other_biases, no_gradient])

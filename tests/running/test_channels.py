@@ -14,7 +14,7 @@ from reprune_triton import availability, fuse
 from reprune_triton.errors import RepruneError
 from reprune_triton.fused import conv as conv_module
 from reprune_triton.fused import norm
-from reprune_triton.running import analysis, channels, narrow
+from reprune_triton.running import analysis, channels, narrow, shadows
 from reprune_triton.running.compact import compact
 from reprune_triton.running.narrow import Narrowing
 from reprune_triton.running.pack import Pack
@@ -316,7 +316,8 @@ def test_it_runs_without_triton_whatever_the_model_is_fused_by(monkeypatch):
 
     for module, name in ((norm, "choose"), (conv_module, "choose"), (availability, "why_not")):
         monkeypatch.setattr(module, name, fail)
-    monkeypatch.setattr(narrow, "Pack", pack)
+    for module in (narrow, shadows):
+        monkeypatch.setattr(module, "Pack", pack)
     for impl in ("triton", "auto"):
         fuse(net, impl)
         assert analysis.analyse(net, x) == expected

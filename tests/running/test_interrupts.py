@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 import reprune_triton
 from reprune_triton import REPrune
-from reprune_triton.running import narrow
+from reprune_triton.running import shadows
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4
-PARTS = ("pruner", "running/narrow", "running/compact", "running/pack")
+PARTS = ("pruner", *(f"running/{name}" for name in ("narrow", "setting", "freezing", "shadows", "compact", "pack")))
 OURS = tuple(f"{reprune_triton.__path__[0]}/{part}.py" for part in PARTS)
 
 
@@ -129,7 +129,7 @@ def interrupts(work, *functions, error=KeyboardInterrupt):
     assert n > 3, "it never came there"
 
 
-EVENT = ("step", "_event", "prepare", "_register", "enforce", "settle_step", "_forget", "_clear")
+EVENT = ("step", "_event", "prepare", "add", "register", "enforce", "settle_step", "_forget", "_clear")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -219,7 +219,7 @@ def test_a_forward_works_after_one_that_was_interrupted(training):
 
 def test_other_threads_go_on_after_a_forward_that_was_interrupted(monkeypatch):
     """They wait for a while, as it might still be inside of the module."""
-    monkeypatch.setattr(narrow._Shadow, "PATIENCE", 0.1)
+    monkeypatch.setattr(shadows.Shadow, "PATIENCE", 0.1)
     run, found = Training(), []
     model = run.model.eval()
     expected = model(X)

@@ -12,7 +12,8 @@ from reprune_triton.errors import RepruneError
 from reprune_triton.running import analysis
 from reprune_triton.running.compact import compact
 from reprune_triton.running.layers import Slice
-from reprune_triton.running.narrow import Narrowing, _Gathering
+from reprune_triton.running.narrow import Narrowing
+from reprune_triton.running.shadows import Gathering
 from reprune_triton.training import models
 
 
@@ -349,7 +350,7 @@ def test_compiled_code_asks_nothing_of_a_gpus_streams(monkeypatch, pruned):
     def refuse(self):
         raise AssertionError("the stream")
 
-    monkeypatch.setattr(_Gathering, "_stream", refuse)
+    monkeypatch.setattr(Gathering, "_stream", refuse)
     with torch.no_grad():
         assert torch.allclose(torch.compile(model, backend="eager")(x), expected, atol=1e-6)
 

@@ -498,7 +498,7 @@ def test_the_kernels_put_back_what_the_reference_does(make):
         part = Slice(torch.arange(0, 8, 2))
         narrowing.set({"conv1": part, "bn1": part, "conv2": Slice(in_=torch.arange(0, 8, 2))})
         train(model, optimizer, 1)
-        states = [x for p in model.parameters() for y in narrowing._optimizers.members for x in kept_for(y, p)]
+        states = [x for p in model.parameters() for y in narrowing.freezing.optimizers.members for x in kept_for(y, p)]
         found.append([*model.parameters(), *states])
     assert len(found[0]) > 8 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
 
