@@ -1,7 +1,9 @@
-"""The options of a pruner, and what is wrong with them."""
+"""The options of a pruner, and checks of their ranges."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
 
 from reprune_triton.errors import RepruneError
 from reprune_triton.running.channels import matches
@@ -15,26 +17,25 @@ class Config:
     """The options of `REPrune`.
 
     Attributes:
-        sparsity: global channel sparsity s_bar in [0, 1); or a dict from conv name or pattern to that layer's own.
+        sparsity: the global sparsity s, in [0, 1); or a dict from conv name or pattern to that layer's own.
         flops: instead of sparsity: the share of the dense network's FLOPs to keep, in (0, 1].
         every: epochs from one pruning event to the next (dT).
-        until: the epoch of the last event (T_prune); about 72% of the training is good (paper, Table 9).
+        until: the epoch of the last event (T); about 72% of the training is good (paper, Table 9).
         regrow: delta_0, how much denser than its target the network is at the start; 0 switches regrowth off.
-        regrow_by: which pruned filters are likely to come back: those of which the kept ones can express the least
-            ("residual", CHEX), those whose kernels are far from every kept one's ("coverage"), or any ("random").
+        regrow_by: which filters are likely to come back: those with the largest part outside the span of the kept ones
+            ("residual", CHEX), those whose kernels are farthest from the kept ones' ("coverage"), or any ("random").
         linkage: "ward" (paper), "single", "complete" or "average".
-        select: which filters a layer keeps: those that cover the most clusters ("coverage", the paper), or, to compare
-            it with, those of the largest absolute sum ("l1"), of the largest BatchNorm scale ("gamma"), or any
-            ("random").
+        select: which filters a layer keeps: those that cover the most clusters ("coverage", the paper). For comparison:
+            those with the largest absolute sum ("l1") or BatchNorm scale ("gamma"), or any ("random").
         tie: which of equally good filters is taken: "random" (paper), "index", "norm" or "gamma".
-        round_to: kept channels are a multiple of this; None is 16 on CUDA and 1 elsewhere.
-        min_keep: no layer keeps fewer channels.
+        round_to: widths are a multiple of this; None is 16 on CUDA and 1 elsewhere.
+        min_keep: no layer keeps fewer filters.
         ignore: convs to leave alone, by name or pattern ("layer1.*").
         seed: decides every random choice here, whatever else the program draws.
-        compact: "auto" makes the model itself physically narrow at the last event, with the averages given as `ema=`.
-            Others keep the old shapes, as do lists of tensors: PyTorch refuses their next update with a size mismatch,
+        compact: "auto" makes the model itself compact at the last event, with the averages given as `ema=`. Other
+            averages, and lists of tensors, keep the old shapes: PyTorch refuses their next update with a size mismatch,
             so make them anew after that event. "off" leaves all this to `finalize`.
-        impl: of clustering, cut, coverage and draw, and of how narrow weights are gathered: "auto", "reference" or
+        impl: what computes clustering, cut, coverage and draw, and gathers narrow weights: "auto", "reference" or
             "triton", see `ops.ward_network` and `pack.Pack`.
     Raises:
         RepruneError: if an option is out of its range.
@@ -92,8 +93,24 @@ def _is_number(value: object) -> bool:
 
 
 def matching(name: str, own: Mapping[str, float]) -> list[str]:
+    """Return the patterns that fit a conv's name."""
     return [pattern for pattern in own if matches(name, (pattern,))]
 
 
 def own_sparsity(name: str, own: Mapping[str, float]) -> float:
-    return own[matching(name, own)[0]]  # the first pattern that fits wins
+    """Return the sparsity of a conv by the first pattern that fits its name."""
+    return own[matching(name, own)[0]]
+
+
+def own_names(config: Config, prefixes: Sequence[str], model: nn.Module) -> Config:
+    """Return the options with convs named as in `model`, without the prefixes that they have in wrappers around it."""
+
+    def own(name: str) -> str:
+        if not any(matches(other, (name,)) for other, _ in model.named_modules()):
+            for prefix in prefixes:
+                name = name.removeprefix(prefix)
+        return name
+
+    share = config.sparsity
+    share = {own(name): value for name, value in share.items()} if isinstance(share, Mapping) else share
+    return replace(config, ignore=tuple(own(name) for name in config.ignore), sparsity=share)

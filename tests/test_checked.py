@@ -310,8 +310,9 @@ def test_ending_before_the_target_is_met_says_so(compact, share):
         train(model, optimizer)
         pruner.step()
     pruned = f"{pruner.history[-1].sparsity:.1%}"
-    with pytest.warns(UserWarning, match=f"after epoch 3, .*until=9: {pruned} .*{asked} was asked for"):
+    with pytest.warns(UserWarning, match=f"after epoch 3, .*until=9: {pruned} .*{asked} was asked for") as came:
         pruner.finalize()
+    assert came[0].filename == __file__  # the caller's line, not the pruner's
 
 
 def test_a_result_that_is_thrown_away_is_noticed():

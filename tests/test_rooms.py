@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. What stands on one floor is apart, but for the modules of one room.
 FLOORS = (
     ("kernels",), ("errors",), ("availability", "capture"), ("selection",), ("fused",), ("running",),
-    ("ops", "config", "history"), ("pruner",), ("training",), ("train",), ("__init__",), ("bench",),
+    ("ops", "config", "history"), ("checks",), ("pruner",), ("training",), ("train",), ("__init__",), ("bench",),
 )  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

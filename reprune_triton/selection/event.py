@@ -130,8 +130,6 @@ class PreparedEvent:
         for group in self._groups:
             self._try(group.prepare, _nothing)
 
-    # ------------------------------------------------------------------ the sequence
-
     @torch.no_grad()
     def launch(self, mark: Callable[[str], None] = lambda stage: None) -> None:
         """Start all steps. mark is called after each of STAGES.
@@ -197,8 +195,6 @@ class PreparedEvent:
             chosen, width, covered, clusters = (int(x) for x in numbers[4 + 4 * i : 8 + 4 * i])
             found.append(LayerOutcome(chosen, width, covered, clusters, h))
         return Outcome(found, rank, active > 0, kept > 0)
-
-    # ------------------------------------------------------------------ its parts
 
     def _finite(self) -> Tensor:
         """Whether all watched tensors are finite, as their largest magnitude is: () bool."""

@@ -1,4 +1,4 @@
-"""Clustering problems and their results: layers, merges, clusters. Checks of layers, and who clusters them.
+"""Clustering problems and their results, with checks of layers, and who clusters them.
 
     Layer -> P problems of n points -> Merges -> Clusters
 """
