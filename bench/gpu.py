@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go, from a bare checkout: kernels, benchmarks, tests, determinism, sanitizers.
+"""Run all that needs a GPU, in one go, from a bare checkout: kernels, benchmarks, tests, determinism, sanitizers.
 
 Each part is a process with a time limit of its own. One that fails, hangs or breaks the device does not stop the
 others, and what it has measured by then is on disk. The parts come in the order of what they are worth: the machine may
@@ -62,7 +62,7 @@ RESNET18 = (
 
 
 class Sizes(NamedTuple):
-    """All in which a run and its rehearsal differ."""
+    """The differences between a run and its rehearsal."""
 
     device: str
     model: str
@@ -264,7 +264,7 @@ def sanitizing(sizes: Sizes, tool: str, limit: float) -> Part:
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """As by Ctrl-C: the part that runs keeps what it has measured, and the summary is printed."""
+    """Take SIGTERM for Ctrl-C: the part that runs keeps what it has measured, and the summary is printed."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -342,7 +342,7 @@ def count_rows(out: Path) -> dict[Path, int]:
 
 
 def known_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, but for a last one that was cut off."""
+    """Return the rows of a file, but for a last one that was cut off."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -364,7 +364,7 @@ class Process:
         self._ended = False
 
     def finish(self, limit: float, log: IO[str]) -> tuple[int | None, str]:
-        """Let it begin, and show what it says: its exit code, None if it took longer; and its last line."""
+        """Let it begin and show its output; return its exit code, None if it took longer, and its last line."""
         process, said = self._popen, collections.deque[str](maxlen=1)
         assert process.stdin and process.stdout
         with contextlib.suppress(BrokenPipeError), process.stdin as begin:
@@ -391,14 +391,14 @@ class Process:
             self._popen.wait(GRACE)
 
     def kill(self) -> None:
-        """Also what it has started itself, and left behind."""
+        """End it, and all that it has started itself."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
         self._ended = True
 
     def close(self) -> None:
-        """Whether it has begun or not."""
+        """End it, whether it has begun or not."""
         if not self._ended:
             self.kill()
         for pipe in (self._popen.stdin, self._popen.stdout):
@@ -408,7 +408,7 @@ class Process:
 
 
 def execute(part: Part, process: Process, limit: float, log: IO[str]) -> tuple[str, str, str]:
-    """passed, failed or skipped; why; and the last line that the part has said."""
+    """Return passed, failed or skipped; why; and the last line that the part has said."""
     code, last = process.finish(limit, log)
     if code is None:
         return "failed", f"out of time after {limit:.0f} s", last
@@ -446,7 +446,7 @@ def say(log: IO[str], text: str) -> None:
 
 
 def fill_in_commit(out: Path, commit: str) -> None:
-    """On a machine without the repository the rows do not know it."""
+    """Add the commit to rows that lack it, as those of a machine without the repository do."""
     for path in row_files(out):
         found = known_rows(path)
         if any(not row["commit"] for row in found):
@@ -455,7 +455,7 @@ def fill_in_commit(out: Path, commit: str) -> None:
 
 
 def compile_all(what: str) -> None:
-    """Into Triton's cache, where the launches of every later process find it; by all cores together.
+    """Compile into Triton's cache, where the launches of every later process find it, on all cores.
 
     What the benchmarks launch comes first, so that a run that is cut short has lost the least.
     """
@@ -478,8 +478,11 @@ def compile_all(what: str) -> None:
 
 @functools.cache
 def jobs(what: str) -> list[tuple[Any, ...]]:
-    """Arguments of `compiled.warm`: for the benchmarks, in bfloat16 and channels in multiples of 16, as networks have
-    them, but for the images'; for the tests also other types and any number of channels."""
+    """Return arguments of `compiled.warm`.
+
+    For the benchmarks: bfloat16 and channels in multiples of 16, as networks have them, but for the images'. For the
+    tests: also other types and any number of channels.
+    """
     from reprune_triton.kernels.clustering import launch
     from reprune_triton.kernels.step import masked_conv, norm_act, pack
 
@@ -497,7 +500,7 @@ def jobs(what: str) -> list[tuple[Any, ...]]:
 
 
 def _reads_images(config: Any) -> bool:
-    """Can this kernel of masked_conv be launched for the first convolution of a network?"""
+    """Whether this kernel of masked_conv can be launched for the first convolution of a network."""
     constants = dict(config.constants)
     return not (constants["NORM"] or constants["POINTWISE"] or config.kernel.__name__ == "input_gradient_kernel")
 
@@ -509,7 +512,7 @@ def compile_one(what: str, number: int) -> None:
 
 
 def print_bits(size: str) -> None:
-    """A hash of parents, heights, labels and kept filters for a fixed set of clusterings."""
+    """Print a hash of parents, heights, labels and kept filters for a fixed set of clusterings."""
     device = "cuda" if torch.cuda.is_available() and size != "tiny" else "cpu"
     ward = [("ward", algorithm) for algorithm in ops.ALGORITHMS]
     others = [(linkage, "auto") for linkage in ops.LINKAGES if linkage != "ward"]

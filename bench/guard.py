@@ -1,4 +1,4 @@
-"""What `make bench` guards: the time of our side of some work, as a ratio to a peer's in the same run.
+"""Guard the time of our side of some work, as a ratio to a peer's in the same run (`make bench`).
 
 Times differ from machine to machine, and so do ratios, but less. One that is worse than the recorded one by more than
 TOLERANCE is a regression.
@@ -29,7 +29,7 @@ class Timed(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """How many times as fast as a peer our side is."""
+    """The speed of our side, in times of a peer's."""
 
     ours: Timed
     peer: Timed
@@ -44,14 +44,14 @@ class Ratio(NamedTuple):
 
 
 def ratios(found: Sequence[Timed]) -> list[Ratio]:
-    """Of all our sides to all peers in the same work."""
+    """Return the ratios of all our sides to all peers in the same work."""
     return [
         Ratio(ours, peer) for ours in found if not ours.peer for peer in found if peer.peer and peer.group == ours.group
     ]
 
 
 def row(ratio: Ratio) -> dict[str, Any]:
-    """For bench/results/, without the environment."""
+    """Return the row for bench/results/, without the environment."""
     group, side, peer = ratio.key
     return {
         "benchmark": "suites", "group": group, "side": side, "peer": peer, "ratio": ratio.value,
@@ -61,12 +61,12 @@ def row(ratio: Ratio) -> dict[str, Any]:
 
 
 def recorded(path: str | Path) -> Recorded:
-    """The last ratio of each kind in a file of rows; none if there is no file."""
+    """Return the last ratio of each kind in a file of rows; none if there is no file."""
     return {(row["group"], row["side"], row["peer"]): row["ratio"] for row in rows.read(path)}
 
 
 def regressions(found: Iterable[Ratio], before: Recorded) -> list[str]:
-    """A sentence for every ratio that has got worse."""
+    """Return a sentence for every ratio that has got worse."""
     return [
         f"{ratio.ours.group}: {ratio.ours.side} was {before[ratio.key]:.2f} times as fast as {ratio.peer.side} and now "
         f"is {ratio.value:.2f} times."

@@ -18,7 +18,7 @@ from reprune_triton.errors import RepruneError
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Device, CPU, versions and commit, to be merged into every row; `dirty` if the code is not that of the commit."""
+    """Return device, CPU, versions and commit, for every row; `dirty` if the code is not that of the commit."""
     device = torch.device(device)
     # Rows that were just written there change nothing of what is measured.
     changes = _git("status", "--porcelain", "--untracked-files=normal", "--", ":/", ":(top,exclude)bench/results")
@@ -39,7 +39,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """The installed version, or None."""
+    """Return the installed version, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -63,7 +63,7 @@ class Draft:
     """
 
     def __init__(self, path: str | Path | None):
-        """path: None: nowhere."""
+        """Begin a draft at the end of this file; None: nowhere."""
         self._path = None if path is None else Path(path)
         exists = self._path is not None and self._path.exists()
         self._before = self._path.read_text(encoding="utf-8") if self._path and exists else None
@@ -82,7 +82,7 @@ class Draft:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file; none if there is no file.
+    """Return the rows of a file; none if there is no file.
 
     Raises:
         RepruneError: for a line that is no row, by its number.
@@ -110,7 +110,7 @@ def cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says about the checkout this file is in; None outside one."""
+    """Return what git says about the checkout of this file; None outside one."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=30)

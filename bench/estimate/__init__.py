@@ -1,1 +1,1 @@
-"""What is computed without a clock: instructions, bytes, hours."""
+"""Estimates without a clock: instructions, bytes, hours."""

@@ -47,7 +47,7 @@ class Loop(NamedTuple):
     text: list[str]  # the body, without predicates
 
     def count(self, name: str) -> int:
-        """Instructions whose name begins so."""
+        """Return the number of instructions whose name begins so."""
         return sum(line.startswith(name) for line in self.text)
 
     def has(self, name: str) -> bool:
@@ -96,12 +96,12 @@ class Estimate(NamedTuple):
 
     @property
     def serial_ms(self) -> float:
-        """As `ms`, but no launch ends before a problem of its largest shape does. Launches follow each other."""
+        """The same, but no launch ends before a problem of its largest shape does. Launches follow each other."""
         launches = [[part for part in self.parts if part.launch == name] for name in {p.launch for p in self.parts}]
         return sum(max(sum(part.ms for part in some), max(part.alone_ms for part in some)) for some in launches)
 
     def fills(self, launch: str) -> bool:
-        """Has this launch a program for every place on the GPU?"""
+        """Whether this launch has a program for every place on the GPU."""
         some = [part for part in self.parts if part.launch == launch]
         return sum(part.problems for part in some) >= some[0].resident * MULTIPROCESSORS
 
@@ -154,10 +154,12 @@ def run(args: argparse.Namespace) -> None:
 def estimate(
     layers: Sequence[ops.Layer], linkage: str = "ward", algorithm: str = "auto", target: str = "sm_90"
 ) -> Estimate:
-    """The issue-bound floor of `ops.cluster_network` on an H100, by launch and shape of the layers.
+    """Estimate the issue-bound floor of `ops.cluster_network` on an H100, by launch and shape of the layers.
 
     Rounds are counted on the weights of the first layer of every shape.
-    Raises RepruneError if the machine code does not have the loops that are expected.
+
+    Raises:
+        RepruneError: if the machine code does not have the loops that are expected.
     """
     from reprune_triton.kernels.clustering import launch
 
@@ -197,7 +199,7 @@ def estimate(
 
 
 def resident(binary: Binary, warps: int) -> int:
-    """Programs that fit in one multiprocessor at once."""
+    """Return how many programs fit in one multiprocessor at once."""
     of_registers = REGISTERS // (-(-binary.registers * 32 // 256) * 256 * warps)
     of_shared = SHARED // (binary.shared + SHARED_RESERVED)
     return min(of_registers, of_shared, WARPS // warps, PROGRAMS)
@@ -232,7 +234,7 @@ def parse(lines: Sequence[str]) -> Code:
         elif name.startswith(("EXIT", "RET", "CALL")):
             follow = [at + 1] if not always else []
         elif name.startswith(("BRX", "JMP", "JMX", "BREAK")):
-            raise RepruneError(f"the machine code has a jump that bench/cost.py does not know: {line}")
+            raise RepruneError(f"the machine code has a jump that cost.py does not know: {line}")
         else:
             follow = [at + 1]
         after.append([there for there in follow if there < len(code)])
@@ -258,7 +260,7 @@ def _loops(code: Sequence[str], after: Sequence[Sequence[int]]) -> tuple[int, li
             bodies[head] = {head}.union(tails, *(nx.ancestors(inner, tail) for tail in tails if tail != head))
             ahead.remove_edges_from((tail, head) for tail in tails)
     if not nx.is_directed_acyclic_graph(ahead):
-        raise RepruneError("the machine code has a loop that is entered in the middle; mend bench/cost.py.")
+        raise RepruneError("the machine code has a loop that is entered in the middle; mend cost.py.")
 
     def inside(body: set[int]) -> list[Loop]:
         """Return the outermost loops within the body, in their order."""
@@ -338,7 +340,7 @@ def binary(config: Any, target: str) -> Binary:
 
 def _expect(condition: bool, kernel: str) -> None:
     if not condition:
-        raise RepruneError(f"the machine code of {kernel} does not have the loops that bench/cost.py knows; mend it.")
+        raise RepruneError(f"the machine code of {kernel} does not have the loops that cost.py knows; mend it.")
 
 
 def _blocks(count: float, block: int) -> int:
@@ -346,8 +348,11 @@ def _blocks(count: float, block: int) -> int:
 
 
 def _coordinates(loops: Sequence[Loop], d: int, kernel: str) -> float:
-    """Loops over the coordinates of a point: one with arithmetic, one that only moves, or both, where threads part.
-    Each may come unrolled, with a second loop for what is left over."""
+    """Count instructions of loops over the coordinates of a point.
+
+    There is a loop with arithmetic, one that only moves, or both, where threads part. Each may come unrolled, with a
+    second loop for what is left over.
+    """
     _expect(0 < len(loops) <= 4 and not any(loop.inside for loop in loops), kernel)
     total = 0.0
     for arithmetic in (True, False):
@@ -367,7 +372,7 @@ def _coordinates(loops: Sequence[Loop], d: int, kernel: str) -> float:
 def _reciprocal(
     code: Code, work: Sequence[Sequence[tuple[int, int]]], n: int, d: int, D: int, ROWS: int, COLS: int, BLOCK: int
 ) -> float:
-    """work: for every sampled problem (stale, live) clusters of every round, in none of which there are copies."""
+    """Count instructions; work: for every sampled problem the (stale, live) clusters of every round without copies."""
     name = "reciprocal"
     _expect(len(code.loops) == 2 and code.loops[0].has("STG"), name)
     load, turn = code.loops
@@ -399,7 +404,7 @@ def _reciprocal(
 
 
 def _line(code: Code, work: Sequence[Sequence[int]], n: int, d: int, WIDTH: int, BLOCK: int) -> float:
-    """work: for every sampled problem the live clusters of every round."""
+    """Count instructions; work: for every sampled problem the live clusters of every round."""
     _expect(len(code.loops) == 2 and not code.loops[0].inside and len(code.loops[1].inside) == 1, "line")
     _expect(n <= WIDTH and code.once > WIDTH / (BLOCK / 32) / 32 and d == 1, "line")  # the sort is in no loop
     pad, turn = code.loops
@@ -412,7 +417,7 @@ def _line(code: Code, work: Sequence[Sequence[int]], n: int, d: int, WIDTH: int,
 
 
 def _chain(code: Code, work: Sequence[int], n: int, d: int, LINKAGE: int, D: int, BLOCK: int) -> float:
-    """work: for every sampled problem how many searches it takes."""
+    """Count instructions; work: for every sampled problem how many searches it takes."""
     ward = LINKAGE == 0
     _expect(len(code.loops) == 2 if ward else len(code.loops) > 2, "chain")
     load, *begin, turn = code.loops
@@ -436,7 +441,7 @@ def _chain(code: Code, work: Sequence[int], n: int, d: int, LINKAGE: int, D: int
 
 
 def _magnitude(code: Code, size: int, BLOCK: int) -> float:
-    """size: numbers of a filter."""
+    """Count instructions; size: numbers of a filter."""
     _expect(len(code.loops) == 1 and code.loops[0].has("LDG") and not code.loops[0].inside, "magnitude")
     return code.once + _blocks(size, BLOCK) * code.loops[0].least  # float32 is the shortest of its branches
 
@@ -450,7 +455,7 @@ def _level(code: Code, n: int, BLOCK: int) -> float:
 
 
 def _label(code: Code, climbs: Sequence[Sequence[int]]) -> float:
-    """climbs: for every sampled problem the steps of every block of points."""
+    """Count instructions; climbs: for every sampled problem the steps of every block of points."""
     _expect(len(code.loops) == 2 and not code.loops[0].inside and len(code.loops[1].inside) == 1, "label")
     roots, climb = code.loops
     _expect(roots.has("SHFL") and climb.inside[0].has("LDG") and not climb.inside[0].inside, "label")
@@ -462,7 +467,7 @@ def _label(code: Code, climbs: Sequence[Sequence[int]]) -> float:
 
 
 class Sample(NamedTuple):
-    """What the first problems of a layer ask of the kernels."""
+    """The work that the first problems of a layer are for the kernels."""
 
     work: list[Any]  # for each problem what `count_rounds`, `count_line_rounds` or `count_searches` says
     climbs: list[list[int]]  # for each problem, and each block of points, the steps to the roots under the cut
@@ -499,7 +504,7 @@ def _counted(data: bytes, shape: tuple[int, int, int], linkage: str, kernel: str
 
 
 def count_rounds(points: torch.Tensor) -> list[list[tuple[int, int]]]:
-    """For every problem of points (P, n, d): stale and live clusters in every round of reciprocal merging.
+    """Count stale and live clusters of every round of reciprocal merging, for every problem of points (P, n, d).
 
     The reference has the kernel's rules, so it makes the same rounds.
     """
@@ -519,7 +524,7 @@ def count_rounds(points: torch.Tensor) -> list[list[tuple[int, int]]]:
 
 
 def count_line_rounds(points: torch.Tensor) -> list[list[int]]:
-    """For every problem of points (P, n, 1): live clusters in every round of merging adjacent local minima."""
+    """Count live clusters of every round of merging adjacent local minima, for every problem of points (P, n, 1)."""
     found = []
     for problem in points.double():
         mean, size, live = np.sort(problem.squeeze(1).numpy()), np.ones(len(problem)), []
@@ -538,7 +543,7 @@ def count_line_rounds(points: torch.Tensor) -> list[list[int]]:
 
 
 def count_searches(points: torch.Tensor, linkage: str) -> list[int]:
-    """For every problem of points (P, n, d): searches of the nearest-neighbour chain, on a matrix of distances."""
+    """Count searches of the nearest-neighbour chain for every problem of points (P, n, d)."""
     found = []
     for problem in points.double():
         n = len(problem)

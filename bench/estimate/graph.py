@@ -1,4 +1,4 @@
-"""What a network computes, with the size of all that is read and written.
+"""List the operations of a network, with the size of all that is read and written.
 
 It comes from one trace by torch.fx, on shapes alone: nothing is computed, and nothing but PyTorch is needed.
 """
@@ -30,8 +30,8 @@ class Op(NamedTuple):
     macs: int = 0  # multiply-adds; of convs and linears only
     pointwise: bool = False  # a 1x1 conv that is not grouped
     seen: float = 1.0  # the share of its input that a conv looks at; a stride may be larger than the kernel
-    act: bool = False  # of a norm: with the activation behind it
-    residual: bool = False  # ... with the addition behind it, whose other term is the last of the inputs
+    act: bool = False  # of a norm: with the activation after it
+    residual: bool = False  # ... with the addition after it, whose other term is the last of the inputs
 
 
 class _Sizes(fx.Interpreter):
@@ -49,10 +49,10 @@ class _Sizes(fx.Interpreter):
 
 
 def operations(model: nn.Module, shape: tuple[int, ...], fused: bool = False) -> list[Op]:
-    """What the forward of `model` does with images (B, C, H, W), in order.
+    """List what the forward of `model` does with images (B, C, H, W), in order.
 
     Args:
-        fused: a BatchNorm takes in the addition and the activation behind it, as `reprune_triton.fuse` does.
+        fused: a BatchNorm takes in the addition and the activation after it, as `reprune_triton.fuse` does.
     Raises:
         RepruneError: if torch.fx cannot trace the model.
     """

@@ -1,4 +1,4 @@
-"""What a whole training would take: measured steps and events, added up over the schedule.
+"""Add up measured steps and events over the schedule of a whole training.
 
     epochs 1 .. every           dense; the first event comes after them
     after the event of epoch t  sparsity s_bar - delta_t (the network in training is denser than its target)
@@ -89,11 +89,7 @@ def run(args: argparse.Namespace) -> None:
         "and traffic between devices are left out, which favours whatever computes fastest. " + paper(),
     )  # fmt: skip
 
-    dense: dict[str, list[float]] = {}
-    for row in steps:
-        if row["net"] == "dense" and not row["fused"]:
-            dense.setdefault(row["variant"], []).append(row["ms"])
-    plain = {variant: statistics.median(some) for variant, some in dense.items()}
+    plain = medians((row for row in steps if row["net"] == "dense" and not row["fused"]), "variant")
     best = min(plain, key=plain.__getitem__, default=None)
     left_out: list[RepruneError] = []
     for share in shares:
@@ -122,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def paper() -> str:
-    """What the paper saved."""
+    """Say what the paper saved."""
     cut = ", ".join(f"{1 - hours / PAPER[0.0]:.1%} at -{share:.0%}" for share, hours in PAPER.items() if share)
     return f"The paper's training of ResNet-50 on 8 A6000 saved {cut} FLOPs, against eager."
 
@@ -130,20 +126,17 @@ def paper() -> str:
 def whole(
     steps: Sequence[Row], narrow: str, share: float, event_s: float, per_epoch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """The hours of one schedule."""
+    """Return the hours of one schedule."""
     backend = narrow.removeprefix("narrow")
     until_last = curve(steps, narrow, f"dense{backend}", args)
-    compact: dict[str, list[float]] = {}
-    for row in steps:
-        if row["net"] == "compact" and row["sparsity"] == share:
-            compact.setdefault(row["variant"], []).append(row["ms"])
-    final = {name: statistics.median(some) for name, some in compact.items()} or {narrow: until_last(share)}
+    final = medians((row for row in steps if row["net"] == "compact" and row["sparsity"] == share), "variant")
+    final = final or {narrow: until_last(share)}
     chosen, alike = min(final, key=final.__getitem__), final.get(f"compact{backend}", until_last(share))
     phases = schedule(args.epochs, args.until, args.every, share, args.regrow)
     events = sum(phase.event for phase in phases)
 
     def seconds(last: float) -> float:
-        """Of the whole run, if the steps after the last event take so many ms."""
+        """Return those of the whole run, if a step after the last event takes `last` ms."""
         steps_s = ((last if phase.final else until_last(phase.sparsity)) / 1e3 for phase in phases)
         return sum(p.epochs * per_epoch * s for p, s in zip(phases, steps_s, strict=True)) + events * event_s
 
@@ -158,7 +151,7 @@ def whole(
 
 
 def schedule(epochs: int, until: int, every: int, sparsity: float, regrow: float) -> list[Phase]:
-    """All epochs: dense first, then from event to event, and the rest after the last one."""
+    """Return the phases of a training: dense first, then from event to event, and the rest after the last one."""
     due = [t for t in range(1, until + 1) if t % every == 0 or t == until]
     found = [Phase(due[0], 0.0, False, False)]
     for t, following in zip(due, [*due[1:], epochs], strict=True):
@@ -168,22 +161,15 @@ def schedule(epochs: int, until: int, every: int, sparsity: float, regrow: float
 
 
 def curve(steps: Sequence[Row], narrow: str, dense: str, args: argparse.Namespace) -> Callable[[float], float]:
-    """Milliseconds of a step by sparsity: between measured ones on a straight line, never beyond them.
+    """Return a step's milliseconds as a function of sparsity: between measured ones a straight line, never beyond them.
 
     At 0 a training is dense. If narrow was measured there too, that is where its line begins.
     """
 
-    def medians(variant: str) -> dict[float, float]:
-        spent: dict[float, list[float]] = {}
-        for row in steps:
-            if row["variant"] == variant:
-                spent.setdefault(row["sparsity"], []).append(row["ms"])
-        return {share: statistics.median(some) for share, some in spent.items()}
-
-    whole = medians(dense)
+    whole, own = (medians((row for row in steps if row["variant"] == name), "sparsity") for name in (dense, narrow))
     if 0.0 not in whole:
         raise missing(dense, f"{dense}, beside {narrow}", args)
-    points = sorted((whole | medians(narrow)).items())
+    points = sorted((whole | own).items())
 
     def at(share: float) -> float:
         if share == 0:
@@ -196,8 +182,16 @@ def curve(steps: Sequence[Row], narrow: str, dense: str, args: argparse.Namespac
     return at
 
 
+def medians(some: Iterable[Row], key: str) -> dict[Any, float]:
+    """Return the median milliseconds of a step by this field of the rows."""
+    spent: dict[Any, list[float]] = {}
+    for row in some:
+        spent.setdefault(row[key], []).append(row["ms"])
+    return {value: statistics.median(ms) for value, ms in spent.items()}
+
+
 def step_rows(args: argparse.Namespace) -> list[Row]:
-    """What was measured of this model, on one kind of hardware and at one batch size."""
+    """Return the measured steps of this model, on one kind of hardware and at one batch size."""
     found = [
         row for row in read(args.files)
         if (row.get("benchmark"), row.get("row"), row.get("result")) == ("step", "step", "measured")
@@ -220,7 +214,7 @@ def refuse_mix(found: Iterable[Row], key: str, advice: str) -> None:
 
 
 def event_seconds(found: Sequence[Row], where: Row, model: str) -> float:
-    """Of one event over the layers that are pruned, on the same hardware; the latest one measured."""
+    """Return the seconds of the latest measured event over the prunable layers, on the same hardware."""
     keys = ["device"] if where["device"] != "cpu" else ["device", "cpu"]
     fitting = [
         row for row in found

@@ -1,4 +1,4 @@
-"""The least time that one training step can take: a kernel needs max(FLOPs / peak, bytes / bandwidth), and kernels
+"""Estimate the least time of one training step: a kernel needs max(FLOPs / peak, bytes / bandwidth), and kernels
 follow each other.
 
 Counted are the forward, the gradients of inputs and weights, and SGD with momentum. Layers and sizes come from the
@@ -9,7 +9,7 @@ model itself, whole or narrow. Four ways to cut the work into kernels, with Y th
     compiled   BatchNorm reads once for its statistics; apply, addition and activation are one kernel; backward one
                pass adds up (and writes what the residual needs), one makes the gradient
     fused      what `reprune_triton.fuse` runs if all 1x1 convs are ours. Forward they apply the BatchNorm and the
-               activation before them as they read, and count the statistics for the one behind as they write; backward
+               activation before them as they read, and count the statistics for the one after as they write; backward
                they go on through that activation, add up what else reads its output, and count the sums. What is left
                of the BatchNorm is one pass that makes the gradient, 3 Y
     fused 1x1  as if the two gradients of the conv before did that pass too as they read, the activation left a bit
@@ -43,7 +43,7 @@ SGD = 5 * 4 + 2
 
 
 class Ceilings(NamedTuple):
-    """What a device can do at best."""
+    """The best that a device can do."""
 
     name: str
     flops: float  # of matrix products, a second
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def widths_at(channels: Channels, share: float, round_to: int) -> dict[str, int]:
-    """Every prunable layer without this share of its channels."""
+    """Return the width of every prunable layer without this share of its channels."""
     if not 0 <= share < 1:
         raise RepruneError(f"--sparsity must be in [0, 1), the share to leave out; got {share}")
     some = channels.prunable
@@ -136,19 +136,19 @@ def widths_at(channels: Channels, share: float, round_to: int) -> dict[str, int]
 
 
 def choose(channels: Channels, widths: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Random channels of every layer, as many as its width."""
+    """Draw channels of every layer, as many as its width."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {x.name: torch.randperm(x.n_out, generator=generator) for x in channels.prunable}
     return {name: order[: widths[name]].sort().values for name, order in drawn.items()}
 
 
 def total(found: Sequence[Kernel], ceilings: Ceilings) -> float:
-    """Seconds."""
+    """Return the seconds of all kernels, one after the other."""
     return sum(kernel.seconds(ceilings) for kernel in found)
 
 
 def by_kinds(found: Sequence[Kernel], ceilings: Ceilings) -> dict[str, float]:
-    """Seconds of each kind of kernel."""
+    """Return the seconds of each kind of kernel."""
     spent: dict[str, float] = {}
     for kernel in found:
         spent[kernel.kind] = spent.get(kernel.kind, 0.0) + kernel.seconds(ceilings)
@@ -156,7 +156,7 @@ def by_kinds(found: Sequence[Kernel], ceilings: Ceilings) -> dict[str, float]:
 
 
 def kernels(model: nn.Module, shape: tuple[int, ...], level: str, size: int = 2) -> list[Kernel]:
-    """The kernels of one training step.
+    """Return the kernels of one training step.
 
     Args:
         shape: of the images, (B, C, H, W).
@@ -170,7 +170,7 @@ def kernels(model: nn.Module, shape: tuple[int, ...], level: str, size: int = 2)
 
 
 def measure(device: str | torch.device) -> Ceilings:
-    """The ceilings of this device: one large matrix product, and one large copy."""
+    """Measure the ceilings of this device: one large matrix product, and one large copy."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     n, count = (8192, 2**30) if cuda else (1024, 2**25)
@@ -216,7 +216,7 @@ class _Step:
         return found
 
     def adding(self, number: int) -> list[Kernel]:
-        """The gradients of all that read this tensor, added up."""
+        """Return the kernels that add up the gradients of all that read this tensor."""
         op = self.ops[number]
         if op.kind == "norm" and (self.level == "compiled" or self.twice(number)):
             return []  # as BatchNorm's backward reads them
@@ -229,7 +229,7 @@ class _Step:
         kind = op.kind if op.kind == "linear" else "conv"
         X, Y, W, flops = op.inputs[0] * size, op.output * size, op.weights * size, 2.0 * op.macs
         seen = op.seen * X
-        # Ours reads the output again beside its gradient, to take the latter back through the BatchNorm behind.
+        # Ours reads the output again beside its gradient, to take the latter back through the BatchNorm after it.
         again = Y if self.whole and self.ours(number) and self.norm_of(number) is not None else 0
         found = [Kernel(kind, flops, seen + W + Y)]
         found.append(Kernel(f"{kind} weights", flops, seen + Y + again + 4 * op.weights))
@@ -239,7 +239,7 @@ class _Step:
         return found
 
     def epilogue(self, number: int) -> float:
-        """What our 1x1 conv reads more as it writes the gradient of its input, for the BatchNorm before it."""
+        """Return the bytes that ours reads for the BatchNorm before it, as it writes the gradient of its input."""
         source = self.ops[number].sources[0]
         if self.ours_reads(source) != number:
             return 0
@@ -270,7 +270,7 @@ class _Step:
         return found
 
     def forward(self, number: int) -> list[Kernel]:
-        """Statistics, unless the conv before has counted them, and one kernel for the rest."""
+        """Return the kernel of statistics, unless the conv before has counted them, and one for the rest."""
         op = self.ops[number]
         Y = op.output * self.size
         found = [] if self.ours(op.sources[0]) and self.norm_of(op.sources[0]) == number else [Kernel("norm", 0, Y)]
@@ -279,29 +279,29 @@ class _Step:
         return found
 
     def twice(self, number: int) -> bool:
-        """Are the gradients of two readers added by this BatchNorm's backward?"""
+        """Whether this BatchNorm's backward adds the gradients of two readers."""
         op, readers = self.ops[number], self.readers[number]
         known = all(self.ops[r].kind == "conv" or self.ops[r].residual for r in readers)
         return op.kind == "norm" and op.users == len(readers) == 2 and known
 
     def ours(self, number: int) -> bool:
-        """Is this a convolution by our kernels?"""
+        """Whether this is a convolution by our kernels."""
         return self.level.startswith("fused") and number != graph.IMAGES and self.ops[number].pointwise
 
     def norm_of(self, number: int) -> int | None:
-        """The BatchNorm behind a conv."""
+        """Return the number of the BatchNorm after a conv, if nothing else reads that."""
         readers = self.readers[number]
         return readers[0] if len(readers) == 1 and self.ops[readers[0]].kind == "norm" else None
 
     def unwritten(self, number: int) -> bool:
-        """Is the output of this BatchNorm only made as the one operation that needs it reads?"""
+        """Whether the output of this BatchNorm is only made as the one operation that needs it reads."""
         op = self.ops[number]
         if op.kind != "norm" or op.residual or op.users != 1 or not self.readers[number]:
             return False
         return self.ours(self.readers[number][0]) or self.joins(number)
 
     def ours_reads(self, number: int) -> int | None:
-        """The conv of ours that adds up the gradients of this tensor, and does the first pass of its BatchNorm."""
+        """Return our conv that adds up the gradients of this tensor, and does the first pass of its BatchNorm."""
         readers = self.readers[number]
         if self.whole:
             return next((reader for reader in readers if self.ours(reader)), None)
@@ -309,16 +309,16 @@ class _Step:
         return readers[0] if known and readers and self.ours(readers[0]) else None
 
     def active(self, op: graph.Op) -> float:
-        """Bytes to read of where the activation behind a residual was active: bits, or the output."""
+        """Return the bytes that say where the activation after a residual was active: bits, or the output."""
         return op.output * (1 / 8 if self.whole else self.size) if op.residual and op.act else 0
 
     @property
     def whole(self) -> bool:
-        """Is all of the backward inside the convs?"""
+        """Whether all of the backward is inside the convs."""
         return self.level == "fused 1x1"
 
     def joins(self, number: int) -> bool:
-        """Does this BatchNorm stand in a shortcut, just before an addition that another one has taken in?"""
+        """Whether this BatchNorm stands in a shortcut, just before an addition that another one has taken in."""
         op, readers = self.ops[number], self.readers[number]
         plain = op.users == 1 and not op.act and not op.residual and len(readers) == 1
         return self.whole and plain and self.ops[readers[0]].residual and self.ops[readers[0]].sources[-1] == number

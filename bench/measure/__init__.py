@@ -1,1 +1,1 @@
-"""What a clock measures."""
+"""Measurements by the clock."""

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _pair(args: argparse.Namespace, seed: int) -> tuple[Row, Row]:
-    """The row of a dense run and that of a pruned run with the same recipe and seed."""
+    """Return the row of a dense run and that of a pruned run with the same recipe and seed."""
     changes = {
         key: value for key in ("model", "data_dir", "epochs", "threads") if (value := getattr(args, key)) is not None
     }
@@ -96,7 +96,7 @@ def _pair(args: argparse.Namespace, seed: int) -> tuple[Row, Row]:
 
 @torch.no_grad()
 def _latencies(networks: dict[str, nn.Module], x: Tensor, repeats: int = 30) -> dict[str, dict[int, float]]:
-    """Median milliseconds of a forward, by network and batch size; the networks take turns."""
+    """Return the median milliseconds of a forward, by network and batch size; the networks take turns."""
     found: dict[str, dict[int, float]] = {name: {} for name in networks}
     for batch in BATCHES:
         images = x[torch.arange(batch) % len(x)]

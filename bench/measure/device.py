@@ -1,4 +1,4 @@
-"""Where a benchmark runs: the device, its clock and its memory."""
+"""The device on which a benchmark runs, its clock and its memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reprune_triton.errors import RepruneError
 
 
 def use(name: str) -> torch.device:
-    """The device of this name, made the current one. "cuda" is the CUDA device that is current already.
+    """Make the device of this name the current one, and return it. "cuda" is the CUDA device that is current already.
 
     Raises:
         RepruneError: if there is no such device here.
@@ -38,7 +38,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_each(work: Callable[[], object], count: int, device: torch.device, wait: bool = False) -> list[float]:
-    """Milliseconds of each of `count` calls, one right after the other; with `wait`, until the device is done."""
+    """Return milliseconds of each of `count` calls, one right after the other; `wait`: until the device is done."""
     if device.type != "cuda" or wait:
         spent = []
         for _ in range(count):
@@ -59,14 +59,14 @@ def time_each(work: Callable[[], object], count: int, device: torch.device, wait
 
 
 def give_back(device: torch.device) -> None:
-    """To the device, what nobody uses any more."""
+    """Give the memory that nobody uses any more back to the device."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def memory(device: torch.device) -> int:
-    """Bytes in use; from here on the peak is counted."""
+    """Return the bytes in use; from here on the peak is counted."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)
@@ -75,9 +75,11 @@ def memory(device: torch.device) -> int:
 
 
 def peak(device: torch.device, before: int) -> dict[str, float]:
-    """The most in use during a step beyond what is there before one, which is weights, momentum, the last gradients and
-    what other variants hold: so activations and workspaces. The same for eager, compile and graph. max-autotune has no
-    figure: only Inductor knows what the graphs it has recorded share."""
+    """Return the most memory in use during a step beyond that before it: activations and workspaces.
+
+    Before it there are weights, momentum, the last gradients and what other variants hold. The same holds for eager,
+    compile and graph. max-autotune has no figure: only Inductor knows what the graphs it has recorded share.
+    """
     if device.type != "cuda":
         return {}
     torch.cuda.synchronize(device)

@@ -1,5 +1,6 @@
-"""Is the choice between our kernels and PyTorch biased? What `fused.dispatch` chooses by its clock, beside the same
-runs replayed from CUDA graphs, where the host has no part in their time.
+"""Compare the choices of `fused.dispatch` between our kernels and PyTorch with the times of CUDA graphs.
+
+Dispatch chooses by a clock in which the host may have a part. In a graph's replay it has none, so a bias shows.
 
 The shapes are those that a training step of the network, fused, asks for. On a CPU, where nothing is chosen, both
 times are by the same clock: a rehearsal.
@@ -106,7 +107,7 @@ def met(args: argparse.Namespace, device: torch.device) -> dict[dispatch.Case, d
 
 
 def compare(case: dispatch.Case, candidates: dispatch.Candidates, device: torch.device) -> dict[str, Any]:
-    """One row."""
+    """Return the row of a case."""
     made: dict[str, Callable[[], list[Tensor]]] = {}
     spent: dict[str, list[float]] = {name: [] for name in NAMES}
     clock = clock_of(device)
@@ -139,7 +140,7 @@ def compare(case: dispatch.Case, candidates: dispatch.Candidates, device: torch.
 
 
 def clock_of(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """Dispatch's own."""
+    """Return dispatch's own clock."""
     return dispatch.Clock(device) if device.type == "cuda" else on_host
 
 
@@ -150,7 +151,7 @@ def on_host(run: Callable[[], Any]) -> float:
 
 
 def replayed(run: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one run."""
+    """Return the milliseconds of one run."""
     if device.type != "cuda":
         return statistics.median(on_host(run) for _ in range(REPLAYS))
 

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(console: Console, layers: list[ops.Layer], draft: rows.Draft, args: argparse.Namespace) -> None:
-    """The whole event first, then its parts; each of them on disk as soon as it is known."""
+    """Measure the whole event, then its parts; each is on disk as soon as it is known."""
     cuda = torch.device(args.device).type == "cuda"
     keeps = {layer.name: ops.keep_count(layer.n, args.sparsity) for layer in layers}
     sums = [("1x1", [layer for layer in layers if layer.d == 1]), ("KxK", [layer for layer in layers if layer.d > 1])]
@@ -161,7 +161,7 @@ def measure(console: Console, layers: list[ops.Layer], draft: rows.Draft, args: 
 
 
 def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Of the row "1x1 on the CPU", which shows how much of the gain is the algorithm's alone."""
+    """Return the settings of the row "1x1 on the CPU", which shows how much of the gain is the algorithm's alone."""
     return {"impl": "reference", "algorithm": "auto", "device": "cpu", "repeat": min(args.repeat, 3)}
 
 
@@ -222,12 +222,12 @@ class Watched(REPrune):
 
 
 def runs_a_pruner(args: argparse.Namespace) -> bool:
-    """A pruner prunes what is prunable, over all its inputs."""
+    """Whether the layers are those of a pruner: all that are prunable, over all their inputs."""
     return args.layers == "prunable" and args.inputs is None
 
 
 def of_a_pruner(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
-    """The whole event is `REPrune.step`, each time of a new pruner; its analysis of the model is not timed."""
+    """Return the event as `REPrune.step`, each time of a new pruner; its analysis of the model is not timed."""
 
     def fresh() -> Callable[[], Whole]:
         model = networks.build(args.model, args.seed)
@@ -254,7 +254,7 @@ def of_a_pruner(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
 
 
 def alone(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
-    """The whole event without a model to apply it to."""
+    """Return the event without a model to apply it to."""
     request, gammas = request_of(layers, args)
 
     def run_event() -> Whole:
@@ -269,7 +269,7 @@ def alone(layers: list[ops.Layer], args: argparse.Namespace) -> Subject:
 
 
 def request_of(layers: list[ops.Layer], args: argparse.Namespace) -> tuple[events.Request, torch.Tensor]:
-    """An event over these layers as a pruner would ask for it, and the scales (T,) that it counts."""
+    """Return an event over these layers as a pruner would ask for it, and the scales (T,) that it counts."""
     pool = Pool([layer.n_out for layer in layers], layers[0].weight.device)
     gammas = torch.rand(pool.total, generator=torch.Generator().manual_seed(args.seed)).to(pool.device)
     active = torch.ones_like(gammas, dtype=torch.bool)
@@ -282,7 +282,7 @@ def request_of(layers: list[ops.Layer], args: argparse.Namespace) -> tuple[event
 
 
 def extra() -> float:
-    """By how much the network is denser after regrowth."""
+    """Return the share of channels that regrow."""
     return regrow_share(EPOCH, UNTIL, REGROW)
 
 
@@ -291,7 +291,7 @@ def seeds(layers: list[ops.Layer], args: argparse.Namespace) -> list[tuple[int, 
 
 
 def time_event(subject: Subject, merges: Mapping[str, ops.Merges], args: argparse.Namespace) -> dict[str, float]:
-    """Medians of the whole event and of its stages, in seconds, once its filters are the right ones."""
+    """Return medians of the whole event and of its stages, in seconds, once its filters are the right ones."""
     cuda = torch.device(args.device).type == "cuda"
     runs: list[Whole] = []
     for _ in range(args.repeat + cuda):
@@ -319,7 +319,7 @@ def same_outcome(one: events.Outcome, other: events.Outcome) -> bool:
 def merges_of_an_event(
     layers: list[ops.Layer], results: dict[str, Result], args: argparse.Namespace
 ) -> dict[str, ops.Merges]:
-    """An event knows no --algorithm. Else its merges are those that are checked against the other libraries."""
+    """Return the merges of a whole event: those that were checked, unless these are of another algorithm."""
     if args.algorithm == "auto":
         return {name: merges for name, (merges, _) in results.items()}
     found = ops.ward_network(layers, args.linkage, args.impl)
@@ -349,7 +349,7 @@ def check_selection(
 
 
 def widths_at(gammas: Sequence[torch.Tensor], share: float) -> list[int]:
-    """Filters of each layer above the quantile of all scales, and one at least."""
+    """Count the filters of each layer above the quantile of all scales, one at least."""
     ordered = torch.cat(list(gammas)).sort().values.tolist()
     rank = len(ordered) - ops.keep_count(len(ordered), share)
     threshold = ordered[rank - 1] if rank else -1.0
@@ -357,7 +357,7 @@ def widths_at(gammas: Sequence[torch.Tensor], share: float) -> list[int]:
 
 
 def add_counts(console: Console, total: Part, subject: Subject, args: argparse.Namespace) -> None:
-    """What one whole event asks of the device."""
+    """Count what one whole event asks of the device."""
     from reprune_triton.kernels.configuration import Configuration
 
     event = subject.fresh()
@@ -385,7 +385,7 @@ def add_counts(console: Console, total: Part, subject: Subject, args: argparse.N
 
 
 def profiled(work: Callable[[], object]) -> dict[str, int]:
-    """How often each kind of WORK happens."""
+    """Count each kind of WORK by the profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         work()
@@ -394,8 +394,10 @@ def profiled(work: Callable[[], object]) -> dict[str, int]:
 
 
 def hold(console: Console, layers: list[ops.Layer], args: argparse.Namespace) -> None:
-    """The time of the event without `apply` as a CUDA graph, which must find what the event finds, for the weights of
-    the capture and for others. In a process of its own: a capture that fails leaves CUDA in no state to go on in.
+    """Time the event without `apply` as a CUDA graph.
+
+    It must find what the event finds, for the weights of the capture and for others. A process does nothing else: a
+    capture that fails leaves CUDA in no state to go on in.
 
     Raises:
         RepruneError: if it cannot be captured, or finds something else.
@@ -435,7 +437,7 @@ def check_same_bits(name: str, one: Result, other: Result) -> None:
 
 
 def add_rounds(parts: list[Part], layers: list[ops.Layer], args: argparse.Namespace) -> None:
-    """How many rounds the kernels took for a problem; of a chain, searches. Medians."""
+    """Add the median number of rounds that the kernels took for a problem; of a chain, searches."""
     from reprune_triton.kernels.clustering import launch
 
     rounds = launch.cluster(launch.prepare(layers, args.linkage, args.algorithm)).work[:, 0].cpu()
@@ -447,7 +449,7 @@ def add_rounds(parts: list[Part], layers: list[ops.Layer], args: argparse.Namesp
 
 
 def add_floor(console: Console, parts: list[Part], args: argparse.Namespace) -> None:
-    """How much of the time the instructions alone would take, if every scheduler issued one in every cycle."""
+    """Add the time that the instructions alone would take, if every scheduler issued one in every cycle."""
     from reprune_triton.bench.estimate import cost
 
     for part in parts:
@@ -463,7 +465,7 @@ def add_floor(console: Console, parts: list[Part], args: argparse.Namespace) -> 
 def lines(
     parts: list[Part], keeps: dict[str, int], impl: str, peers: Peers, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row for every part that has figures, without the environment."""
+    """Return a row for every part that has figures, without the environment."""
     settings: dict[str, Any] = {
         "benchmark": "event", "model": args.model, "rule": args.layers, "sparsity": args.sparsity,
         "linkage": args.linkage, "impl": impl, "algorithm": args.algorithm, "seed": args.seed, "repeat": args.repeat,
@@ -486,7 +488,7 @@ def lines(
 
 
 def extrapolated(parts: list[Part], args: argparse.Namespace) -> bool:
-    """Do the other libraries' times stand for more channels than they clustered?"""
+    """Whether the other libraries' times stand for more channels than they clustered."""
     return args.channels is not None and any(args.channels < layer.columns for p in parts for layer in p.layers)
 
 
@@ -549,7 +551,7 @@ def report(
 
 
 def report_stages(console: Console, total: Part, peers: list[str], args: argparse.Namespace) -> None:
-    """Of the whole event."""
+    """Print the stages of the whole event, what it asks of the device, and its share of a training."""
     figures = total.figures
     stages = [key for key in figures if key.startswith("stage_")]
     table = terminal.table("Stages", ("stage", "ms", "share"), ("stage",))

@@ -102,7 +102,7 @@ def check(names: Sequence[str]) -> dict[str, Variant]:
 
 
 def variants(args: argparse.Namespace, wanted: dict[str, Variant]) -> dict[str, Callable[[], object]]:
-    """A step of each."""
+    """Return a step of each."""
     torch.manual_seed(args.seed)
     model = shrink(models.build(args.model, num_classes=1000)).to(memory_format=torch.channels_last)
     images = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=torch.channels_last)
@@ -144,7 +144,7 @@ def _few(channels: int) -> int:
 
 @contextlib.contextmanager
 def no_device() -> Iterator[list[str]]:
-    """CPU tensors are taken for a GPU's: Triton launches kernels on them, as far as its driver. Gives their names."""
+    """Take CPU tensors for a GPU's: Triton launches kernels on them, as far as its driver. Gives their names."""
     import triton
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
@@ -188,7 +188,7 @@ def no_device() -> Iterator[list[str]]:
 
 
 class _Driver:
-    """Of a GPU that does nothing, as Triton sees it."""
+    """The driver of a GPU that does nothing, as Triton sees it."""
 
     def get_current_device(self) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""SciPy and fastcluster: how long they take for a layer, and whether ours is what they find."""
+"""Time SciPy and fastcluster, and check our clustering against theirs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Result = tuple[ops.Merges, ops.Clusters]
 
 
 class Doubts(NamedTuple):
-    """Problems in which float32 and float64 may differ, and both be right."""
+    """Problems in which float32 and float64 may differ with both right."""
 
     near_ties: set[int]  # took another merge, just as cheap
     undecided: set[int]  # the merges before and after the cut are too close to tell apart
 
 
 def find_peers(linkage: str) -> dict[str, Peer]:
-    """The other libraries that are installed, each with its quickest function for this linkage."""
+    """Return the other libraries that are installed, each with its quickest function for this linkage."""
     peers: dict[str, Peer] = {}
     try:
         from scipy.cluster import hierarchy
@@ -46,7 +46,7 @@ def find_peers(linkage: str) -> dict[str, Peer]:
 
 
 class Peers:
-    """The other libraries that are installed: how long they take for each layer, and whether ours is what they find.
+    """The other libraries that are installed, their times for each layer and their results.
 
     They cluster all channels of a layer, or `--channels` that are drawn.
     """
@@ -80,7 +80,7 @@ class Peers:
                     numbers.update(self._first[layer] + channel for channel in more)
 
     def seconds(self, layers: Sequence[ops.Layer]) -> dict[str, float]:
-        """Of each library, for these layers."""
+        """Return the seconds of each library for these layers."""
         return {
             f"{name.lower()}_s": sum(self._spent[layer.name, name] for layer in layers) for name in self.names
         }
@@ -124,7 +124,7 @@ def check_same(
 
 
 def replay(points: np.ndarray, Z: np.ndarray, linkage: str) -> str | None:
-    """Carry out the merges of a linkage matrix in float64: what is wrong with them, or None.
+    """Carry out the merges of a linkage matrix in float64; return what is wrong with them, or None.
 
     Each merge must cost what it says, and no open merge be cheaper, but for the rounding of float32. All costs are
     held, and with each cluster its cheapest merge, so that a merge takes a few passes over one row.
@@ -171,7 +171,7 @@ def replay(points: np.ndarray, Z: np.ndarray, linkage: str) -> str | None:
 
 
 def after(Z: np.ndarray, k: int) -> np.ndarray:
-    """Labels (n,) of the clusters after the first k merges of a linkage matrix."""
+    """Return labels (n,) of the clusters after the first k merges of a linkage matrix."""
     n = len(Z) + 1
     up = np.arange(2 * n - 1)
     up[Z[:k, :2].astype(np.int64)] = n + np.arange(k)[:, None]

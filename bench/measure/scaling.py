@@ -73,8 +73,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(cells: list[tuple[int, int]], d: int, args: argparse.Namespace, notes: list[str]) -> Iterator[Row]:
-    """A row for every cell (n, P) and algorithm. Cells are in order of size, and where one would take too long the
-    larger ones are left out."""
+    """Measure a row for every cell (n, P) and algorithm.
+
+    Cells are in order of size, and where one would take too long the larger ones are left out.
+    """
     last: dict[str, tuple[float, int]] = {}  # seconds and pairs of the cell before, by algorithm
     scipy_seconds, scipy_n = 0.0, 0
     for n, count in cells:
@@ -110,8 +112,10 @@ def measure(cells: list[tuple[int, int]], d: int, args: argparse.Namespace, note
 def time_cell(
     layer: ops.Layer, keep: int, algorithm: str, args: argparse.Namespace
 ) -> tuple[float, tuple[ops.Merges, ops.Clusters]]:
-    """Median seconds of clustering and cut, of as many runs as fit: at least one, at most 20. On a GPU the first one,
-    which compiles, does not count."""
+    """Return the median seconds of clustering and cut, and their result, of as many runs as fit, from 1 to 20.
+
+    On a GPU the first one, which compiles, does not count.
+    """
     cuda, spent = layer.weight.is_cuda, list[float]()
     begun = time.perf_counter()
     while len(spent) < 20 + cuda and (len(spent) <= cuda or time.perf_counter() - begun < args.seconds):
@@ -134,7 +138,7 @@ def rounds(layer: ops.Layer, algorithm: str, args: argparse.Namespace) -> float:
 def against_scipy(
     layer: ops.Layer, results: dict[str, tuple[ops.Merges, ops.Clusters]], args: argparse.Namespace
 ) -> tuple[float | None, int, int]:
-    """SciPy's seconds for one problem, how many problems were checked, and how many of them were near ties."""
+    """Return SciPy's seconds for one problem, how many problems were checked, and how many of them were near ties."""
     peer = peers.find_peers(args.linkage).get("SciPy")
     if peer is None:
         return None, 0, 0

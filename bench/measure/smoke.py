@@ -47,7 +47,7 @@ Found = tuple[float, float]  # how far from exact, and how far is allowed, relat
 
 
 class Check(NamedTuple):
-    """Of one kernel, for one shape."""
+    """A check of one kernel, for one shape."""
 
     kernel: str
     shape: str
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check(family: str, args: argparse.Namespace) -> list[str]:
-    """Print and write a line for every kernel of the family; the names of those that are not right."""
+    """Print and write a line for every kernel of the family; return the names of those that are not right."""
     devices.use(args.device)
     settings = rows.environment(args.device) | {
         "benchmark": "smoke", "model": args.model, "batch": args.batch, "size": args.size, "seed": args.seed,
@@ -114,7 +114,7 @@ def check(family: str, args: argparse.Namespace) -> list[str]:
 
 
 def worst(checks: list[Check]) -> dict[str, Any]:
-    """Of one kernel: the shape that it is furthest off for."""
+    """Return the shape for which a kernel is furthest off."""
     found = {"error": 0.0, "allowed": 0.0, "shape": "", "result": "right", "why": "", "shapes": len(checks)}
     most = -1.0
     for check in checks:
@@ -134,7 +134,7 @@ def worst(checks: list[Check]) -> dict[str, Any]:
 
 
 def apart(ours: Tensor, exact: Tensor, plain: Tensor) -> Found:
-    """ours and plain, what PyTorch makes of it in the same type, against exact (float64)."""
+    """Compare ours, and PyTorch's result in the same type, with the exact one (float64)."""
     largest = exact.abs().max()
     error, own = (float((x.double() - exact).abs().max() / largest) for x in (ours, plain))
     return error, ROUNDING * own + ONE_MORE[ours.dtype]
@@ -145,7 +145,7 @@ def furthest(*some: Found) -> Found:
 
 
 def differ(*pairs: tuple[Tensor, Tensor]) -> Found:
-    """The share of numbers that are not the same; none may be."""
+    """Return the share of numbers that are not the same; none may be."""
     return max(float((a.cpu() != b.cpu()).double().mean()) for a, b in pairs), 0.0
 
 
@@ -153,7 +153,7 @@ def differ(*pairs: tuple[Tensor, Tensor]) -> Found:
 
 
 def convolutions(args: argparse.Namespace) -> list[Conv]:
-    """All different ones that are not grouped, of the network with SPARSITY of its prunable channels left out."""
+    """Return all different convs, without grouped ones, of the network without SPARSITY of its prunable channels."""
     shape = (args.batch, 3, args.size, args.size)
     with torch.device("meta"):
         model = networks.build(args.model)
@@ -175,14 +175,14 @@ def convolutions(args: argparse.Namespace) -> list[Conv]:
 
 
 class Numbers:
-    """Made up, on the device."""
+    """Draws numbers on the device."""
 
     def __init__(self, args: argparse.Namespace):
         self._device = torch.device(args.device)
         self._generator = torch.Generator(self._device).manual_seed(args.seed)
 
     def __call__(self, shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
-        """bfloat16, channels_last."""
+        """Draw normal numbers, bfloat16, channels_last."""
         drawn = torch.randn(shape, generator=self._generator, device=self._device) * scale
         return drawn.to(torch.bfloat16, memory_format=torch.channels_last)
 
@@ -190,8 +190,11 @@ class Numbers:
         return torch.randint(low, high, (count,), generator=self._generator, device=self._device).double()
 
     def norm(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """mean, rstd, gamma and beta (count,), float32. Where a bfloat16 crosses zero behind them lies between two
-        bfloat16 numbers, and all else is exact: float32 and float64 agree about every sign."""
+        """Draw mean, rstd, gamma and beta (count,), float32.
+
+        The x that they take to zero lies between two bfloat16 numbers, and all else is exact: float32 and float64 agree
+        about every sign.
+        """
         mean, rstd = self.whole(-8, 9, count) / 8, 2.0 ** self.whole(-1, 2, count)
         gamma = (1 + self.whole(0, 8, count) / 8) * (2 * self.whole(0, 2, count) - 1)
         crossing = (1 + (2 * self.whole(0, 128, count) + 1) / 256) / 2 * (2 * self.whole(0, 2, count) - 1)
@@ -203,12 +206,12 @@ def column(vector: Tensor) -> Tensor:
 
 
 def normal(x: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
-    """(x - mean) * rstd, float64."""
+    """Return (x - mean) * rstd, float64."""
     return (x.double() - column(norm[0])) * column(norm[1])
 
 
-def behind(x: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
-    """x normalised, before the activation; float64."""
+def normalised(x: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
+    """Return x normalised, before the activation; float64."""
     return normal(x, norm) * column(norm[2]) + column(norm[3])
 
 
@@ -233,7 +236,7 @@ def forward(args: argparse.Namespace) -> Iterator[Check]:
             x, w, masked_conv.Prologue(*norm, "relu"), conv.stride, conv.padding, (1, 1), EPS
         )
         assert stats is not None
-        exact = F.conv2d(behind(x, norm).relu(), w.double(), None, conv.stride, conv.padding)
+        exact = F.conv2d(normalised(x, norm).relu(), w.double(), None, conv.stride, conv.padding)
         other = F.conv2d(_by_constants(x, *norm).relu(), w, None, conv.stride, conv.padding)
         return furthest(apart(ours, exact, other), *same_statistics(stats, ours))
 
@@ -243,7 +246,7 @@ def forward(args: argparse.Namespace) -> Iterator[Check]:
 
 
 def same_statistics(ours: tuple[Tensor, Tensor, Tensor], x: Tensor) -> list[Found]:
-    """Mean, 1 / sqrt(variance + EPS) and unbiased variance of x (B, C, H, W) or (M, C)."""
+    """Compare mean, 1 / sqrt(variance + EPS) and unbiased variance of x (B, C, H, W) or (M, C)."""
 
     def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         variance, mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)
@@ -272,7 +275,7 @@ def gradients(args: argparse.Namespace) -> Iterator[Check]:
         past = masked_conv.Before(masked_conv.Prologue(*norm, "relu"), x, y if from_y else None, second)
         ours, sums = masked_conv.input_gradient(grad, w, conv.x[2:], *wanted, (1, 1), past)
         assert sums is not None
-        let_through = (y if from_y else behind(x, norm)) > 0
+        let_through = (y if from_y else normalised(x, norm)) > 0
         exact, other = (exact + second.double()) * let_through, (other + second) * let_through
         both = (torch.stack([(g.double() * normal(x, norm)).sum((0, 2, 3)), g.double().sum((0, 2, 3))])
                 for g in (exact, other))  # fmt: skip
@@ -283,7 +286,7 @@ def gradients(args: argparse.Namespace) -> Iterator[Check]:
         norm = draw.norm(conv.x[1]) if before else None
         prologue = None if norm is None else masked_conv.Prologue(*norm, "relu")
         ours = masked_conv.weight_gradient(grad, x, prologue, conv.w[2:], *wanted, (1, 1))
-        read = x.double() if norm is None else behind(x, norm).relu()
+        read = x.double() if norm is None else normalised(x, norm).relu()
         read_too = x if norm is None else _by_constants(x, *norm).relu()
         exact = conv_gradients.conv2d_weight(read, conv.w, grad.double(), *wanted)
         return apart(ours, exact, conv_gradients.conv2d_weight(read_too, conv.w, grad, *wanted))
@@ -310,14 +313,14 @@ def norms(args: argparse.Namespace) -> Iterator[Check]:
     def applied(shape: tuple[int, ...], residual: bool) -> Found:
         x, norm, added = draw(shape), draw.norm(shape[1]), draw(shape) if residual else None
         ours = norm_act.apply(x, added, *norm, "relu")
-        exact = (behind(x, norm) + (0 if added is None else added.double())).relu()
+        exact = (normalised(x, norm) + (0 if added is None else added.double())).relu()
         return apart(ours, exact, rounded(exact))
 
     def summed(shape: tuple[int, ...], from_y: bool) -> Found:
         grad, other, x, y = (draw(shape) for _ in range(4))
         norm = draw.norm(shape[1])
         g, sums = norm_act.sums(grad, other if from_y else None, x, y if from_y else None, *norm, "relu")
-        exact = (grad.double() + (other.double() if from_y else 0)) * ((y if from_y else behind(x, norm)) > 0)
+        exact = (grad.double() + (other.double() if from_y else 0)) * ((y if from_y else normalised(x, norm)) > 0)
         both = [torch.stack([(e * n).sum((0, 2, 3)), e.sum((0, 2, 3))]) for e, n in (
             (exact, normal(x, norm)), (exact.float(), normal(x, norm).float()))]  # fmt: skip
         found = apart(sums, *both)
@@ -325,7 +328,7 @@ def norms(args: argparse.Namespace) -> Iterator[Check]:
 
     def gradient(shape: tuple[int, ...]) -> Found:
         grad, x, norm = draw(shape), draw(shape), draw.norm(shape[1])
-        g, hat = grad.double() * (behind(x, norm) > 0), normal(x, norm)
+        g, hat = grad.double() * (normalised(x, norm) > 0), normal(x, norm)
         sums = torch.stack([(g * hat).sum((0, 2, 3)), g.sum((0, 2, 3))])
         ours = norm_act.gradient(grad, x, *norm, sums.float(), "relu", True)
         with_normal, alone = (column(s / (x.numel() // x.shape[1])) for s in sums)
@@ -333,7 +336,7 @@ def norms(args: argparse.Namespace) -> Iterator[Check]:
         return apart(ours, exact, rounded(exact))
 
     def merged(chunks: int, each: int = 4, C: int = 64) -> Found:
-        """From the statistics of chunks of rows, the last of which is shorter."""
+        """Merge the statistics of chunks of rows, the last of which is shorter."""
         x = draw((chunks * each, C, 1, 1))[:-1, :, 0, 0].double() + 3
         some = [torch.var_mean(part, 0, correction=0) for part in x.split(each)]
         partial = torch.stack([torch.stack([mean, variance * len(part)])
@@ -359,7 +362,7 @@ def norms(args: argparse.Namespace) -> Iterator[Check]:
 
 
 def clustering(args: argparse.Namespace) -> Iterator[Check]:
-    """Of as many filters as the network's prunable layers have, and few of their input channels."""
+    """Check clusterings of as many filters as the prunable layers have, for few of their input channels."""
     from reprune_triton.kernels.clustering import launch, table
 
     generator = torch.Generator().manual_seed(args.seed)
@@ -377,7 +380,7 @@ def clustering(args: argparse.Namespace) -> Iterator[Check]:
 
     @functools.cache
     def wanted(name: str) -> tuple[Any, list[Any]]:
-        """The points of a layer, and their linkage matrices by the reference."""
+        """Return the points of a layer, and their linkage matrices by the reference."""
         (layer,) = (layer for layer in layers if layer.name == name)
         on_cpu = layer._replace(weight=layer.weight.cpu())
         (merges,) = ops.ward_network([on_cpu], "ward", "reference")
@@ -429,7 +432,7 @@ def copies(args: argparse.Namespace) -> Iterator[Check]:
     draw, convs = Numbers(args), convolutions(args)
 
     def copied() -> Found:
-        """A narrow network's parameters on their way forward, their gradients on the way back."""
+        """Copy a narrow network's parameters on their way forward, and their gradients on the way back."""
         generator = torch.Generator().manual_seed(args.seed)
         tensors, cuts = [], list[list[tuple[int, Tensor]]]()
         for conv in convs:

@@ -101,14 +101,14 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
 
     def build(share: float, backend: str) -> list[Runner]:
-        """Of a group, before any of it is compiled: making a model narrow forgets what was."""
+        """Build a group before any of it is compiled: making a model narrow forgets what was."""
         nets = ("narrow", "compact") if share else ("dense", "narrow") if 0.0 in shares else ("dense",)
         return [Runner(task, v, share, actives[share]) for v in variants if v.backend == backend and v.net in nets]
 
     stays, wanted, least = build(0.0, "eager"), dict[float, Wanted](), Least(task, ceilings)
 
     def measure(share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Steps, and forwards, of all variants at this sparsity. On disk as soon as known: a run may be stopped."""
+        """Measure steps and forwards of all variants at this sparsity, with rows on disk: a run may be stopped."""
         draft, steps, forwards = rows.Draft(args.json), list[dict[str, Any]](), list[dict[str, Any]]()
 
         def note(lines: list[dict[str, Any]]) -> None:
@@ -143,14 +143,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def with_best(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With the ratio to the best dense one, of whatever backend."""
+    """Return the rows with the ratio to the best dense one, of whatever backend."""
     plain = [line["ms"] for line in lines if line["net"] == "dense" and not line["fused"] and "ms" in line]
     return [line | {"ratio_best": min(plain) / line["ms"] if plain else None} if "ms" in line else line
             for line in lines]  # fmt: skip
 
 
 def at_flops(channels: Channels, flops: float, round_to: int) -> float:
-    """The least sparsity at which no more than this share of the FLOPs is left, to 1e-4."""
+    """Return the least sparsity at which no more than this share of the FLOPs is left, to 1e-4."""
     if not 0 < flops <= 1:
         raise RepruneError(f"--flops must be in (0, 1], the share to keep; got {flops}")
 
@@ -167,7 +167,7 @@ def at_flops(channels: Channels, flops: float, round_to: int) -> float:
 
 
 class Least:
-    """The least time that a step can take, in ms; see bench/roofline.py."""
+    """The least time that a step can take, in ms; see `estimate.roofline`."""
 
     def __init__(self, task: Task, ceilings: roofline.Ceilings):
         self._task, self._ceilings = task, ceilings
@@ -253,11 +253,11 @@ class Group:
         runner.runs.append(statistics.median(runner.time(self.args.steps)))
 
     def planned(self) -> float:
-        """Seconds of one run."""
+        """Return the seconds of one run."""
         return sum(r.figures["estimate_ms"] * self.args.steps for r in self.runners if r.ready) / 1e3
 
     def lines(self) -> list[dict[str, Any]]:
-        """A row for every variant, as far as it is known."""
+        """Return a row for every variant, as far as it is known."""
         measured = {(runner.variant, runner.share): runner for runner in self.runners if runner.runs}
         found = []
         for runner in self.runners:
@@ -286,7 +286,7 @@ class Group:
         return found
 
     def forward(self, batch: int) -> list[dict[str, Any]]:
-        """Rows of the forward alone, in evaluation, of so many images."""
+        """Return rows of the forward alone, in evaluation, of so many images."""
         images = self.task.images[torch.arange(batch) % len(self.task.images)]
         if images.is_cuda:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -323,7 +323,7 @@ class Group:
         return list(lines.values())
 
     def _forward_of(self, runner: Runner, images: Tensor, line: dict[str, Any]) -> Callable[[], Tensor]:
-        """The forward of this variant, checked and warm."""
+        """Return the forward of this variant, checked and warm."""
         runner.begin(self.task.dense)  # after some training they would no longer be equal to the last bit
         runner.model.eval()
         call = runner.forward_of(images)

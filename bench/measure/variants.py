@@ -54,7 +54,7 @@ RECORDING = 3  # steps after which max-autotune only replays what it has recorde
 
 
 class Variant(NamedTuple):
-    """What is run, and how."""
+    """A network and the way in which it is run."""
 
     net: str
     fused: bool
@@ -77,7 +77,7 @@ def parse(name: str) -> Variant:
 
 
 class Task(NamedTuple):
-    """What every variant is given."""
+    """The input of every variant."""
 
     dense: nn.Module  # on the device, never trained
     probe: nn.Module  # the same with the weights that variants are checked at
@@ -91,7 +91,7 @@ class Task(NamedTuple):
         return torch.autocast(self.images.device.type, self.amp, enabled=used)
 
     def slices(self, active: dict[str, Tensor]) -> layers.Slices:
-        """Of layers that are not named all channels are active."""
+        """Return the slices; of layers that are not named all channels are active."""
         whole = {layer.name: torch.arange(layer.n_out) for layer in self.channels.prunable}
         return self.channels.slices({name: i.to(self.images.device) for name, i in (whole | active).items()})
 
@@ -100,7 +100,10 @@ def train_step(
     task: Task, forward: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, amp: bool = True,
     mark: Callable[[str], None] = lambda part: None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The outputs (B, classes) and the loss, from before the update. mark is called after each part."""
+    """Train one step; return the outputs (B, classes) and the loss, from before the update.
+
+    mark: called after each part.
+    """
     optimizer.zero_grad(set_to_none=True)
     with task.autocast(amp):
         outputs = forward(task.images)
@@ -114,7 +117,7 @@ def train_step(
 
 
 def sgd(model: nn.Module, captured: bool = False) -> torch.optim.SGD:
-    """captured: as a training that is replayed from a CUDA graph has it, with the learning rate in a tensor."""
+    """Return the optimizer; captured: with the learning rate in a tensor, as a step in a CUDA graph needs it."""
     if not captured:
         return torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
     rate = torch.tensor(LEARNING_RATE, device=next(model.parameters()).device)
@@ -150,7 +153,7 @@ class Runner:
         self._forward: Callable[[Tensor], Tensor] = self.model
 
     def attempt(self, work: Callable[[], object]) -> bool:
-        """False, and the reason is kept, if that fails: the other variants go on."""
+        """Whether the work succeeds. If not, the reason is kept and the other variants go on."""
         try:
             work()
         except Wrong as error:
@@ -211,7 +214,7 @@ class Runner:
         return train_step(self.task, self._forward, self.optimizer)
 
     def _capture(self) -> None:
-        """The whole step as a CUDA graph, as `train --graph` has it."""
+        """Capture the whole step as a CUDA graph, as `train --graph` does."""
         device = self.task.images.device
 
         def step() -> tuple[Tensor, Tensor]:
@@ -224,7 +227,7 @@ class Runner:
         self.figures |= devices.peak(device, before)
 
     def time(self, steps: int) -> list[float]:
-        """Milliseconds of each of these steps."""
+        """Measure the milliseconds of each of these steps."""
         loss = torch.zeros(())
 
         def work() -> None:
@@ -253,14 +256,14 @@ class Runner:
 
     @property
     def level(self) -> str:
-        """Of bench/roofline.py."""
+        """The level of `estimate.roofline` for this variant."""
         if self.variant.fused and self.task.images.is_cuda:
             return "fused"
         return "compiled" if self.variant.backend in COMPILED else "eager"
 
     @torch.no_grad()
     def forward_of(self, images: Tensor) -> Callable[[], Tensor]:
-        """The forward alone on these images."""
+        """Return the forward alone on these images."""
         call, task, model = _compiled(self.model, self.variant.backend), self.task, self.model
 
         def forward() -> Tensor:
@@ -277,20 +280,20 @@ class Runner:
 
 
 def reason(error: BaseException) -> str:
-    behind: BaseException | None = error  # as behind that of a capture, which ends with an error of its own
-    while behind is not None:
-        if isinstance(behind, torch.OutOfMemoryError):
+    cause: BaseException | None = error  # a capture that fails ends with an error of its own
+    while cause is not None:
+        if isinstance(cause, torch.OutOfMemoryError):
             return "out of memory"
-        behind = behind.__cause__ or behind.__context__
+        cause = cause.__cause__ or cause.__context__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 class Wrong(RepruneError):
-    """What a variant computes is not what it should."""
+    """A variant computes something else than it should."""
 
 
 class Wanted(NamedTuple):
-    """What a masked network computes in float32, and how far autocast alone leads away from it."""
+    """The results of a masked network in float32, and how far autocast alone leads away from them."""
 
     outputs: Tensor
     own: float
@@ -298,7 +301,7 @@ class Wanted(NamedTuple):
     own_gradients: dict[str, float] = {}
 
     def check(self, outputs: Tensor, found: dict[str, Tensor] | None = None) -> dict[str, float]:
-        """By how much they differ; raise Wrong if it is too much."""
+        """Return by how much they differ; raise Wrong if it is too much."""
         difference = relative(outputs, self.outputs)
         _check("its outputs are", difference, TOLERANCE + ROUNDING * self.own)
         figures = {"difference": difference, "autocast_alone": self.own}
@@ -321,7 +324,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Of each gradient, relative in the L2 norm; of a slight one, relative to the least that is not slight."""
+    """Compare each gradient, relative in the L2 norm; a slight one, relative to the least that is not slight."""
     norms = {name: float(tensor.double().norm()) for name, tensor in wanted.items()}
     count = sum(tensor.numel() for tensor in wanted.values())
     slight = SLIGHT * math.sqrt(sum(norm**2 for norm in norms.values()) / count)
@@ -332,7 +335,7 @@ def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str
 
 
 def gradients(model: nn.Module, optimizer: torch.optim.Optimizer, slices: layers.Slices) -> dict[str, Tensor]:
-    """What SGD remembers after its first step, the gradients with the weight decay; of the active channels."""
+    """Return what SGD remembers after its first step, the gradients with the weight decay, of the active channels."""
     found = {}
     for name, parameter in model.named_parameters():
         remembered = optimizer.state.get(parameter, {}).get("momentum_buffer", torch.zeros_like(parameter))
@@ -343,7 +346,7 @@ def gradients(model: nn.Module, optimizer: torch.optim.Optimizer, slices: layers
 
 
 def wanted_step(task: Task, active: dict[str, Tensor]) -> Wanted:
-    """Of a variant's first step from the weights of the probe."""
+    """Return the results of a variant's first step from the weights of the probe."""
 
     def step(amp: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model = masked(task, task.probe, active)
@@ -361,7 +364,7 @@ def wanted_step(task: Task, active: dict[str, Tensor]) -> Wanted:
 
 @torch.no_grad()
 def wanted_forward(task: Task, active: dict[str, Tensor], images: Tensor) -> Wanted:
-    """Of a forward in evaluation, from the weights that are timed."""
+    """Return the results of a forward in evaluation, from the weights that are timed."""
 
     def forward(amp: bool) -> Tensor:
         model = masked(task, task.dense, active).eval()
@@ -373,7 +376,7 @@ def wanted_forward(task: Task, active: dict[str, Tensor], images: Tensor) -> Wan
 
 
 def check_exactly(task: Task, model: nn.Module, active: dict[str, Tensor]) -> float:
-    """How far a few steps of this model are from those of the masked network, both in float64."""
+    """Return how far a few steps of this model are from those of the masked network, both in float64."""
     images, labels = task.images[:FEW, :, :SMALL, :SMALL].double(), task.labels[:FEW]
     small = task._replace(images=images, labels=labels, amp=None)
 
@@ -392,7 +395,7 @@ def check_exactly(task: Task, model: nn.Module, active: dict[str, Tensor]) -> fl
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """For a few passes: float32 is float32, and no time goes into finding the fastest way."""
+    """Compute float32 as float32, and spend no time on finding the fastest way, for a few passes."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32
     cudnn.benchmark, cudnn.allow_tf32 = False, False
@@ -403,7 +406,7 @@ def exact() -> Iterator[None]:
 
 
 def masked(task: Task, dense: nn.Module, active: dict[str, Tensor]) -> nn.Module:
-    """A dense network without the other channels where they are read, after BatchNorm and activation."""
+    """Return a dense network without the other channels where they are read, after BatchNorm and activation."""
     model, slices = copy.deepcopy(dense), task.slices(active)
     for layer in task.channels.prunable:
         for reader in layer.readers:
@@ -434,7 +437,7 @@ def make_task(args: argparse.Namespace, device: torch.device) -> Task:
 
 
 def make_probe(dense: nn.Module, generator: torch.Generator) -> nn.Module:
-    """The network with other scales and shifts in its BatchNorms, no two alike, and most activations behind them on.
+    """Return the network with other scales and shifts in its BatchNorms, no two alike, and most activations on.
 
     As it is built, a deep network makes so much of rounding that no check could tell its gradients in bfloat16 from
     wrong ones: on a CPU those of ResNet-50 are further from float32 than zeros would be. Here few are further than a

@@ -36,7 +36,7 @@ Changes = dict[str, Any]  # of `Options`
 
 
 class Tier(NamedTuple):
-    """A size of study: data, network and schedule."""
+    """The size of a study: data, network and schedule."""
 
     data: str
     changes: Changes
@@ -270,7 +270,7 @@ def check_arms(names: Iterable[str] | None, plans: Mapping[str, list[Run]]) -> N
 
 
 def plan(question: str, name: str, seeds: Iterable[int], **given: Any) -> list[Run]:
-    """All runs of a question in tier `name`; `given` are further options of every run."""
+    """Return all runs of a question in tier `name`; `given` are further options of every run."""
     tier, asked = TIERS[name], QUESTIONS[question]
     base = tier.changes | given
     if asked.equal_flops:
@@ -285,24 +285,24 @@ def plan(question: str, name: str, seeds: Iterable[int], **given: Any) -> list[R
 
 
 def saved(options: Options) -> Changes:
-    """What makes a run the run it is."""
+    """Return the options that make a run the run it is."""
     found: Changes = json.loads(json.dumps(lasting(options)))  # as a row has them
     return found
 
 
 def key_of(options: Changes) -> str:
-    """An option that a row does not know yet had its default."""
+    """Return the key of a run. An option that a row does not know yet had its default."""
     options = saved(Options()) | options
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The rows of a file by the run's key."""
+    """Return the rows of a file by the run's key."""
     return {key_of(row["options"]): row for row in rows.read(path) if row["benchmark"] == "ablate"}
 
 
 def seconds(text: str) -> float:
-    """Of "90s", "9m" or "2h"."""
+    """Return the seconds of "90s", "9m" or "2h"."""
     units = {"s": 1, "m": 60, "h": 3600}
     try:
         found = float(text[:-1]) * units[text[-1]]
@@ -349,7 +349,7 @@ def perform(
 
 
 def training_flops(one: Run, result: loop.Result) -> float:
-    """Multiply-adds of the whole training, as a share of those of the dense network in one run of the schedule."""
+    """Return the multiply-adds of a training, as a share of the dense network's in one run of the schedule."""
     history = result.pruner.history if result.pruner else []
     left, total = (1.0 if history else result.flops), 0.0
     now = {event.epoch: event.flops for event in history}
@@ -360,7 +360,7 @@ def training_flops(one: Run, result: loop.Result) -> float:
 
 
 def command(options: Options) -> str:
-    """What repeats this run, on its own."""
+    """Return the command that repeats this run, on its own."""
     words = ["python", "-m", "reprune_triton.train"]
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
@@ -374,12 +374,12 @@ def command(options: Options) -> str:
 
 
 def headings(question: str) -> list[str]:
-    """The columns of a question's table."""
+    """Return the columns of a question's table."""
     return ["runs", "accuracy", "difference", "verdict", *QUESTIONS[question].columns]
 
 
 def arms_of(planned: Iterable[Run], known: Mapping[str, dict[str, Any]]) -> list[Arm]:
-    """The arms of a question with their rows, of those runs that are known."""
+    """Return the arms of a question with their rows, of those runs that are known."""
     found: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
     for one in planned:
         if one.key in known:
@@ -400,12 +400,21 @@ def arms_of(planned: Iterable[Run], known: Mapping[str, dict[str, Any]]) -> list
     return made
 
 
+def cells(question: str, found: Iterable[Arm]) -> list[list[str]]:
+    """Return what is known of every arm, for the columns of a question's table."""
+    return [[arm.name, *(arms.COLUMNS[column](arm) for column in headings(question))] for arm in found]
+
+
+def notes(question: str) -> str:
+    """Say what the columns of a question's table mean."""
+    known = ((name, text) for name, text in arms.MEANING.items() if name in headings(question))
+    return " ".join(f"{name[0].upper()}{name[1:]}: {text}." for name, text in known)
+
+
 def table(question: str, tier: str, found: Iterable[Arm]) -> Table:
-    """What is known of every arm."""
-    columns = headings(question)
-    notes = [f"{name[0].upper()}{name[1:]}: {text}." for name, text in arms.MEANING.items() if name in columns]
+    """Return a table of what is known of every arm."""
     title = f"{QUESTIONS[question].text} ({QUESTIONS[question].source}; tier {tier})"
-    made = terminal.table(title, (question, *columns), (question, "paper"), " ".join(notes))
-    for arm in found:
-        made.add_row(arm.name, *(arms.COLUMNS[column](arm) for column in columns))
+    made = terminal.table(title, (question, *headings(question)), (question, "paper"), notes(question))
+    for line in cells(question, found):
+        made.add_row(*line)
     return made

@@ -1,4 +1,4 @@
-"""The pictures of the report, by matplotlib: each function takes rows as they stand in bench/results, and draws.
+"""Draw the pictures of the report, by matplotlib, from rows as they stand in bench/results.
 
 Every picture has one message, units on its axes, colours that the colour-blind can tell apart, and no text that lies on
 other text. Rows that lack what a picture shows are left out; where none is left, that is an error.
@@ -37,7 +37,7 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e3e3",
     "axes.axisbelow": True, "legend.frameon": False, "figure.facecolor": "white",
 }  # fmt: skip
-# Operations of bench/roofline.py, as parts of a step. What is in none of them is "the rest", and is drawn too.
+# Operations of `estimate.roofline`, as parts of a step. What is in none of them is "the rest", and is drawn too.
 PARTS = {
     "convolution, forward": ("conv", "conv norm"),
     "convolution, gradients": ("conv input", "conv weights", "conv backward"),
@@ -45,7 +45,7 @@ PARTS = {
     "activation, addition": ("act", "act backward", "add", "add backward"),
     "optimizer": ("optimizer",),
 }
-NOT_BUILT = ("fused 1x1",)  # levels of bench/roofline.py that nothing here reaches
+NOT_BUILT = ("fused 1x1",)  # levels of `estimate.roofline` that nothing here reaches
 
 _styled = matplotlib.style.context(["default", STYLE])  # whatever the user's own settings are
 
@@ -64,7 +64,7 @@ def svg(figure: Figure) -> str:
 
 @_styled
 def coverage(by_arm: ByArm) -> Figure:
-    """Coverage at every event, one line an arm: the mean of its seeds, within a standard deviation."""
+    """Draw coverage at every event, one line an arm: the mean of its seeds, within a standard deviation."""
     figure, (axes,) = _panels()
     axes.set(title="Coverage at every event: mean, and one standard deviation over the seeds", xlabel="epoch")
     axes.set_ylabel("clusters covered, %")
@@ -85,7 +85,7 @@ def coverage(by_arm: ByArm) -> Figure:
 
 @_styled
 def layer_coverage(rows: Sequence[Row]) -> Figure:
-    """Coverage of every layer at every event, the mean of the seeds."""
+    """Draw coverage of every layer at every event, the mean of the seeds."""
     rows = _having({"": rows}, "events", "layer_coverage").get("", [])
     if not rows or not (epochs := _epochs(rows)):
         _nothing("no row has the coverage of its layers, or none at an event that all have")
@@ -96,7 +96,7 @@ def layer_coverage(rows: Sequence[Row]) -> Figure:
 
 @_styled
 def layer_sparsity(by_arm: ByArm) -> Figure:
-    """The share of its channels that every layer has lost, in every arm, the mean of the seeds."""
+    """Draw the share of its channels that every layer has lost, in every arm, the mean of the seeds."""
     shares = {arm: _means(rows, "layers", lambda _, share: [share]) for arm, rows in _having(by_arm, "layers").items()}
     if not shares:
         _nothing("no run has pruned anything")
@@ -108,8 +108,10 @@ def layer_sparsity(by_arm: ByArm) -> Figure:
 
 @_styled
 def accuracy(by_arm: ByArm, baseline: str) -> Figure:
-    """Differences in accuracy to the same seeds of the baseline, with their 95% confidence intervals. A single seed has
-    none."""
+    """Draw differences in accuracy to the same seeds of the baseline, with their 95% confidence intervals.
+
+    A single seed has no interval.
+    """
     known = _having(by_arm, "seed", "accuracy")
     base = {row["seed"]: row["accuracy"] for row in known.get(baseline, ())}
     found = {}
@@ -141,7 +143,7 @@ def accuracy(by_arm: ByArm, baseline: str) -> Figure:
 
 @_styled
 def accuracy_flops(by_arm: ByArm) -> Figure:
-    """Accuracy against FLOPs left: every run a dot, every arm a mark with its standard deviations."""
+    """Draw accuracy against FLOPs left: every run a dot, every arm a mark with its standard deviations."""
     figure, (axes,) = _panels()
     axes.set(title="Accuracy and FLOPs left: a dot is a run, a mark the mean with one standard deviation")
     axes.set(xlabel="FLOPs left, %", ylabel="test accuracy, %")
@@ -162,7 +164,9 @@ def accuracy_flops(by_arm: ByArm) -> Figure:
 @_styled
 def event_time(rows: Iterable[Row]) -> Figure:
     """Draw the time of one clustering problem against its number of points, ours and the libraries' (rows of `event`).
-    What was measured elsewhere or otherwise has its own panel."""
+
+    What was measured elsewhere or otherwise has its own panel.
+    """
     rows = [row for row in rows if row.get("row") == "layer"]
     if not rows:
         _nothing("no row of a layer")
@@ -201,7 +205,7 @@ def event_time(rows: Iterable[Row]) -> Figure:
 
 @_styled
 def step_parts(rows: Iterable[Row]) -> Figure:
-    """The time of a training step by part, computed (rows of `roofline`). Every model, batch and device has a panel."""
+    """Draw the computed time of a step by part (rows of `roofline`). Every model, batch and device has a panel."""
     part_of = {kind: part for part, kinds in PARTS.items() for kind in kinds}
 
     def parts(row: Row) -> dict[str, float]:
@@ -229,7 +233,7 @@ def step_parts(rows: Iterable[Row]) -> Figure:
 
 @_styled
 def step_measured(rows: Iterable[Row]) -> Figure:
-    """The time of a training step by part, measured (rows of `step`). Every model, batch and device has a panel."""
+    """Draw the measured time of a step by part (rows of `step`). Every model, batch and device has a panel."""
     names = ("forward", "backward", "optimizer")
     return _stacked(
         [row for row in rows if row.get("parts_ms")],
@@ -244,7 +248,7 @@ def _stacked(
     rows: Sequence[Row], parts: Callable[[Row], dict[str, float]], bar: Callable[[Row], str],
     title: Callable[[Row], str], group: Callable[[Row], Any],
 ) -> Figure:  # fmt: skip
-    """A panel for every title; a bar for every row, with a gap where the group changes."""
+    """Draw a panel for every title; a bar for every row, with a gap where the group changes."""
     if not rows:
         _nothing("no row has the parts of a step")
     kinds = _grouped(rows, title)
@@ -276,7 +280,7 @@ def _stacked(
 def _heat(
     values: np.ndarray, rows: Sequence[str], columns: Sequence[object], title: str, x: str, unit: str
 ) -> Figure:  # fmt: skip
-    """A table of numbers (rows, columns) as colours, and as figures where there is room. NaN: there is none."""
+    """Draw a table of numbers (rows, columns) as colours, and as figures where there is room. NaN: there is none."""
     labels = [str(column) for column in columns]
     longest = max(map(len, labels))
     room = (WIDTH - 1.1 - LETTER * max(map(len, rows))) / len(columns)  # of a column, beside names and colours
@@ -304,7 +308,7 @@ def _heat(
 
 
 def _panels(*heights: float) -> tuple[Figure, list[Axes]]:
-    """One below the other; heights in inches."""
+    """Make panels one below the other; heights in inches."""
     heights = heights or (3.8,)
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     grid = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
@@ -317,19 +321,19 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the picture, where nothing is below it."""
+    """Put the legend beside the picture, where nothing is below it."""
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _title(axes: Axes, *texts: str) -> None:
-    """In lines that do not run out of the picture, which begin where the names beside the axes end."""
+    """Set a title in lines that do not run out of the picture; they begin where the names beside the axes end."""
     beside = max((len(label.get_text()) for label in axes.get_yticklabels()), default=0)
     lines = [line for text in texts for line in textwrap.wrap(text, int((WIDTH - 0.6 - LETTER * beside) / 0.075))]
     axes.set_title("\n".join(lines))
 
 
 def _having(by_arm: ByArm, *fields: str) -> dict[str, list[Row]]:
-    """The rows that have all of these fields, and the arms that have such rows."""
+    """Return the rows that have all of these fields, and the arms that have such rows."""
     found = {
         arm: [row for row in rows if all(row.get(field) not in (None, [], {}) for field in fields)]
         for arm, rows in by_arm.items()
@@ -338,12 +342,12 @@ def _having(by_arm: ByArm, *fields: str) -> dict[str, list[Row]]:
 
 
 def _epochs(rows: Sequence[Row]) -> list[int]:
-    """The epochs after which all runs had an event."""
+    """Return the epochs after which all runs had an event."""
     return [epoch for epoch in rows[0]["events"] if all(epoch in row["events"] for row in rows)]
 
 
 def _means(rows: Sequence[Row], field: str, numbers: Callable[[Row, Any], Any]) -> dict[str, np.ndarray]:
-    """The mean of `numbers` over the rows, for every layer that all of them have."""
+    """Return the mean of `numbers` over the rows, for every layer that all of them have."""
     layers = [layer for layer in rows[0][field] if all(layer in row[field] for row in rows)]
     return {layer: np.mean([numbers(row, row[field][layer]) for row in rows], axis=0) for layer in layers}
 

@@ -182,16 +182,13 @@ def questions(tier: str, results: Results) -> list[Section]:
         found = answered(name, tier, known)
         if len(found) < 2 or not any(arm.baseline for arm in found):
             continue
-        columns = ablate.headings(name)
-        rows = [[arm.name, *(arms.COLUMNS[column](arm) for column in columns)] for arm in found]
         parts: list[Part] = [
-            Table([name, *columns], rows, left=("paper",)),
-            " ".join(f"{heading[0].upper()}{heading[1:]}: {text}." for heading, text in arms.MEANING.items()
-                     if heading in columns),
+            Table([name, *ablate.headings(name)], ablate.cells(name, found), left=("paper",)),
+            ablate.notes(name),
             *([question.note] if question.note else []),
             *pictures_of(name, tier, found),
             Folded(f"Every run, and how to repeat it ({name})", runs(found)),
-        ]  # fmt: skip
+        ]
         made.append(Section(f"{question.text} ({question.source}; {tier})", parts, level=3))
     return made
 

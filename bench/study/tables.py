@@ -1,4 +1,4 @@
-"""Rows of benchmarks as tables, with the sentences that belong to them, for the report and the README."""
+"""Make tables of rows, with the sentences that belong to them, for the report, the README and docs/."""
 
 from __future__ import annotations
 
