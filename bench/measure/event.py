@@ -10,12 +10,12 @@ the reference chooses from these merges.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from reprune_triton.training import models
 
 EPOCH, UNTIL, REGROW = 1, 2, 0.3  # of the whole event: half of the regrowth is left
 BETWEEN = 92.0
+Row = dict[str, Any]
 OF_ALL = ("between_s", "share_of_training")  # figures of the whole event alone
 # What the profiler calls the work of an event, by how the names begin.
 WORK = {
@@ -153,11 +154,11 @@ def measure(console: Console, layers: list[ops.Layer], draft: rows.Draft, args: 
         note()
     if impl == "triton":
         add_rounds(parts, layers, args)
-        add_counts(console, total, subject, args)
         if cuda:
+            add_counts(console, total, subject)
             add_floor(console, parts, args)
     note()
-    report(console, parts, keeps, impl, peers, here["device"], args)
+    report(console, lines(parts, keeps, impl, peers, args), peers, here["device"], args)
 
 
 def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -356,23 +357,9 @@ def widths_at(gammas: Sequence[torch.Tensor], share: float) -> list[int]:
     return [max(1, int((own > threshold).sum())) for own in gammas]
 
 
-def add_counts(console: Console, total: Part, subject: Subject, args: argparse.Namespace) -> None:
-    """Count what one whole event asks of the device."""
-    from reprune_triton.kernels.configuration import Configuration
-
+def add_counts(console: Console, total: Part, subject: Subject) -> None:
+    """Count what one whole event asks of the GPU."""
     event = subject.fresh()
-    if torch.device(args.device).type != "cuda":
-        run, launches = Configuration.run, 0
-
-        def counted(configuration: Configuration, programs: int, *arguments: torch.Tensor) -> None:
-            nonlocal launches
-            launches += programs > 0
-            run(configuration, programs, *arguments)
-
-        with mock.patch.object(Configuration, "run", counted):
-            event()
-        total.figures["launches"] = launches
-        return
     try:
         before, after_it = (profiled(work) for work in (lambda: None, event))  # the profiler itself waits in the end
     except Exception as error:  # measurements on a lent GPU must not be lost over it
@@ -464,13 +451,13 @@ def add_floor(console: Console, parts: list[Part], args: argparse.Namespace) -> 
 
 def lines(
     parts: list[Part], keeps: dict[str, int], impl: str, peers: Peers, args: argparse.Namespace
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Return a row for every part that has figures, without the environment."""
     settings: dict[str, Any] = {
         "benchmark": "event", "model": args.model, "rule": args.layers, "sparsity": args.sparsity,
         "linkage": args.linkage, "impl": impl, "algorithm": args.algorithm, "seed": args.seed, "repeat": args.repeat,
         "inputs": args.inputs, "peer_channels": args.channels, "checked": bool(peers.names),
-        "extrapolated": extrapolated(parts, args),
+        "extrapolated": args.channels is not None and any(args.channels < x.columns for p in parts for x in p.layers),
         "near_ties": len(peers.doubts.near_ties), "undecided": len(peers.doubts.undecided),
     }  # fmt: skip
     found = []
@@ -487,54 +474,48 @@ def lines(
     return found
 
 
-def extrapolated(parts: list[Part], args: argparse.Namespace) -> bool:
-    """Whether the other libraries' times stand for more channels than they clustered."""
-    return args.channels is not None and any(args.channels < layer.columns for p in parts for layer in p.layers)
-
-
-def report(
-    console: Console, parts: list[Part], keeps: dict[str, int], impl: str, peers: Peers, device: str,
-    args: argparse.Namespace,
-) -> None:  # fmt: skip
-    total = next(part for part in parts if part.row == "total")
-    measured = f", extrapolated from {args.channels} channels per layer" if extrapolated(parts, args) else ""
+def report(console: Console, found: list[Row], peers: Peers, device: str, args: argparse.Namespace) -> None:
+    """Print the rows as a table, and what was checked."""
+    total = next(row for row in found if row["row"] == "total")
+    sampled = f", extrapolated from {args.channels} channels per layer" if total["extrapolated"] else ""
     algorithm = "" if args.algorithm == "auto" else f" ({args.algorithm})"
     trial = "" if args.inputs is None else f", only {args.inputs} input channels"
-    # Columns that this run has, by key: heading and form.
-    forms = {
-        "select_s": ("selection", seconds), "device_s": ("on the device", seconds),
-        "scratch_mb": ("MB", "{:.1f}".format), "rounds": ("rounds", "{:g}".format),
-        "floor_ms": ("floor, ms", "{:.3f}".format), "share": ("floor / time", "{:.0%}".format),
-    }  # fmt: skip
-    forms = {key: form for key, form in forms.items() if key in total.figures}
+
+    def shown(key: str, form: Callable[[float], str], row: Row) -> str:
+        return form(row[key]) if key in row else ""
+
+    def ratio(key: str, row: Row) -> str:
+        return f"{row[key] / row['cluster_s']:.2f}x"
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "layer": lambda row: row.get("layer") or f"{row['row']}: {row['layers']} layers",
+        "n_out": lambda row: str(row.get("n_out", "")),
+        "n_in": lambda row: str(row.get("n_in") or row["problems"]),
+        "kernel": lambda row: f"{row['kh']}x{row['kw']}" if "kh" in row else "",
+        "keep": lambda row: str(row.get("keep", "")),
+        "clustering, cut": lambda row: seconds(row["cluster_s"]),
+    }
+    for key, heading, form in (
+        ("select_s", "selection", seconds), ("device_s", "on the device", seconds),
+        ("scratch_mb", "MB", "{:.1f}".format), ("rounds", "rounds", "{:g}".format),
+        ("floor_ms", "floor, ms", "{:.3f}".format), ("share", "floor / time", "{:.0%}".format),
+        *((f"{name.lower()}_s", name, seconds) for name in peers.names),
+    ):  # fmt: skip
+        if key in total:
+            columns[heading] = functools.partial(shown, key, form)
+    for name in peers.names:
+        columns[f"{name} / ours"] = functools.partial(ratio, f"{name.lower()}_s")
     table = terminal.table(
         f"One pruning event of {args.model} ({args.layers} layers{trial}): {args.linkage}, sparsity "
-        f"{args.sparsity}, {impl}{algorithm} on {device}, {torch.get_num_threads()} CPU thread(s), seconds",
-        ["layer", "n_out", "n_in", "kernel", "keep", "clustering, cut", *(head for head, _ in forms.values()),
-         *peers.names, *(f"{name} / ours" for name in peers.names)],
-        ("layer",),
+        f"{args.sparsity}, {total['impl']}{algorithm} on {device}, {torch.get_num_threads()} CPU thread(s), seconds",
+        columns, ("layer",),
         "Sums are one call for their layers. Selection: in the whole event. Others / ours: their clustering alone, our "
         "clustering and cut. 1x1 kernels are points on a line: that part of the gain is the algorithm's. Other "
-        f"libraries{measured}: one call per input channel on {rows.cpu_name()}.",
+        f"libraries{sampled}: one call per input channel on {rows.cpu_name()}.",
     )  # fmt: skip
-
-    def line(part: Part, title: str, *shape: str) -> None:
-        figures = part.figures
-        cells = [seconds(figures["cluster_s"])]
-        cells += [form(figures[key]) if key in figures else "" for key, (_, form) in forms.items()]
-        others = list(peers.seconds(part.layers).values())
-        ratios = [f"{theirs / figures['cluster_s']:.2f}x" for theirs in others]
-        last = part.row == "layer" and part.layers[0] is total.layers[-1]
-        table.add_row(title, *shape, *cells, *map(seconds, others), *ratios, end_section=last)
-
-    for part in parts:
-        if part.row == "layer":
-            (layer,) = part.layers
-            n_out, _, kh, kw = layer.weight.shape
-            line(part, layer.name, str(n_out), str(layer.columns), f"{kh}x{kw}", str(keeps[layer.name]))
-        else:
-            problems = sum(layer.columns for layer in part.layers)
-            line(part, f"{part.row}: {len(part.layers)} layers", "", str(problems), "", "")
+    for row, following in zip(found, [*found[1:], None], strict=True):
+        last = row["row"] == "layer" and following is not None and following["row"] != "layer"
+        table.add_row(*(cell(row) for cell in columns.values()), end_section=last)
     console.print(table)
     report_stages(console, total, peers.names, args)
     if peers.names:
@@ -550,9 +531,8 @@ def report(
     console.print("The filters of the whole event are those that the reference chooses from the same merges.")
 
 
-def report_stages(console: Console, total: Part, peers: list[str], args: argparse.Namespace) -> None:
+def report_stages(console: Console, figures: Row, peers: list[str], args: argparse.Namespace) -> None:
     """Print the stages of the whole event, what it asks of the device, and its share of a training."""
-    figures = total.figures
     stages = [key for key in figures if key.startswith("stage_")]
     table = terminal.table("Stages", ("stage", "ms", "share"), ("stage",))
     for key in (*stages, "event_s"):
@@ -565,8 +545,6 @@ def report_stages(console: Console, total: Part, peers: list[str], args: argpars
             f"One event: {figures['launches']} kernel launches, {figures['transfers']} copies to the host, "
             f"{figures['synchronisations']} synchronising calls."
         )
-    elif "launches" in figures:
-        console.print(f"One event: {figures['launches']} launches of Triton. Transfers are counted on a GPU.")
     if args.algorithm != "auto":
         console.print("The whole event chooses the algorithm itself: --algorithm is of clustering alone.")
     others = "".join(f"; {name}'s clustering alone {seconds(figures[f'{name.lower()}_s'])} s" for name in peers)
