@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -280,49 +277,24 @@ def _loops(code: Sequence[str], after: Sequence[Sequence[int]]) -> tuple[int, li
     return len(flow) - len(set().union(*bodies.values())), inside(set(flow) | {-1})
 
 
-_BUILD = """
-import importlib, json, sys
-from reprune_triton.bench.estimate import cost
-from reprune_triton.kernels.configuration import Configuration
-target, wanted = json.load(sys.stdin)
-for module, name, constants, *others in wanted:
-    kernel = getattr(importlib.import_module(module), name)
-    config = Configuration(kernel, tuple(map(tuple, constants)), *others)
-    print(json.dumps(cost.binary(config, target)))
-"""
 _known: dict[tuple[Any, str], tuple[Binary, Code]] = {}
 
 
 def _compiled(configs: Sequence[Any], target: str) -> dict[Any, tuple[Binary, Code]]:
-    """Compile each configuration once; in a process apart where Triton interprets kernels in this one."""
-    missing = [config for config in dict.fromkeys(configs) if (config, target) not in _known]
-    if missing and isinstance(missing[0].kernel, triton.JITFunction):
-        binaries = [binary(config, target) for config in missing]
-    elif missing:
-        names = [
-            (x.kernel.fn.__module__, x.kernel.__name__, x.constants, x.warps, x.max_registers, x.stages)
-            for x in missing
-        ]
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        done = subprocess.run(
-            [sys.executable, "-c", _BUILD], input=json.dumps([target, names]), env=environment, capture_output=True,
-            text=True, check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise RepruneError(f"the kernels cannot be compiled for {target}: {done.stderr.strip()[-500:]}")
-        binaries = [Binary(*json.loads(line)) for line in done.stdout.splitlines()]
-    else:
-        binaries = []
-    for config, one in zip(missing, binaries, strict=True):
-        _known[config, target] = one, parse(one.lines)
+    """Compile each configuration once."""
+    for config in configs:
+        if (config, target) not in _known:
+            built = binary(config, target)
+            _known[config, target] = built, parse(built.lines)
     return {config: _known[config, target] for config in configs}
 
 
 def binary(config: Any, target: str) -> Binary:
     """Compile and disassemble. `compiled.machine_codes` leaves out the predicates, by which branches are told apart."""
-    from reprune_triton.kernels import compiled
+    from reprune_triton.kernels import compiled, probe
 
+    if probe.INTERPRETED:
+        raise RepruneError("Triton interprets kernels in this process: unset TRITON_INTERPRET to compile them")
     built = compiled.build(config, target)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed (default: 5)")
     parser.add_argument("--steps", type=int, default=50, help="steps of each variant, in turns (default: 50)")
-    parser.add_argument("--profile", action="store_true", help="instead: which functions of Python the time goes to")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,9 +69,6 @@ def run(args: argparse.Namespace) -> None:
         for _ in range(max(1, args.warmup)):
             for step in steps.values():
                 step()
-        if args.profile:
-            profile(steps, args.steps)
-            return
         spent: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(args.steps):
             for name, step in steps.items():
@@ -200,17 +196,3 @@ class _Driver:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", 90, 32)
-
-
-def profile(steps: dict[str, Callable[[], object]], count: int) -> None:
-    import cProfile
-    import pstats
-
-    for name, step in steps.items():
-        print(f"{count} steps, {name}:")
-        profiler = cProfile.Profile(time.process_time)
-        profiler.enable()
-        for _ in range(count):
-            step()
-        profiler.disable()
-        pstats.Stats(profiler).sort_stats("tottime").print_stats(40)

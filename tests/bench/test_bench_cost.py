@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import apart
 import pytest
 import torch
 from families import gaussian, problems
 
 from reprune_triton import ops
+from reprune_triton.bench.__main__ import main
 from reprune_triton.bench.estimate import cost
 from reprune_triton.errors import RepruneError
 from reprune_triton.kernels.clustering import launch
@@ -167,6 +169,7 @@ def test_climbing_ends_at_the_cut():
 
 
 SHAPES = [(50, 49), (80, 25), (30, 9), (64, 9), (130, 9), (256, 9), (512, 9), (40, 4), (130, 4), (30, 1), (250, 1)]
+OTHERS = [linkage for linkage in ops.LINKAGES if linkage != "ward"]
 SHAPES += [(500, 1), (1000, 1), (2000, 1), (4000, 1)]
 
 
@@ -177,9 +180,39 @@ def layers() -> list[ops.Layer]:
     return [ops.Layer(torch.randn(n, 2, k, k, generator=generator)) for n, k in sides]
 
 
+BUILD = """
+import importlib, json, sys
+from reprune_triton.bench.estimate import cost
+from reprune_triton.kernels.configuration import Configuration
+for module, name, constants, *others in json.loads(sys.argv[1]):
+    config = Configuration(getattr(importlib.import_module(module), name), tuple(map(tuple, constants)), *others)
+    print(json.dumps(cost.binary(config, "sm_90")))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine_code():
+    """Of all kernels that the tests estimate; it is compiled apart from this process, which interprets."""
+    if torch.cuda.is_available():
+        yield
+        return
+    cases = [*((n, d, "ward") for n, d in SHAPES), *((n, 9, other) for n in (30, 64, 130) for other in OTHERS)]
+    cases += [(130, 4, other) for other in OTHERS]
+    configs = [launch.MAGNITUDE, launch.LEVEL, launch.LABEL, *(launch.configuration(*case) for case in cases)]
+    configs = list(dict.fromkeys(configs))
+    words = [
+        (x.kernel.fn.__module__, x.kernel.__name__, x.constants, x.warps, x.max_registers, x.stages) for x in configs
+    ]
+    built = [cost.Binary(*values) for values in apart.run(BUILD, json.dumps(words))]
+    known = {(x, "sm_90"): (one, cost.parse(one.lines)) for x, one in zip(configs, built, strict=True)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "_known", known)
+        yield
+
+
 @pytest.fixture(scope="module")
 def estimated(layers) -> cost.Estimate:
-    """Every kernel and area there is for Ward; the machine code is compiled apart from this process."""
+    """Every kernel and area there is for Ward."""
     return cost.estimate(layers)
 
 
@@ -213,7 +246,7 @@ def test_parts_of_one_launch_fill_the_gpu_together(layers):
     assert len(names) == 1 and found.fills(*names) and not cost.estimate(wide[:1]).fills(*names)
 
 
-@pytest.mark.parametrize("linkage", ["single", "complete", "average"])
+@pytest.mark.parametrize("linkage", OTHERS)
 def test_other_linkages_have_an_estimate(layers, linkage):
     found = per_problem(cost.estimate([layers[2], layers[3], layers[4], layers[8]], linkage))
     assert found[30, 9] < found[64, 9] < found[130, 9] and found[130, 4] < found[130, 9]
@@ -241,11 +274,10 @@ def test_doctored_machine_code_is_refused(layers, estimated, monkeypatch):
             cost.estimate([layers[6]])
 
 
-def test_what_cannot_be_compiled_is_an_error():
-    if torch.cuda.is_available():
-        pytest.skip("the kernels are compiled in this process")
-    with pytest.raises(RepruneError, match="cannot be compiled for sm_0"):
-        cost.estimate([ops.Layer(torch.randn(8, 2, 3, 3))], target="sm_0")
+@needs_interpreter
+def test_interpreted_kernels_have_no_machine_code(capsys):
+    assert main(["cost", "--model", "resnet8", "--target", "sm_80"]) == 1
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
 def test_estimates_say_that_they_are(tmp_path):
