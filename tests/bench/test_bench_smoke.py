@@ -93,7 +93,7 @@ def test_signs_are_the_same_in_float32():
     x, norm = draw((64, 16, 8, 8)), draw.norm(16)
     single = (x.float() - norm[0][:, None, None]) * norm[1][:, None, None] * norm[2][:, None, None]
     single += norm[3][:, None, None]
-    exact = smoke.behind(x, norm)
+    exact = smoke.normalised(x, norm)
     assert ((single > 0) == (exact > 0)).all() and (exact != 0).all() and 0.1 < (exact > 0).double().mean() < 0.9
 
 
