@@ -46,7 +46,7 @@ STEP = "step --model resnet8 --batch 4 --size 16 --sparsity 0.5 --warmup 1 --ste
 COMMANDS = [
     STEP,
     "scaling --d 1 --sizes 8 --problems 1 --size 8 --counts 1 --seconds 0.1 --impl reference",
-    "event --model resnet8 --layers resnet --inputs 1 --repeat 1 --impl reference",
+    "event --model resnet8 --inputs 1 --repeat 1 --impl reference",
 ]
 
 
