@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from reprune_triton.bench import networks
 from reprune_triton.bench.__main__ import main
 from reprune_triton.bench.estimate import roofline
 from reprune_triton.errors import RepruneError
@@ -15,7 +16,7 @@ from reprune_triton.running import analysis, compact
 
 def on_meta(name: str) -> nn.Module:
     with torch.device("meta"):
-        return roofline.build(name)
+        return networks.build(name)
 
 
 def step_ms(model: nn.Module, shape: tuple[int, ...], level: str) -> float:
