@@ -1,4 +1,4 @@
-"""Whether our Triton kernels can run on a device: the one place that all who have kernels ask."""
+"""Whether our Triton kernels can run on a device. All code that has kernels asks here."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 def why_not(device: torch.device) -> str | None:
     """Return why our kernels cannot run on this device; None if they can.
 
-    It is found out once for each device: Triton is imported, and on a GPU a kernel of one line is compiled and loaded,
-    for which Triton needs a driver and a C compiler. Where Triton interprets kernels (TRITON_INTERPRET=1) any device
+    This is tried once for each device: Triton is imported, and on a GPU a kernel of one line is compiled and loaded,
+    for which Triton needs a driver and a C compiler. If Triton interprets kernels (TRITON_INTERPRET=1), any device
     will do.
 
     Warns:
         UserWarning: once, if Triton is there and fails on a GPU.
     """
-    if torch.compiler.is_compiling():  # nothing can be tried out; torch.compile needs Triton itself
+    if torch.compiler.is_compiling():  # nothing can be tried now; torch.compile itself needs Triton
         return _at_a_glance(device)
     return _tried(device)[0]
 
 
 def refusal(message: str, device: torch.device) -> RepruneError:
-    """Return an error of this message, with what `why_not` has met on this device as its cause."""
+    """Return an error with this message; its cause is the error that `why_not` has met on this device, if any."""
     error = RepruneError(message)
     if not torch.compiler.is_compiling():
         error.__cause__ = _tried(device)[1]

@@ -1,7 +1,7 @@
 """Warm work up and capture it in a CUDA graph, always on the same stream of a device.
 
-A node of autograd runs on the stream on which it was made, and cuBLAS keeps a workspace for every stream it has been
-on. So what is captured is warmed up on the stream of the capture, and the next capture has that stream again.
+A node of autograd runs on the stream on which it was made, and cuBLAS keeps a workspace for every stream that it has
+used. So work is warmed up on the stream that captures it, and all captures of a device share one stream.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import torch
 
 T = TypeVar("T")
 _STREAMS: dict[int, torch.cuda.Stream] = {}  # by device
-_INVALID: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory may still ask them
+_INVALID: list[torch.cuda.CUDAGraph] = []  # kept alive: the allocator of pinned memory may still ask them
 
 
 def warm_up(work: Callable[[], T], times: int = 1) -> T:
-    """Do the work, `times` times, on the current device's stream of captures; return what the last time gave."""
+    """Do the work `times` times on the stream for captures of the current device; return the last result."""
     stream, here = _stream(), torch.cuda.current_stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
@@ -26,13 +26,14 @@ def warm_up(work: Callable[[], T], times: int = 1) -> T:
 
 
 def capture(work: Callable[[], T]) -> Callable[[], T]:
-    """Record the work, which is not done now; what is returned does it, on the same memory, and gives the same tensors.
+    """Record the work without doing it; return a function that does it, on the same memory and with the same result.
 
-    The work has been warmed up, and what it reads from outside stays where it is as long as it is replayed. If this
-    fails, the current stream is what it was before, and the memory of the capture is given back.
+    The work must have been warmed up, and all that it reads must keep its place in memory as long as it is replayed. If
+    this fails, the current stream is the one from before, and the memory of the capture is given back.
 
     Raises:
-        RuntimeError: if the work does what a graph cannot hold, such as waiting for the device; or what `work` raises.
+        RuntimeError: if the work does something that a graph cannot hold, such as waiting for the device.
+        Exception: any that `work` raises.
     """
     device, here = torch.cuda.current_device(), torch.cuda.current_stream()
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
@@ -65,12 +66,12 @@ def _stream() -> torch.cuda.Stream:
 
 
 def _end(graph: torch.cuda.CUDAGraph, device: int, pool: tuple[int, int]) -> None:
-    """What torch leaves out where CUDA has declared a capture invalid."""
+    """End a capture that CUDA has declared invalid, as torch does only for valid ones."""
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:  # it was valid, and has ended in order
+    except RuntimeError:  # it was valid: torch has ended it
         return
     torch._C._cuda_releasePool(device, pool)
     _INVALID.append(graph)
-    generator = torch.cuda.default_generators[device]  # whose state takes the capture to be going on
+    generator = torch.cuda.default_generators[device]  # its old state believes that the capture goes on
     generator.graphsafe_set_state(generator.clone_state())

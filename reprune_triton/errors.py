@@ -2,4 +2,4 @@
 
 
 class RepruneError(ValueError):
-    """Something the caller can put right: the message names the layer or file and the way out."""
+    """An error that the caller can put right: the message names the layer or file, the reason and the way out."""

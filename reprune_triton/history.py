@@ -1,4 +1,4 @@
-"""What pruning events did, as a record and as tables on the screen."""
+"""Records of pruning events, and tables of them on the screen."""
 
 import functools
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ class LayerEvent:
 
     name: str
     n_out: int
-    kept: int  # filters chosen by coverage
-    width: int  # active filters after regrowth
+    kept: int  # kept filters
+    width: int  # active filters: kept and regrown
     sparsity: float  # 1 - width / n_out
-    coverage: float  # covered clusters / all clusters, after the choice and before regrowth (paper, Fig. 3)
-    h: float  # height of the cut
+    coverage: float  # covered clusters / all clusters, by the kept filters (paper, Fig. 3)
+    h: float  # cut height
     flops: float  # share of this conv's dense FLOPs
 
 
@@ -30,12 +30,12 @@ class Event:
     """One pruning event over the whole network."""
 
     epoch: int
-    target: float | None  # s_bar, given or found for the FLOPs budget; None with sparsities per layer
-    sparsity: float  # of all prunable channels, after regrowth
+    target: float | None  # the sparsity asked for, or found for the FLOPs budget; None with sparsities per layer
+    sparsity: float  # share of all prunable channels that is pruned, after regrowth
     flops: float  # share of the dense network's FLOPs
-    coverage: float
-    ms: float  # the whole event, by the clock
-    stages: dict[str, float]  # ms of `event.STAGES`, on a GPU as the device measures them; and of "apply", by the clock
+    coverage: float  # covered clusters / all clusters, of all layers
+    ms: float  # the whole event, by the host's clock
+    stages: dict[str, float]  # ms of `event.STAGES`, on a GPU by the device's time; and of "apply", by the host's clock
     layers: tuple[LayerEvent, ...]
 
 

@@ -5,8 +5,8 @@
     cover, select_filters       clusters -> kept filters
     masked_conv2d               a training step on the kept filters alone
 
-This is where input is checked and where an implementation is chosen. What the first six compute is defined by
-`reprune_triton.selection.definition`; every implementation must give the same answer.
+Here input is checked and an implementation is chosen. `reprune_triton.selection.definition` defines what the first six
+compute; all implementations give the same answer, but for merges that only rounding tells apart.
 
 Park et al., "REPrune: Channel Pruning via Kernel Representative Selection", AAAI 2024 (arXiv:2402.17862).
 """
@@ -43,33 +43,40 @@ __all__ = [
     "ward_network",
 ]
 ALGORITHMS = ("auto", "chain", "reciprocal")
-MAX_FILTERS = 1 << reference.INDEX_BITS  # the sort key of `cover` has this many bits for the index
-_MAX_CHANNELS = 1 << (63 - reference.INDEX_BITS - reference.TIE_BITS)  # ... and for the gain
+MAX_FILTERS = 1 << reference.INDEX_BITS  # an index must fit into its bits of the sort key of `cover`
+_MAX_CHANNELS = 1 << (63 - reference.INDEX_BITS - reference.TIE_BITS)  # ... and so must a gain
 
 
 class Cover(NamedTuple):
     """The filters that greedy maximum coverage takes."""
 
-    order: Tensor  # (keep,) int32, in order of choice
-    gains: Tensor  # (keep,) int32, clusters each filter was the first to cover; never rises
-    covered: int  # clusters covered by the chosen filters
+    order: Tensor  # (keep,) int32, the kept filters in order of choice
+    gains: Tensor  # (keep,) int32, clusters that each filter was the first to cover; never rises
+    covered: int  # clusters that kept filters cover
     clusters: int  # clusters of all channels
 
     @property
     def coverage(self) -> float:
-        """Coverage rate: covered clusters / all clusters (paper, Fig. 3)."""
+        """The share of clusters that is covered (paper, Fig. 3)."""
         return self.covered / self.clusters
 
 
 def filter_norms(weight: Tensor) -> Tensor:
-    """L2 norm of every filter of a conv weight (n_out, n_in, kh, kw): (n_out,) float64, the score of tie="norm"."""
+    """Return the L2 norm of every filter of a conv weight (n_out, n_in, kh, kw): (n_out,) float64.
+
+    It is the score of tie="norm".
+    """
     return weight.detach().flatten(1).double().norm(dim=1)
 
 
 def ward(points: Tensor, linkage: str = "ward", impl: str = "auto", algorithm: str = "auto") -> Merges:
-    """Agglomerative clustering of P problems at once: `ward_network` for one layer.
+    """Cluster P problems at once: `ward_network` for one layer.
 
-    points: (P, n, d) floating point. Heights are float64 for float64 points, float32 for all others.
+    Args:
+        points: (P, n, d) floating point. Heights are float64 for float64 points, float32 for all others.
+        linkage, impl, algorithm: see `ward_network`.
+    Raises:
+        RepruneError: as `ward_network` does, and for points of another shape.
     """
     if points.dim() != 3:
         raise RepruneError(f"points have shape {tuple(points.shape)}; they must be (problems, points, dimensions).")
@@ -80,18 +87,22 @@ def ward(points: Tensor, linkage: str = "ward", impl: str = "auto", algorithm: s
 def ward_network(
     layers: Sequence[Layer], linkage: str = "ward", impl: str = "auto", algorithm: str = "auto"
 ) -> list[Merges]:
-    """Agglomerative clustering of all kernels of a network: one problem per layer and active input channel.
+    """Cluster all kernels of a network: one problem per layer and active input channel. Waits for the device once.
 
-    linkage: "ward" (heights in I(A, B) = |A||B| / (|A| + |B|) * ||m_A - m_B||^2, the growth of the within-cluster SSE;
-    SciPy's is sqrt(2 I)), or "single", "complete", "average" (Euclidean distance).
-    impl: "auto" is Triton for weights on a GPU in float32, float16 or bfloat16 (at most 4096 filters of 121 numbers),
-    else the plain reference. The reference computes in float64, Triton in float32: where two merges are closer than
-    float32 can tell, they may take the other one.
-    algorithm, of Triton only: "chain" (nearest-neighbour chain) or "reciprocal" (all reciprocal nearest neighbours at
-    once, Ward only); "auto" is the quicker one for the size. For 1x1 kernels and Ward, "auto" sorts instead.
-    The device is waited for once.
-    Raises RepruneError, with the name of the layer, for weights that are not finite, and for shapes, names or an impl
-    that do not fit.
+    Args:
+        layers: conv weights, of all filters and input channels or of the active ones.
+        linkage: "ward": heights are I(A, B) = |A||B| / (|A| + |B|) * ||m_A - m_B||^2, the growth of the within-cluster
+            SSE (SciPy's are sqrt(2 I)). "single", "complete", "average": heights are Euclidean distances.
+        impl: "reference", "triton", or "auto": Triton for weights on a GPU in float32, float16 or bfloat16 (at most
+            4096 filters of 121 numbers), else the reference. The reference computes in float64, Triton in float32: it
+            may merge another pair if float32 cannot tell the two heights apart.
+        algorithm: of Triton. "chain": nearest-neighbour chain. "reciprocal": all reciprocal nearest neighbours at once,
+            Ward only. "auto": the quicker one for the size; for 1x1 kernels and Ward it sorts instead.
+    Returns:
+        The merges of every layer.
+    Raises:
+        RepruneError: with the name of the layer for weights that are not finite or have another shape; for an unknown
+            linkage, impl or algorithm, or one that cannot be used here.
     """
     return [merges for merges, _ in _network(layers, None, linkage, impl, algorithm)]
 
@@ -99,7 +110,11 @@ def ward_network(
 def cluster_network(
     layers: Sequence[Layer], keeps: Sequence[int], linkage: str = "ward", impl: str = "auto", algorithm: str = "auto"
 ) -> list[tuple[Merges, Clusters]]:
-    """`ward_network` and then `cut`, each layer to at most keeps[l] clusters, still waiting for the device once."""
+    """Do `ward_network` and then `cut`, layer l to at most keeps[l] clusters. Waits for the device once.
+
+    Raises:
+        RepruneError: as `ward_network` and `cut` do, and if there is not one number for each layer.
+    """
     if len(keeps) != len(layers):
         raise RepruneError(f"there are {len(layers)} layers and {len(keeps)} numbers to keep; give one for each.")
     return [(merges, clusters) for merges, clusters in _network(layers, keeps, linkage, impl, algorithm) if clusters]
@@ -108,8 +123,11 @@ def cluster_network(
 def cut(merges: Merges, keep: int, impl: str = "auto") -> Clusters:
     """Cut all problems of one layer at the lowest height that leaves each at most `keep` clusters.
 
-    With c = n - keep: h is the largest, over the problems, of the c-th smallest height; merges up to h (included)
-    happen. With c = 0 nothing merges: every kernel is its own cluster and h = 0.
+    With c = n - keep, the cut height h is the largest, over the problems, of the c-th smallest merge height. Merges of
+    height <= h happen. With c = 0 nothing merges: every kernel is its own cluster, and h = 0.
+
+    Raises:
+        RepruneError: if keep is not in 1 .. n, or for an impl that is unknown or cannot run.
     """
     _check_keep(keep, merges.parent.shape[1])
     if _cut_by_triton(merges, impl):
@@ -130,13 +148,19 @@ def cover(
     impl: str = "auto",
     score: Tensor | None = None,
 ) -> Cover:
-    """Greedily take `keep` filters, each time the one that covers most clusters not covered yet.
+    """Greedily take `keep` filters, each time the one that covers the most clusters not covered yet.
 
-    labels: (n_in, n_out) integer; filter i covers cluster labels[j, i] of channel j. At most 4096 filters.
-    tie: which of the filters with equal gain goes first. "random": uniform, with bits that depend only on
-    (seed, step, filter), the same for every impl; "index": the lowest; "norm" and "gamma": the largest score (n_out,),
-    then the lowest.
     Once everything is covered the remaining filters all tie, at gain 0.
+
+    Args:
+        labels: (n_in, n_out) integer; filter i covers cluster labels[j, i] of channel j. At most 4096 filters.
+        tie: which of the filters with equal gain goes first. "random": any, by bits that depend only on (seed, step,
+            filter), the same for every impl. "index": the lowest. "norm" and "gamma": the one with the largest score,
+            then the lowest.
+        score: (n_out,), for tie="norm" and "gamma".
+    Raises:
+        RepruneError: for labels of another shape or dtype, too many filters or channels, a keep out of range, a missing
+            score or one that is not finite, an unknown tie, or an impl that is unknown or cannot run.
     """
     _one_of("tie", tie, TIES)
     if labels.dim() != 2 or 0 in labels.shape:
@@ -186,7 +210,10 @@ def select_filters(
 ) -> tuple[Cover, Clusters]:
     """Choose `keep` filters of one conv weight (n_out, n_in, kh, kw): cluster, cut and cover.
 
-    score is needed for tie="gamma" (|gamma| of the BatchNorm that follows); for "norm" it is computed.
+    score: (n_out,), needed for tie="gamma" (|gamma| of the BatchNorm that follows); for "norm" it is computed.
+
+    Raises:
+        RepruneError: as `cluster_network` and `cover` do, and for a weight of another shape or without filters.
     """
     kernel_points(weight)  # refuses other shapes
     if len(weight) == 0:
@@ -201,10 +228,10 @@ def masked_conv2d(
     x: Tensor, weight: Tensor, out_index: Tensor | None = None, in_index: Tensor | None = None, stride: conv.Size = 1,
     padding: conv.Size = 0, dilation: conv.Size = 1, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """conv2d(x, weight[out_index][:, in_index]), differentiable in x and weight.
+    """Return conv2d(x, weight[out_index][:, in_index]), differentiable in x and weight.
 
-    What a narrow conv computes, as one call, for layers of your own. The pruner does the same in two parts: it gathers
-    the slices of all weights at once (`running.pack`), and each module convolves with its own (`fused.conv`).
+    This is a narrow conv in one call, for layers of your own. The pruner does it in two parts: it gathers the slices of
+    all weights at once (`running.pack`), and each module convolves with its own (`fused.conv`).
 
     Args:
         x: (B, active inputs, H, W).
@@ -214,7 +241,7 @@ def masked_conv2d(
         impl: "torch": PyTorch's convolution. "triton": the kernels. "auto": whichever is quicker on this GPU, torch
             wherever the kernels cannot run.
     Returns:
-        (B, active outputs, P, Q); channels_last from the kernels. Under autocast in its type, as conv2d.
+        (B, active outputs, P, Q); channels_last from the kernels. Under autocast it has autocast's dtype, as conv2d.
     Raises:
         RepruneError: for an unknown impl, channels that do not fit, or if impl="triton" cannot run.
     """
@@ -226,7 +253,7 @@ def masked_conv2d(
 def _network(
     layers: Sequence[Layer], keeps: Sequence[int] | None, linkage: str, impl: str, algorithm: str
 ) -> list[tuple[Merges, Clusters | None]]:
-    """Merges of every layer, and its clusters if keeps are given."""
+    """Return the merges of every layer, and its clusters if keeps are given."""
     _one_of("linkage", linkage, LINKAGES)
     _one_of("impl", impl, IMPLS)
     _one_of("algorithm", algorithm, ALGORITHMS)

@@ -2,9 +2,9 @@
 
     python -m reprune_triton.train --data digits --model resnet20 --sparsity 0.5 --out runs/digits
 
-DIR/log.jsonl gets one line per epoch, DIR/last.safetensors the state after it, DIR/slim.safetensors the final,
-physically narrow model. Ctrl-C or SIGTERM stops cleanly; --resume goes on, and ends where an uninterrupted run would
-have: bit for bit on the CPU, and on a GPU as far as its own kernels are deterministic.
+DIR/log.jsonl gets one line per epoch, DIR/last.safetensors the state after it, and DIR/slim.safetensors the final,
+compact model. Ctrl-C or SIGTERM stops cleanly. --resume goes on and gives the result of an uninterrupted run: bit for
+bit on the CPU, and on a GPU as far as PyTorch's kernels are deterministic.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from reprune_triton.training.run import Stopped
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m reprune_triton.train", description=(__doc__ or "").split("\n")[0],
-        argument_default=argparse.SUPPRESS,  # what is not given comes from the recipe
+        argument_default=argparse.SUPPRESS,  # an option that is not given comes from the recipe
     )  # fmt: skip
     add = parser.add_argument
     add("--model", help="resnet8, 20, 32, 44, 56 or 110, or a name of torchvision or timm (default resnet20)")

@@ -1,7 +1,7 @@
-"""Checkpoints without pickle: a training state, or a physically narrow model, in one safetensors file.
+"""Checkpoints without pickle: a training state, or a compact model, in one safetensors file.
 
-The tensors are the file's entries; everything else (the tree they hang in, the structure of the model) is JSON in the
-file's metadata. Files are replaced atomically: a reader, or a machine that goes down, finds the old one or the new one.
+The tensors are the file's entries; all else (the tree of the state, the structure of the model) is JSON in the file's
+metadata. Files are replaced atomically: a reader finds the old one or the new one, also after a crash of the machine.
 """
 
 import json
@@ -32,8 +32,10 @@ _STATE, _MODEL = "reprune_triton training state 1", "reprune_triton narrow model
 def write(path: str | Path, state: Any) -> None:
     """Write a nested state: dicts with str or int keys, lists, tuples, None, bool, int, float, str and tensors.
 
-    The file it replaces stays beside it as NAME.previous.safetensors, and at every instant at least one of the two is
-    whole.
+    The file that it replaces stays beside it as NAME.previous.safetensors. At every instant one of the two is whole.
+
+    Raises:
+        RepruneError: with the place of a value that cannot be saved.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, "state", tensors)
@@ -41,7 +43,11 @@ def write(path: str | Path, state: Any) -> None:
 
 
 def read(path: str | Path) -> Any:
-    """What `write` was given: same values, same types (subclasses of dict become dict); tensors on the CPU."""
+    """Return the state that `write` was given, with the same types (subclasses of dict become dict), on the CPU.
+
+    Raises:
+        RepruneError: if the file is missing, damaged or not such a state.
+    """
     try:
         tensors, tree = _read(Path(path), _STATE)
     except RepruneError as error:
@@ -57,12 +63,13 @@ def read(path: str | Path) -> Any:
 
 
 def previous(path: str | Path) -> Path:
+    """Return where the checkpoint before this one is kept."""
     path = Path(path)
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.previous.safetensors")
 
 
 def _encode(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The JSON for one value: itself if JSON keeps it exactly, else {kind: content}. Tensors go to `tensors`."""
+    """Return the JSON for a value: itself if JSON keeps it exactly, else {kind: content}. Tensors go to `tensors`."""
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -112,7 +119,11 @@ def _decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def save(model: nn.Module, path: str | Path, extra: Any = None) -> None:
-    """Write a model whose layers may be narrower than its class builds them; `extra` holds plain values about it."""
+    """Write a model whose layers may be narrower than its class builds them, with `extra`: plain values about it.
+
+    Raises:
+        RepruneError: if the model's state or `extra` holds what cannot be saved.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
@@ -125,12 +136,14 @@ def save(model: nn.Module, path: str | Path, extra: Any = None) -> None:
     _write(Path(path), tensors, _MODEL, content, keep_previous=False)
 
 
-@torch.inference_mode(False)  # what it makes can be trained
+@torch.inference_mode(False)  # parameters made under inference mode could not be trained
 def load(path: str | Path, model: nn.Module) -> nn.Module:
-    """Narrow `model`, freshly built and dense, in place to what `save` wrote, and return it.
+    """Make `model`, freshly built and dense, the compact model that `save` wrote, in place, and return it.
 
-    Every parameter keeps its device and requires_grad and takes values, shape and dtype of the file. Nothing is changed
-    if the file is of another model.
+    Every parameter keeps its device and requires_grad, and takes values, shape and dtype of the file.
+
+    Raises:
+        RepruneError: if the file is missing, damaged or of another model. Nothing has changed then.
     """
     path = Path(path)
     tensors, content = _read(path, _MODEL)
@@ -155,12 +168,16 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 
 
 def read_extra(path: str | Path) -> Any:
-    """The `extra` that `save` was given: enough to build the dense model that `load` wants."""
+    """Return the `extra` that `save` was given, such as what it takes to build the dense model for `load`.
+
+    Raises:
+        RepruneError: if the file is missing, damaged or not such a model.
+    """
     return _decode(_read(Path(path), _MODEL)[1]["extra"], {})
 
 
 def _shapes(model: nn.Module) -> dict[str, list[Any]]:
-    """Of every module: its class and those of its attributes that say how wide it is."""
+    """Return for every module its class, and its attributes that say how wide it is."""
     return {
         name: [type(module).__name__, {key: w for key in WIDTHS if type(w := getattr(module, key, None)) is int}]
         for name, module in model.named_modules()
@@ -168,7 +185,7 @@ def _shapes(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def _differences(model: nn.Module, recorded: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterator[str]:
-    """Why `model` cannot be narrowed to the checkpoint, in the order of the model."""
+    """Yield the reasons why `model` cannot become the checkpoint's, in the order of the model."""
     for name, (kind, widths) in _shapes(model).items():
         if name not in recorded:
             yield f"the model has {name} ({kind}), the checkpoint has not"
@@ -200,7 +217,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], kind: str, content: Any, keep_previous: bool) -> None:
-    # A copy each: safetensors takes neither views of a larger tensor nor two names for one storage.
+    # Copies, as safetensors takes neither views of a larger tensor nor two names for one storage.
     own = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
     # One key: safetensors writes several in random order, and equal contents should give equal files.
     raw = serialize(own, {"reprune_triton": json.dumps({"kind": kind, "content": content})})
@@ -211,8 +228,8 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], kind: str, content: Any
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        # The old file becomes NAME.previous only after the new one is in place: if the old one is damaged, a whole
-        # NAME.previous must not be lost before there is something whole to replace it.
+        # The old file becomes NAME.previous only after the new one is in place: the old one may be damaged, and then
+        # NAME.previous is the only whole one until the new one is there.
         keep = keep_previous and path.exists()
         if keep:
             aside.unlink(missing_ok=True)
@@ -239,7 +256,7 @@ def _read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Any]:
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("reprune_triton", "{}"))
-            # Copies: the file is mapped into memory, and must be free to go.
+            # Copies, as the file is mapped into memory but may be replaced.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise RepruneError(f"{path}: not a whole safetensors file, cut short or damaged ({error})") from error

@@ -33,24 +33,33 @@ from reprune_triton.training.run import Record, Run, Signals
 
 @dataclass(frozen=True)
 class Result:
-    model: nn.Module  # physically narrow if it was pruned
+    """What a training gives."""
+
+    model: nn.Module  # compact if it was pruned
     accuracy: float  # of that model on the test set, in [0, 1]
-    flops: float  # share of the dense network's multiply-adds that it has
-    seconds: float  # of training: neither pruning events nor evaluation
-    event_seconds: float
+    flops: float  # its share of the dense network's multiply-adds
+    seconds: float  # of training, without pruning events and evaluation
+    event_seconds: float  # of pruning events
     pruner: REPrune | None
     log: list[Record]
 
 
 def train(options: Options, on_epoch: Callable[[Record], None] | None = None, quiet: bool = False) -> Result:
-    """Train as `options` say; `on_epoch` gets each line of the log once its checkpoint is written. quiet: without a
-    progress bar."""
+    """Train as `options` say.
+
+    Args:
+        on_epoch: gets each line of the log once its checkpoint is written.
+        quiet: whether to show no progress bar.
+    Raises:
+        RepruneError: for options that do not fit the device, the data or the model; for a loss that is not finite.
+        Stopped: if SIGTERM or SIGINT came.
+    """
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if options.threads:
-        torch.set_num_threads(options.threads)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RepruneError("there is no CUDA device here: give --device cpu")
     graph = _graph(options, device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     data = load_data(
         options.data, options.data_dir, batch=options.batch, seed=options.seed, device=str(device),
@@ -118,21 +127,26 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
         if pruner and pruner.history:
             flops = pruner.history[-1].flops
     if options.out:
-        about = {
-            "model": options.model, "data": options.data, "num_classes": data.classes, "in_channels": data.channels,
-            "size": data.size, "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist(),
-            "accuracy": accuracy, "flops": flops,
-        }  # fmt: skip
-        checkpoint.save(slim, Path(options.out) / "slim.safetensors", extra=about)
+        _save(slim, options, data, accuracy, flops)
     seconds, event_seconds = (sum(line[key] for line in log) for key in ("seconds", "event_seconds"))
     return Result(slim, accuracy, flops, seconds, event_seconds, pruner, log)
+
+
+def _save(slim: nn.Module, options: Options, data: Data, accuracy: float, flops: float) -> None:
+    """Write the final model, with all that it takes to build and use it."""
+    about = {
+        "model": options.model, "data": options.data, "num_classes": data.classes, "in_channels": data.channels,
+        "size": data.size, "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist(),
+        "accuracy": accuracy, "flops": flops,
+    }  # fmt: skip
+    checkpoint.save(slim, Path(options.out or "") / "slim.safetensors", extra=about)
 
 
 def _train_epoch(
     step: "_Step", data: Data, options: Options, epoch: int, after_batch: Callable[[], None]
 ) -> float:  # fmt: skip
-    """One pass over the training data; the mean loss."""
-    total = torch.zeros((), device=data.mean.device)  # stays on the device: asking for a number would wait for it
+    """Train on all training data once, and return the mean loss; waits for the device."""
+    total = torch.zeros((), device=data.mean.device)  # a number on the host would wait for the device at each step
     for i, (x, y) in enumerate(data.train_batches(epoch)):  # x (B, C, H, W), y (B,)
         number, share = epoch * data.steps + i, 1.0
         if options.mixup:
@@ -143,8 +157,11 @@ def _train_epoch(
 
 
 class _Step:
-    """One step of the optimizer on one batch. With `graph` it is replayed, from the second one on after a change of the
-    network; what changes from step to step is then in tensors that keep their place."""
+    """One step of the optimizer on one batch.
+
+    With `graph` it is replayed from a CUDA graph, from the second step on after a change of the network. So all that
+    changes from step to step is in tensors that keep their place in memory.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, options: Options,
@@ -157,12 +174,15 @@ class _Step:
         self.forget()
 
     def forget(self) -> None:
-        """The network has changed: what was captured is of the old one."""
+        """Forget the captured step, as the network has changed."""
         self._replay: Callable[[], torch.Tensor] | None = None
         self._warm = False
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, share: float, lr: float) -> torch.Tensor:
-        """The loss, from before the update. share: of x, where the rest is of the batch in reverse (mixup)."""
+        """Do the step, and return the loss from before it.
+
+        share: of x (B, C, H, W) and y (B,) in what the network sees; the rest is the batch in reverse (mixup).
+        """
         if not self.graph:
             for group in self.optimizer.param_groups:
                 group |= {"lr": lr}
@@ -186,16 +206,16 @@ class _Step:
         if self._replay is None:
             try:
                 self._replay = capture.capture(work)
-            except Exception as error:  # nothing has been computed: the step is still to be done
+            except Exception as error:  # the step has not been done
                 self._go_on_without(error)
                 return self(x, y, share, lr)
         return self._replay()
 
     def _go_on_without(self, error: Exception) -> None:
-        """Capture no more.
+        """Do all steps without a graph from now on.
 
         Raises:
-            RepruneError: if it was asked for.
+            RepruneError: if a graph was asked for.
         """
         message = f"a step of {self.options.model} cannot be captured in a CUDA graph ({error})"
         if self.options.graph:
@@ -227,7 +247,7 @@ def _graph(options: Options, device: torch.device) -> bool:
     """Whether steps are to be replayed from a CUDA graph.
 
     Raises:
-        RepruneError: if that is asked for where there is none.
+        RepruneError: if that is asked for without a CUDA device.
     """
     if options.graph and device.type != "cuda":
         raise RepruneError(f"graph needs a CUDA device; this run is on {device}")
@@ -236,7 +256,7 @@ def _graph(options: Options, device: torch.device) -> bool:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, amp: str = "off", after_batch: Callable[[], None] = lambda: None) -> float:
-    """The share of the test set that `model` gets right."""
+    """Return the share of the test set that `model` classifies correctly, in [0, 1]."""
     training = model.training
     model.eval()
     right = torch.zeros((), dtype=torch.int64, device=data.mean.device)
@@ -249,7 +269,10 @@ def evaluate(model: nn.Module, data: Data, amp: str = "off", after_batch: Callab
 
 
 def learning_rate(step: int, steps: int, options: Options) -> float:
-    """Linear from 0 over the warm-up, then a cosine to 0, in every stage; an epoch has `steps` steps."""
+    """Return the learning rate of a step, counted from 0: linear over the warm-up, then a cosine to 0, in every stage.
+
+    steps: per epoch.
+    """
     warmup, last = options.warmup * steps, options.epochs * steps
     step %= last
     if step < warmup:
@@ -258,6 +281,7 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
 
 
 def _groups(model: nn.Module, options: Options) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: parameters with weight decay, and those without."""
     decayed = [p for p in model.parameters() if options.decay_norms or p.dim() > 1]
     bare = [p for p in model.parameters() if not (options.decay_norms or p.dim() > 1)]  # BatchNorm's, and biases
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": bare, "weight_decay": 0.0}]
@@ -273,8 +297,9 @@ def _pruner(
 
 
 def thin(model: nn.Module, example: torch.Tensor, options: Options) -> tuple[nn.Module, float]:
-    """A copy of a fresh model whose prunable convs have all lost the same share of their filters, and its share of
-    the FLOPs: as many filters as `options.sparsity` leaves, or as fit into `options.flops`.
+    """Return a compact copy of a fresh model whose prunable convs are equally narrow, and its share of the FLOPs.
+
+    They have as many filters as `options.sparsity` leaves, or as fit into `options.flops`.
 
     Raises:
         RepruneError: if nothing is prunable, or the budget is out of reach.
@@ -290,9 +315,7 @@ def thin(model: nn.Module, example: torch.Tensor, options: Options) -> tuple[nn.
     else:  # every share at which some layer's width changes, from the widest network on
         shares = sorted({Fraction(gone, x.n_out) for x in found.prunable for gone in range(x.n_out)})
     for share in shares:
-        widths = {
-            x.name: round_up(keep_count(x.n_out, share), x.n_out, round_to, 1) for x in found.prunable
-        }
+        widths = {x.name: round_up(keep_count(x.n_out, share), x.n_out, round_to, 1) for x in found.prunable}
         flops = found.flops(widths)
         if wanted is None or flops <= wanted:
             active = {name: torch.arange(width, device=device) for name, width in widths.items()}

@@ -1,4 +1,4 @@
-"""Models by name: the CIFAR ResNets of He et al. (CVPR 2016), or anything torchvision or timm has.
+"""Models by name: the CIFAR ResNets of He et al. (CVPR 2016), and all that torchvision or timm have.
 
 The CIFAR ResNets have depth 6 n + 2: a 3x3 stem, three stages of n basic blocks with 16, 32 and 64 channels, global
 average pooling and one linear layer. The shortcut that changes shape is a 1x1 conv with BatchNorm.
@@ -60,7 +60,11 @@ def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequ
 
 
 def build(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
-    """A freshly initialised model; `timm:NAME` and `torchvision:NAME` force the source."""
+    """Return a freshly initialised model; `timm:NAME` and `torchvision:NAME` name its source.
+
+    Raises:
+        RepruneError: for an unknown name or source, or a number of channels that the model does not take.
+    """
     source, _, plain = name.rpartition(":")
     if source not in ("", "timm", "torchvision"):
         raise RepruneError(f"unknown model source {source!r} in {name!r}: use timm:NAME or torchvision:NAME")
@@ -98,11 +102,11 @@ def build(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
 
 
 def image_size(name: str) -> int:
-    """The side of the images a model is usually trained on: 32 for ours, 224 for the rest."""
+    """Return the side of the images that a model is usually trained on: 32 for ours, 224 for all others."""
     return 32 if name in CIFAR_RESNETS else 224
 
 
 def example_inputs(name: str, in_channels: int = 3, size: int | None = None) -> torch.Tensor:
-    """A small batch (2, C, H, W) for tracing the model; the same values at every call."""
+    """Return a batch (2, C, H, W) float32 for the analysis of the model; the same values at every call."""
     side = size or image_size(name)
     return torch.randn(2, in_channels, side, side, generator=torch.Generator().manual_seed(0))

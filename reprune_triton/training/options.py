@@ -10,19 +10,18 @@ from reprune_triton.errors import RepruneError
 
 PARADIGMS = ("concurrent", "three-stage", "scratch")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Two runs that differ in these alone are the same run.
+# Options in which a resumed run may differ.
 FREE = ("data_dir", "workers", "threads", "device", "graph", "out", "resume")
 
 
 @dataclass(frozen=True)
 class Options:
-    """One run; `recipe` fills in what fits a data set. Epochs count from 1, as in the log and the pruner's events.
+    """The options of one run; `recipe` fills in what suits a data set. Epochs count from 1, as in the log.
 
-    With a sparsity or a share of FLOPs, `paradigm` says when channels go: "concurrent" prunes while it trains (the
-    paper). The other two are what it is compared with, and know no every, until and regrow. "three-stage" trains dense
-    for `epochs`, prunes once, and goes on for as many with the learning rate from the start of its schedule (rewinding;
-    Renda et al., ICLR 2020): 2 `epochs` in all. "scratch" trains a network whose prunable convs are equally narrow
-    from the start.
+    With a sparsity or a share of FLOPs, `paradigm` says when channels go. "concurrent" prunes during the training (the
+    paper). The other two are for comparison, and ignore every, until and regrow. "three-stage" trains the dense network
+    for `epochs`, prunes once, and trains for as many again with the whole schedule of the learning rate (rewinding;
+    Renda et al., ICLR 2020). "scratch" trains a network whose prunable convs are equally narrow from the start.
     """
 
     model: str = "resnet20"
@@ -49,14 +48,14 @@ class Options:
     linkage: str = "ward"
     select: str = "coverage"
     tie: str = "random"
-    prune_seed: int | None = None  # of the pruner's random choices alone; default: seed
+    prune_seed: int | None = None  # for the pruner's random choices alone; default: seed
     round_to: int | None = None
     ignore: tuple[str, ...] = ()
     device: str | None = None  # default: cuda where there is one
     amp: str = "off"
     channels_last: bool = False
     fuse: bool = False  # BatchNorm, addition and activation in one operation
-    # Replay each step from a CUDA graph, captured anew after every event; default: on CUDA, but with fp16.
+    # Replay each step from a CUDA graph, captured anew after every event; default: on CUDA, unless amp is fp16.
     graph: bool | None = None
     workers: int = 4
     threads: int | None = None
@@ -86,10 +85,10 @@ class Options:
         self.config()
 
     def config(self) -> Config:
-        """What the pruner is to do.
+        """Return the pruner's options.
 
         Raises:
-            RepruneError: if an option of it is out of its range, whether there is a pruner or not.
+            RepruneError: if one of them is out of its range; also if the run has no pruner.
         """
         every, until = self.every, self.until or max(1, round(0.72 * self.epochs))
         if self.paradigm == "three-stage":
@@ -103,7 +102,7 @@ class Options:
 
     @property
     def stages(self) -> int:
-        """How often the schedule of `epochs` is run."""
+        """Number of times that the schedule of `epochs` is run."""
         return 2 if self.paradigm == "three-stage" else 1
 
 
@@ -120,7 +119,11 @@ RECIPE_OF = {"digits": "digits", "fashion-mnist": "cifar", "cifar10": "cifar", "
 
 
 def recipe(data: str = "digits", name: str | None = None, **changes: Any) -> Options:
-    """The options of recipe `name` (default: the one that fits `data`), with `changes` on top."""
+    """Return the options of recipe `name` (default: the one for `data`), with `changes`.
+
+    Raises:
+        RepruneError: for an unknown data set or recipe, or an option out of its range.
+    """
     if data not in RECIPE_OF:
         raise RepruneError(f"unknown data set {data!r}: there are {', '.join(RECIPE_OF)}")
     if name is not None and name not in RECIPES:
@@ -136,5 +139,5 @@ def recipe(data: str = "digits", name: str | None = None, **changes: Any) -> Opt
 
 
 def lasting(options: Options) -> dict[str, Any]:
-    """What of them a checkpoint keeps: two runs that differ in FREE alone are the same."""
+    """Return the options that a checkpoint keeps: all but FREE."""
     return {key: value for key, value in asdict(options).items() if key not in FREE}

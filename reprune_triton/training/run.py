@@ -1,4 +1,4 @@
-"""A run's folder, and the signals that end a run: nothing of a whole epoch is lost."""
+"""A run's folder, and the signals that stop a run, so that no whole epoch is lost."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ Record = dict[str, Any]  # one line of the log
 
 @dataclass(frozen=True)
 class Run:
-    """The run's folder: the log, the checkpoint, and everything that goes into it. Without a folder, nothing."""
+    """A run's folder, with its log and its checkpoint, and all that these hold. Without a folder it does nothing."""
 
     options: Options
     model: nn.Module
@@ -35,7 +35,11 @@ class Run:
         return Path(self.options.out or "") / "last.safetensors"
 
     def start(self) -> tuple[int, list[Record]]:
-        """The number of epochs already done, and their log."""
+        """Return the number of epochs already done, and their log.
+
+        Raises:
+            RepruneError: if the folder holds a run, and it is not to be resumed or was started with other options.
+        """
         if not self.options.out:
             return 0, []
         if self.options.resume:
@@ -46,9 +50,10 @@ class Run:
         return 0, []
 
     def save(self, done: int, log: list[Record]) -> None:
+        """Write the last line of the log, and a checkpoint after `done` epochs."""
         if not self.options.out:
             return
-        # The log first: a line without its checkpoint is dropped on resume, a lost line could not be made up for.
+        # The log first: a resumed run drops a line without its checkpoint, but could not write a line that is missing.
         self.last.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(line) + "\n" for line in log]
         with open(self._log, "a" if done else "w") as file:
@@ -67,7 +72,7 @@ class Run:
 
     def _resume(self) -> tuple[int, list[Record]]:
         state = checkpoint.read(self.last)
-        # An option that the checkpoint does not know yet had its default.
+        # An option that is newer than the checkpoint had its default.
         here, there = lasting(self.options), lasting(Options()) | state["options"]
         other = [
             f"--{key.replace('_', '-')} was {there.get(key)}, is {here.get(key)}"
@@ -76,7 +81,7 @@ class Run:
         ]
         if other:
             raise RepruneError(f"{self.last}: this run was started with other options: {'; '.join(other)}")
-        if self.pruner:  # first: after the last event it makes the model narrow
+        if self.pruner:  # first, as it makes the model compact if that was after the last event
             self.pruner.load_state_dict(state["pruner"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -107,14 +112,14 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into `Stopped`, raised by `check` between two batches; a second one acts at once."""
+    """Turns SIGTERM and SIGINT into `Stopped`, raised by `check` between batches. A second signal acts at once."""
 
     def __init__(self) -> None:
         self.came: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # Python allows it there alone
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
