@@ -1,4 +1,4 @@
-"""Convolution with the BatchNorm and activation before it as one operation, and with the statistics of what it gives.
+"""Convolution as one operation with the BatchNorm and activation before it, and with the statistics of its output.
 
     y, statistics = norm_act_conv2d(x, weight, norm, padding=1, stats_eps=1e-5)      # x, weight, y: active channels
 
@@ -42,19 +42,19 @@ def norm_act_conv2d(
     x: Tensor, weight: Tensor, norm: Norm | None, stride: Size = 1, padding: Size = 0, dilation: Size = 1,
     stats_eps: float | None = None, impl: str = "auto",
 ) -> tuple[Tensor, Stats | None]:  # fmt: skip
-    """conv2d(act(normalised x), weight), and the statistics of it, differentiable in x, weight, gamma and beta.
+    """Return conv2d(act(normalised x), weight), differentiable in x, weight, gamma and beta, and its statistics.
 
     Args:
         x: (B, n_in, H, W), before the normalisation.
         weight: (n_out, n_in, kh, kw), of the active channels.
-        norm: the normalisation and activation; None: neither. What padding adds is zero behind them.
+        norm: the normalisation and activation; None: neither. Padding adds zeros after them.
         stride, padding, dilation, impl: as in `ops.masked_conv2d`.
         stats_eps: None, or the eps of the BatchNorm that follows.
     Returns:
-        y (B, n_out, P, Q), and with a stats_eps the statistics of y, which no gradient goes through.
+        y (B, n_out, P, Q); and the statistics of y, which have no gradient, or None without stats_eps.
     Raises:
         RepruneError: as `ops.masked_conv2d`, and for an unknown activation.
-        ValueError: as batch_norm, for statistics of one value a channel.
+        ValueError: as batch_norm, for statistics of one value per channel.
     """
     if impl not in IMPLS:
         raise RepruneError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
@@ -73,11 +73,11 @@ def norm_act_conv2d(
 
 
 class Output(NamedTuple):
-    """Of `run`."""
+    """The result of `run`."""
 
-    y: Tensor
-    stats: Stats | None  # of y, with a stats_eps
-    normalised: Tensor | None  # what the convolution read, if others read it too
+    y: Tensor  # (B, n_out, P, Q)
+    stats: Stats | None  # of y; None without stats_eps
+    normalised: Tensor | None  # the input of the convolution itself, if it is shared
 
 
 Pair = tuple[int, ...]
@@ -88,7 +88,11 @@ def choose(
     x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, impl: str,
     residual: Tensor | None = None, shared: bool = False,
 ) -> str:  # fmt: skip
-    """For `run`, by one of norm.IMPLS: "auto" is whichever of "mixed" and "triton" is faster, by measurement."""
+    """Return `how` for `run`: "torch", "mixed" or "triton".
+
+    Args:
+        impl: one of norm.IMPLS; "auto": whichever of "mixed" and "triton" is faster, by measurement.
+    """
     if impl == "auto" and torch.compiler.is_compiling():
         return "torch"  # torch.compile fuses by itself
     key = None
@@ -124,7 +128,11 @@ def _key(
     x: Tensor, device: str, weight: Tensor, norm: Norm | None, moves: Moves, has_stats: bool, residual: Tensor | None,
     shared: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """All that decides whether the kernels can do it, and which case it is. device: the type of x's."""
+    """Return all that decides whether the kernels can do it, and which case it is.
+
+    Args:
+        device: the type of x's device.
+    """
     of_norm, last = None, torch.channels_last
     if norm is not None:
         mean, rstd, gamma, beta, act, batch = norm
@@ -150,7 +158,7 @@ def _case(
 
 
 def _differentiable(x: Tensor, weight: Tensor, norm: Norm | None) -> tuple[bool, bool]:
-    """Whether a gradient goes back through x, and to the weight."""
+    """Return whether x, or the norm before it, needs a gradient, and whether the weight does."""
     on = torch.is_grad_enabled()
     before = x.requires_grad or (norm is not None and norm.gamma.requires_grad)
     return on and before, on and weight.requires_grad
@@ -160,21 +168,21 @@ def run(
     x: Tensor, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None, how: str,
     residual: Tensor | None = None, shared: bool = False,
 ) -> Output:  # fmt: skip
-    """`norm_act_conv2d` by PyTorch ("torch"), by the kernels ("triton"), or by PyTorch's convolution between the
-    kernels of `norm` ("mixed").
+    """Do what `norm_act_conv2d` does.
 
     Args:
-        x, weight, norm, stats_eps: as there; the vectors of norm contiguous.
-        residual: like x, what the normalisation adds before its activation.
-        shared: what the normalisation makes has another reader. With this or a residual it is written, and how is not
-            "torch".
+        x, weight, norm, stats_eps: as there; the vectors of norm are contiguous.
+        how: "torch": by PyTorch. "triton": by the kernels. "mixed": by PyTorch's convolution and the kernels of `norm`.
+        residual: like x; the normalisation adds it before its activation.
+        shared: whether another reads the output of the normalisation. With this or a residual that output is written,
+            and `how` must not be "torch".
     """
     assert how != "torch" or (residual is None and not shared)
     written: Tensor | None = None
     if how == "triton":
         near = (x if norm is not None else x.to(_type(x))).contiguous(memory_format=torch.channels_last)
         if weight.dtype != near.dtype:
-            weight = weight.to(near.dtype)  # what autocast casts it to: see `_why_not`
+            weight = weight.to(near.dtype)  # as autocast would; `_why_not` refuses other differences
         weight = weight.contiguous(memory_format=torch.channels_last)
         if norm is not None and (shared or residual is not None):
             residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
@@ -201,14 +209,15 @@ def _candidates(
     x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, moves: Moves, stats_eps: float | None,
     residual: Tensor | None, shared: bool, grads: tuple[bool, bool],
 ) -> dispatch.Candidates:  # fmt: skip
-    """What `dispatch` runs to compare the implementations, on numbers of its own.
+    """Return what `dispatch` runs to compare the implementations, on numbers that it makes up.
 
-    grads: whether a gradient goes back through x, and to the weight.
+    Args:
+        grads: as `_differentiable` returns.
     """
     shapes, act, batch = (x.shape, weight.shape), norm and norm.act, norm is not None and norm.batch
     has_residual = residual is not None
     last, weight_last, residual_last = (t is not None and dispatch.is_channels_last(t) for t in (x, weight, residual))
-    x = x.new_empty(0, dtype=dtype)  # what is measured later must not hold on to the activations of today
+    x = x.new_empty(0, dtype=dtype)  # `make` may be called much later, and must not hold these activations
 
     def make() -> dict[str, Callable[[], list[Tensor]]]:
         draw = dispatch.numbers(x)
@@ -243,7 +252,7 @@ def _pair(name: str, size: Size) -> Pair:
 
 
 def _type(x: Tensor) -> torch.dtype:
-    """In which conv2d reads it: that of autocast, where it is on."""
+    """Return the type in which conv2d reads x: that of autocast, where it is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -251,7 +260,7 @@ def _type(x: Tensor) -> torch.dtype:
 
 
 def _why_not(x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, moves: Moves) -> str | None:
-    """Why the kernels cannot do this, with x in this dtype; None if they can."""
+    """Return why the kernels cannot do this, with x in this dtype; None if they can."""
     if reason := refuses(x):
         return reason
     if dtype != _type(weight):
@@ -275,7 +284,7 @@ def _why_not(x: Tensor, dtype: torch.dtype, weight: Tensor, norm: Norm | None, m
 
 
 class _BatchNorm(torch.autograd.Function):
-    """(x - mean) * rstd * gamma + beta, by statistics of x that are known already, differentiated as functions of x."""
+    """(x - mean) * rstd * gamma + beta, where mean and rstd are given, but are differentiated as functions of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -292,7 +301,8 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _by_constants(x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    # eps is in rstd already; torch before 2.12 refuses 0.
+    """Return (x - mean) * rstd * gamma + beta."""
+    # rstd has eps in it already, but torch before 2.12 refuses an eps of 0.
     return F.batch_norm(x, mean, rstd.pow(-2), gamma, beta, False, 0.0, torch.finfo(torch.float64).tiny)
 
 
@@ -313,7 +323,7 @@ def _statistics(y: Tensor, eps: float) -> Stats:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module of kernels, which Triton is needed to import."""
+    """Return the module of kernels, which can be imported only where Triton is."""
     from reprune_triton.kernels.step import masked_conv
 
     return masked_conv
@@ -324,7 +334,7 @@ def _conv(
     x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     act: str, batch: bool, stride: list[int], padding: list[int], dilation: list[int], stats_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y and its mean, rstd and unbiased variance, empty without a stats_eps; `batch` is for the gradient."""
+    """Return y, and its mean, rstd and unbiased variance, empty without stats_eps; only the gradient uses `batch`."""
     y, stats = _kernels().forward(
         x, weight, _prologue(mean, rstd, gamma, beta, act), stride, padding, dilation, stats_eps
     )
@@ -335,7 +345,7 @@ def _conv(
 def _input_gradient(
     grad: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    """The gradient of what the convolution read, behind normalisation and activation. size: its height and width."""
+    """Return the gradient of the convolution's own input, of this height and width."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     return _kernels().input_gradient(grad, weight, size, stride, padding, dilation)[0]
 
@@ -345,9 +355,11 @@ def _before_gradient(
     grad: Tensor, weight: Tensor, other: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor,
     gamma: Tensor, beta: Tensor, act: str, stride: list[int], padding: list[int], dilation: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradient behind the activation in front of the convolution, and its sums (2, C): see `norm_act.sums`.
+    """Return the gradient of the input of the activation before the convolution, and its sums (2, C).
 
-    other: the gradient of another reader of what the convolution read. y: that, if a residual is in it.
+    Args:
+        other: the gradient that another reader of the activation's output has for that.
+        y: the activation's output, if there is a residual in it.
     """
     grad = grad.contiguous(memory_format=torch.channels_last)
     other = None if other is None else other.contiguous(memory_format=torch.channels_last)
@@ -362,7 +374,7 @@ def _weight_gradient(
     grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     act: str, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
-    """The gradient of the weight; x is as it was before normalisation and activation. kernel: height and width."""
+    """Return the gradient of the weight, of this height and width; x is the input of the normalisation."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     prologue = _prologue(mean, rstd, gamma, beta, act)
     return _kernels().weight_gradient(grad, x, prologue, kernel, stride, padding, dilation)
@@ -422,11 +434,11 @@ torch.library.register_autograd(_conv.op, _gradients, setup_context=_save)
 
 
 class _Conv(torch.autograd.Function):
-    """The same without the operator around it."""
+    """`_conv` without the operator around it."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = _conv.function(*inputs)  # `run` has looked whether anyone sees it
+        output: tuple[Tensor, ...] = _conv.function(*inputs)  # `run` has asked `unseen`
         _save(ctx, inputs, output)
         return output
 
@@ -434,7 +446,10 @@ class _Conv(torch.autograd.Function):
 
 
 class _Written(torch.autograd.Function):
-    """A normalisation that is written, for it has a residual or another reader, and the convolution that reads it."""
+    """Normalisation and convolution, where the output of the normalisation is written.
+
+    That is so where it has a residual or another reader: `_Conv` keeps it in registers.
+    """
 
     @staticmethod
     def forward(
@@ -442,32 +457,32 @@ class _Written(torch.autograd.Function):
         batch: bool, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
         stats_eps: float | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        a = apply_norm(x, residual, mean, rstd, gamma, beta, act)
+        read = apply_norm(x, residual, mean, rstd, gamma, beta, act)
         moves = stride, padding, dilation
-        y, *stats = _conv(a, weight, None, None, None, None, "none", False, *moves, stats_eps)
+        y, *stats = _conv(read, weight, None, None, None, None, "none", False, *moves, stats_eps)
         ctx.act, ctx.batch, ctx.moves, ctx.has_residual = act, batch, moves, residual is not None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats)
-        ctx.save_for_backward(x, a, weight, mean, rstd, gamma, beta)
-        return a, y, *stats
+        ctx.save_for_backward(x, read, weight, mean, rstd, gamma, beta)
+        return read, y, *stats
 
     @staticmethod
     def backward(ctx: Any, other: Tensor | None, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        x, a, weight, *vectors = ctx.saved_tensors
+        x, read, weight, *vectors = ctx.saved_tensors
         if grad is None and other is None:
             return (None,) * 13
-        y, grad_weight = a if ctx.has_residual and ctx.act != "none" else None, None
-        if grad is None:  # nothing came of the convolution
+        y, grad_weight = read if ctx.has_residual and ctx.act != "none" else None, None
+        if grad is None:  # the loss does not depend on the convolution
             grad_x, g, sums = norm_act_backward(other, None, x, y, *vectors, ctx.act, ctx.batch)
             g = other if y is None else g
         else:
             if ctx.needs_input_grad[8]:
                 nothing = (None, None, None, None, "none")
-                grad_weight = _weight_gradient(grad, a, *nothing, list(weight.shape[2:]), *ctx.moves)
+                grad_weight = _weight_gradient(grad, read, *nothing, list(weight.shape[2:]), *ctx.moves)
             g, sums = _before_gradient(grad, weight, other, x, y, *vectors, ctx.act, *ctx.moves)
             grad_x = norm_gradient(g, x, *vectors, sums, ctx.batch)
         gamma, beta = vectors[2:]
-        behind = g if ctx.has_residual else None
+        grad_residual = g if ctx.has_residual else None
         for_gamma, for_beta = sums.unbind()
         parts = for_gamma.to(gamma.dtype), for_beta.to(beta.dtype)
-        return grad_x, behind, None, None, *parts, None, None, grad_weight, None, None, None, None
+        return grad_x, grad_residual, None, None, *parts, None, None, grad_weight, None, None, None, None

@@ -1,14 +1,14 @@
-"""Ours or PyTorch's, whichever is faster: measured once for every shape, and kept on disk.
+"""Choose between our kernels and PyTorch by measurement, once for every shape, and keep the choices on disk.
 
-A shape is measured when a GPU first sees it: both implementations, forward and backward, on made-up numbers, a few
-milliseconds in all. The file goes by device, versions and our sources, so a run that is resumed goes on with the same
-implementations, and with the same bits. An implementation of ours that gives other results than PyTorch's is never
-chosen, however fast. What cannot be measured, for want of memory most of all, is done by PyTorch, is not written, and
-is tried again after the next `share`, a few times at most. float64 is there to check with, and is PyTorch's.
+A shape is measured when a GPU first sees it: both implementations, forward and backward, on made-up numbers. The name
+of the file has the device, the versions and a hash of our sources in it, so a run that is resumed goes on with the same
+implementations, and with the same bits. Kernels of ours that give other results than PyTorch are never chosen, however
+fast. A shape that cannot be measured, mostly because memory is short, is left to PyTorch and not written; it is tried
+again after the next `share`, `TRIES` times in all. float64, which serves to check results, is always PyTorch's.
 
-Under torch.distributed no process measures by itself, since others might not see that shape: one that is not known
-goes the way of the nearest that is. `share`, which `REPrune.step` calls in all processes, measures in the first process
-what it has met since the last time, and gives all of them its table.
+Under torch.distributed no process measures by itself, as another may not see that shape. For a shape that has not been
+measured the choice for the most similar one that has been is taken. `share`, which `REPrune.step` calls in all
+processes, measures in the first process the shapes that are new there, and gives its table to all processes.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from reprune_triton.selection import ranks
 
 WARM_UP, REPEATS = 3, 10
 TRIES = 3  # to measure a case, in one process
-# A number of ours may differ from PyTorch's by so much of its own size and of the root mean square of its channel.
-# Types of 16 bits and TF32 round to a tenth of it; what is wrong is wrong by about that root mean square.
+# How far a number of ours may be from PyTorch's: this share of its size plus of the root mean square of its channel.
+# Rounding in types of 16 bits and in TF32 makes a tenth of that; a wrong number is off by about the root mean square.
 TOLERANCE = 0.05
 LONGEST = 1 << 27  # cycles, less than a tenth of a second
 PIECE = 1 << 22  # numbers that are compared at once
-UNKNOWN = "torch"
+UNKNOWN = "torch"  # the choice where nothing is known
 
-# Makes one run, forward and backward, of every implementation; a run returns all its results.
+# Returns for each implementation a function that runs it, forward and backward, and returns all its results.
 Candidates = Callable[[], Mapping[str, Callable[[], list[Tensor]]]]
 
 
 class Case(NamedTuple):
-    """What a choice depends on."""
+    """All that a choice depends on."""
 
     operation: str
     dtype: str
@@ -56,7 +56,7 @@ class Case(NamedTuple):
     settings: tuple[int, ...]  # see `settings`
 
     def distance(self, other: Case) -> float:
-        """How far apart the channels are, in logarithms; infinite if anything else differs."""
+        """Return how far apart the channels are, in logarithms; infinity if anything else differs."""
         if len(self.channels) != len(other.channels) or self._replace(channels=()) != other._replace(channels=()):
             return math.inf
         return sum(abs(math.log(a / b)) for a, b in zip(self.channels, other.channels, strict=True))
@@ -66,23 +66,24 @@ class Table:
     """The choices for one kind of device.
 
     Args:
-        path: the file that keeps them; None: memory alone.
-        clock: milliseconds of one run of a candidate.
+        path: the file that keeps them; None: they are kept in memory only.
+        clock: returns the milliseconds of one run of a candidate.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[Callable[[], Any]], float]):
         self.path, self._clock = path, clock
         self.choices: dict[Case, str] = {} if path is None else _read(path)
         self.known: dict[Any, str] = {}  # some of them, by keys that are quicker to make than cases
-        self._assumed: dict[Case, str] = {}  # of cases that are not measured, until `share`
-        self._wanted: dict[Case, Candidates] = {}  # those of them that could not be measured when they came
+        self._assumed: dict[Case, str] = {}  # for cases that are not measured, until `share`
+        self._wanted: dict[Case, Candidates] = {}  # those of them that `share` is to measure
         self._failures: Counter[Case] = Counter()
 
     def choose(self, case: Case, candidates: Callable[[], Candidates], now: Callable[[], bool]) -> str:
-        """The implementation for this case.
+        """Return the implementation for this case.
 
-        candidates: asked for what is run, if it has to be measured.
-        now: whether that may be done here and now; else the nearest case that is known decides.
+        Args:
+            candidates: returns what is run, if the case has to be measured.
+            now: whether that may be done now; if not, the choice is that of the nearest case that is known.
         """
         found = self.choices.get(case)
         if found is not None:
@@ -102,10 +103,13 @@ class Table:
         return self.choices.get(case) or self._assumed[case]
 
     def share(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        """All processes of the group: measure in the first what is wanted there, and take over its table. What could
-        not be measured may be tried again; without a group, that is all.
+        """Measure in the first process of the group what is wanted there, and give its table to all processes.
 
-        device: of this process's model.
+        All processes call it. Cases that could not be measured may be tried again from then on; without a group nothing
+        else happens.
+
+        Args:
+            device: that of this process's model.
         """
         if group is None:
             self._assumed = {case: UNKNOWN for case, count in self._failures.items() if count == TRIES}
@@ -121,7 +125,7 @@ class Table:
         self.known = {}
 
     def _learn(self, case: Case, candidates: Candidates) -> None:
-        """Measure, and keep what comes of it."""
+        """Measure a case, and keep the choice."""
         found = self._measure(case, candidates)
         if found is None:
             self._failures[case] += 1
@@ -134,7 +138,7 @@ class Table:
 
     @torch.enable_grad()
     def _measure(self, case: Case, candidates: Candidates) -> str | None:
-        """The faster one; None if it could not be found out."""
+        """Return the faster implementation; None if it cannot be measured."""
         try:
             runs = candidates()
             results = {name: run() for name, run in runs.items()}
@@ -152,16 +156,16 @@ class Table:
                     run()
             times: dict[str, list[float]] = {name: [] for name in runs}
             for _ in range(REPEATS):
-                for name, run in runs.items():  # in turn: what slows the device down slows all of them
+                for name, run in runs.items():  # in turn, so that a slower device slows all of them
                     times[name].append(self._clock(run))
             return min(times, key=lambda name: statistics.median(times[name]))
-        except Exception as error:  # out of memory, most of all; whatever it is, it must not end a training
+        except Exception as error:  # mostly out of memory; none must end a training
             warnings.warn(f"{case} could not be measured, and PyTorch is taken: {error!r}", stacklevel=2)
             return None
 
 
 def agree(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Whether every number is as near to PyTorch's as rounding leaves it; see TOLERANCE. In little memory."""
+    """Whether every number is as near to PyTorch's as TOLERANCE asks; computed in pieces, to save memory."""
     return all(_near(a.detach(), b.detach()) for a, b in zip(mine, theirs, strict=True))
 
 
@@ -175,11 +179,11 @@ def _near(mine: Tensor, theirs: Tensor) -> bool:
     beyond = [
         ((_wide(a) - _wide(b)).abs_() - TOLERANCE * (_wide(b).abs() + typical)).max() for a, b in _pieces(mine, theirs)
     ]
-    return bool(torch.stack(beyond).max() <= 0)  # not where a number is none
+    return bool(torch.stack(beyond).max() <= 0)  # False for NaN
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same parts of all of them, each with all channels."""
+    """Yield the same parts of all tensors, each with all channels and at most PIECE numbers."""
     shape = tensors[0].shape
     dim = max((dim for dim in range(len(shape)) if dim != 1), key=shape.__getitem__)
     if tensors[0].numel() <= PIECE or shape[dim] == 1:
@@ -197,7 +201,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _read(path: Path) -> dict[Case, str]:
-    """What a file knows; nothing if it cannot be read."""
+    """Return the choices in a file; none if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {Case(op, dtype, *map(tuple, numbers)): name for op, dtype, *numbers, name in found}
@@ -206,7 +210,7 @@ def _read(path: Path) -> dict[Case, str]:
 
 
 def _write(path: Path, choices: Mapping[Case, str]) -> None:
-    """Atomically; where nothing can be written, choices last as long as the process."""
+    """Write the choices to a file, atomically. Where that fails they last as long as the process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
@@ -216,18 +220,18 @@ def _write(path: Path, choices: Mapping[Case, str]) -> None:
         pass
 
 
-# ---------------------------------------------------------------------- of the GPUs here
+# ---------------------------------------------------------------------- the tables of the devices here
 
 _TABLES: dict[torch.device, Table | None] = {}
 
 
 def table(device: torch.device) -> Table | None:
-    """Of this device; None where there is nothing to choose, which is everywhere but on CUDA."""
+    """Return the table of this device; None where there is nothing to choose, which is everywhere but on CUDA."""
     try:
         return _TABLES[device]
     except KeyError:
         found = None
-        if device.type == "cuda":  # without Triton nothing is measured, but processes share their tables all the same
+        if device.type == "cuda":  # also without Triton, where nothing is measured: `share` needs all processes
             without = availability.why_not(device) is not None
             found = Table(None if without else _path(torch.cuda.get_device_name(device)), Clock(device))
         _TABLES[device] = found
@@ -235,22 +239,27 @@ def table(device: torch.device) -> Table | None:
 
 
 def share(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """`Table.share`, where there is a table. device: of this process's model."""
+    """Do `Table.share` where there is a table.
+
+    Args:
+        device: that of this process's model.
+    """
     found = table(device)
     if found is not None:
         found.share(group, device)
 
 
 def recall(device: torch.device, key: Any) -> str | None:
-    """What `choose` has found for this key; None if it has to be asked."""
+    """Return what `choose` has returned for this key; None if it has to be asked."""
     found = table(device)
     return None if found is None else found.known.get(key)
 
 
 def choose(x: Tensor, case: Case, candidates: Callable[[], Candidates], key: Any) -> str:
-    """The implementation for an operation on x, wherever that is; see `Table.choose`.
+    """Return the implementation for an operation on x, on any device; see `Table.choose`.
 
-    key: what `recall` will be asked for, when it is the same case once more.
+    Args:
+        key: one by which `recall` will find the same choice.
     """
     if type(x) not in (Tensor, torch.nn.Parameter) or x.dtype == torch.float64:
         return UNKNOWN
@@ -264,7 +273,7 @@ def choose(x: Tensor, case: Case, candidates: Callable[[], Candidates], key: Any
 
 
 def settings(dtype: torch.dtype) -> tuple[int, ...]:
-    """What else decides which code PyTorch runs for activations of this type, or how exact ours has to be."""
+    """Return the settings that decide which code PyTorch runs for this type, or how exact ours has to be."""
     conv = matmul = 0
     if dtype == torch.float32:
         precision = torch._C._get_fp32_precision_getter
@@ -276,7 +285,7 @@ def settings(dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def state() -> tuple[Any, ...]:
-    """What of PyTorch's state a choice depends on, for keys: quicker to get than `settings`."""
+    """Return the state of PyTorch that a choice depends on, for keys: it is quicker to get than `settings`."""
     precision, benchmark = torch._C._get_fp32_precision_getter, torch._C._get_cudnn_benchmark()
     return (
         precision("cuda", "conv"), precision("cuda", "matmul"), torch._C._get_cudnn_enabled(),
@@ -290,15 +299,16 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def _now() -> bool:
+    """Whether a case may be measured now: there is one process, and no CUDA graph is captured."""
     alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
     return alone and not torch.cuda.is_current_stream_capturing()
 
 
 def numbers(x: Tensor) -> Callable[..., Tensor]:
-    """Makes numbers up, on x's device and in its type, and leaves the global generator alone.
+    """Return a function that makes up numbers, on x's device and in its type, without the global generator.
 
-    Their size is between 1 and 2 times `scale`, their sign is random. So normalised they stay away from zero, where an
-    activation's gradient turns on and off with the last bit.
+    Their size is between 1 and 2 times `scale`, and their sign is random. So when they are normalised they stay away
+    from zero, where the last bit decides whether an activation has a gradient.
     """
     generator = torch.Generator(x.device).manual_seed(0)
 
@@ -315,11 +325,12 @@ def numbers(x: Tensor) -> Callable[..., Tensor]:
 
 
 def with_gradients(ys: Sequence[Tensor], inputs: list[Tensor], backs: list[Tensor], grad: bool) -> list[Tensor]:
-    """The first of the ys, and if `grad` the gradients of the inputs for these gradients of the ys."""
+    """Return the first of the ys and, if `grad`, the gradients of the inputs when those of the ys are `backs`."""
     return [ys[0].detach(), *(torch.autograd.grad(ys, inputs, backs) if grad else ())]
 
 
 def _path(device: str) -> Path:
+    """Return the file for a device of this name, these versions and these sources."""
     import triton
 
     from reprune_triton.kernels import configuration
@@ -335,12 +346,12 @@ def _path(device: str) -> Path:
 
 
 class Clock:
-    """Milliseconds of one run on a device, by its own clock, and without the host.
+    """Milliseconds of one run on a device, by its own clock, without the time of the host.
 
-    A device with nothing to do waits for each operation that the host asks for: then the time between two events is
-    Python's. So it is kept busy until the host has asked for everything. It spins for so many cycles, and twice as
-    many from then on whenever it had begun the run before the host was through. A run that itself waits for the device
-    always does so, and its time with the host's is the right one.
+    A device that has nothing to do waits for each operation that the host launches, and then the time between two
+    events is Python's. So it spins for some cycles first, until the host has launched everything. If it has begun the
+    run before that, it spins twice as long from then on, and the run is timed again. A run that itself waits for the
+    device cannot be launched ahead; after the longest spin its time, with that of the host, is taken as it is.
     """
 
     def __init__(self, device: torch.device):

@@ -1,18 +1,18 @@
-"""A whole network with its BatchNorms fused: into the additions and activations behind them, and into convolutions.
+"""Fuse the BatchNorms of a whole network with the additions and activations after them, and with the convolutions.
 
     model = reprune_triton.fuse(model)       # in place; keys, classes, optimizer and pruner see no difference
 
 What is fused, in a Bottleneck of a ResNet:
 
-    y1 = conv1(x)                     counts the statistics of y1 as it writes it
+    y1 = conv1(x)                     sums up the statistics of y1 as it writes it
     n1 = bn1, ReLU                    not computed: handed on as `Pending`
     y2 = conv2(n1)                    normalises y1 as it reads it; PyTorch's convolution needs n1 written first
     n2 = bn2, ReLU                    as n1
-    y3 = conv3(n2)
+    y3 = conv3(n2)                    as y2
     x  = bn3(y3), + shortcut, ReLU    one pass; read by the next conv1 and by its shortcut, whose gradients bn3 adds up
 
-Every convolution and every BatchNorm is done by the kernels only where they are faster than PyTorch, by measurement
-(see `dispatch`), and as PyTorch does it elsewhere.
+The kernels do a convolution or a BatchNorm where they are faster than PyTorch, by measurement (see `dispatch`).
+Elsewhere PyTorch does it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from reprune_triton.fused.norm import IMPLS, BatchNorm, Norm, Stats
 
 IN_PLACE = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_FUSED = "_reprune_impl"  # on a module whose forward `fuse` has replaced
+_FUSED = "_reprune_impl"  # an attribute of modules whose forward `fuse` has replaced
 
 
 class Blind:
-    """Hooks that are methods of this look at no activations, so these may pass them as `Measured` or `Pending`."""
+    """Marks hooks, its methods, that look at no activations, so these may come as `Measured` or `Pending`."""
 
 
 class Measured(NamedTuple):
-    """What a convolution hands to the BatchNorm behind it."""
+    """The output of a convolution for the BatchNorm after it, with the statistics that this needs."""
 
     y: Tensor
     stats: Stats
@@ -53,9 +53,12 @@ class Measured(NamedTuple):
 
 
 class Pending:
-    """What a BatchNorm hands to the convolution behind it: activations that are still to be normalised.
+    """The input of a BatchNorm, for the convolution after it, which normalises it.
 
-    Where they have a second reader, the convolution, which comes first, writes them for that.
+    If another reads the output of the BatchNorm too, the convolution, which is called first, writes it to `written`.
+
+    Args:
+        shared: whether there is another reader.
     """
 
     def __init__(self, x: Tensor, norm: Norm, residual: Tensor | None, shared: bool):
@@ -64,29 +67,30 @@ class Pending:
         self.written: Tensor | None = None
 
     def take(self) -> tuple[Tensor, Norm, Tensor | None]:
-        """For the first reader; it is not held on to for the second."""
+        """Return x, norm and residual to the convolution. They are not held for the second reader."""
         assert self.given is not None
         given, self.given = self.given, None
         return given
 
 
 def fuse(model: nn.Module, impl: str = "auto") -> nn.Module:
-    """Make every BatchNorm2d of `model` one operation with the addition and the ReLU or ReLU6 behind it, and with the
-    convolutions before and behind it where that is faster.
+    """Make every BatchNorm2d of `model` one operation with the addition and the ReLU or ReLU6 after it, and with the
+    convolutions before and after it where that is faster.
 
-    In place, and the model is returned. Only `forward` of the model, its Conv2ds and BatchNorm2ds is replaced, by one
-    that torch.fx has traced: modules, their classes, state_dict keys and hooks on convolutions and BatchNorms stay.
-    Those with hooks of yours hand on whole activations, as without `fuse`. Hooks on modules that only call others (a
-    block, a stage), and on a ReLU that is taken in, no longer run. The outputs are the same up to rounding.
+    The model is changed in place and returned. Only the forwards of the model, its Conv2ds and BatchNorm2ds are
+    replaced, that of the model by one that torch.fx has traced. Modules, their classes, state_dict keys, and hooks on
+    convolutions and BatchNorms stay; modules with hooks of yours hand on plain activations, as without `fuse`. Hooks on
+    modules that only call others (a block, a stage), and on a fused ReLU, no longer run. The outputs are the same up to
+    rounding.
 
-    Fuse before DistributedDataParallel or torch.compile wraps the model (DataParallel cannot run it). `unfuse` takes it
-    back: do that before you change the modules. A pickle comes back as it was before `fuse`.
+    Fuse before DistributedDataParallel or torch.compile wraps the model (DataParallel cannot run it). Before you change
+    modules, undo it with `unfuse`. A model that is pickled is not fused when it is loaded.
 
     Args:
         impl: as in `batch_norm_act`.
     Raises:
         RepruneError: if the forward cannot be traced: it depends on values, has optional arguments, checkpoints
-            activations, or takes another way in training than in evaluation.
+            activations, or calls other operations in training than in evaluation.
     """
     if impl not in IMPLS:
         raise RepruneError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
@@ -97,7 +101,7 @@ def fuse(model: nn.Module, impl: str = "auto") -> nn.Module:
     convs = [node for node in graph.nodes if calls[node.target] == 1 and _takes_a_norm(node, modules)]
     for node in norms:
         _replace_forward(modules[str(node.target)], _norm_forward, impl)
-        _hand_on(graph, node, convs, modules)
+        _tell_readers(graph, node, convs, modules)
     for node in convs:
         _replace_forward(modules[str(node.target)], _conv_forward, impl)
     graph.lint()
@@ -107,7 +111,7 @@ def fuse(model: nn.Module, impl: str = "auto") -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Take `fuse` back."""
+    """Undo `fuse`, in place, and return the model."""
     for module in model.modules():
         if module.__dict__.pop(_FUSED, None) is not None:
             del module.__dict__["forward"]
@@ -115,7 +119,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 class _Forward:
-    """In the place of a module's own. A deep copy has its own too; what is pickled comes back as it was before."""
+    """A function in the place of a module's forward. A copy of the module has its own; a pickle has the class's."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any]):
         self.module, self.function = module, function
@@ -131,13 +135,13 @@ class _Forward:
 
 
 class _Traced(_Forward):
-    """In the place of a whole model's: what torch.fx has traced, which finds every module by its name."""
+    """The forward of a whole model that torch.fx has traced, which finds every module by its name."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any]):
         super().__init__(module, function)
         self._names: _Names | None = None
-        self._dicts: list[dict[str, nn.Module | None]] = []  # of all modules, and what is in them
-        self._known: list[nn.Module | None] = []
+        self._dicts: list[dict[str, nn.Module | None]] = []  # the children of all modules, by name
+        self._known: list[nn.Module | None] = []  # the values of these when `_names` was made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -151,7 +155,7 @@ class _Traced(_Forward):
 
 
 class _Names:
-    """What a module has, with those inside as plain attributes: a module takes ten times longer to find one."""
+    """A module whose children are plain attributes, which are found in a tenth of the time."""
 
     def __init__(self, module: nn.Module):
         inside = {name: child for name, child in module._modules.items() if child is not None}
@@ -166,6 +170,7 @@ class _Names:
 
 
 def _own_forward(module: nn.Module) -> Any:
+    """Return the forward of the module's class."""
     return types.MethodType(type(module).forward, module)
 
 
@@ -173,11 +178,15 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any], impl: str) 
     module.__dict__ |= {_FUSED: impl, "forward": _Forward(module, forward)}
 
 
-# ---------------------------------------------------------------------- what the modules do
+# ---------------------------------------------------------------------- the forwards
 
 
-def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, behind: nn.BatchNorm2d | None = None) -> Tensor | Measured:
-    """Of a fused Conv2d. behind: the BatchNorm that alone reads its output."""
+def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, reader: nn.BatchNorm2d | None = None) -> Tensor | Measured:
+    """The forward of a fused Conv2d.
+
+    Args:
+        reader: the BatchNorm that is the only one to read its output, if so.
+    """
     impl, weight = self.__dict__[_FUSED], _tensor(self, "weight")
     assert weight is not None
     pending = x if isinstance(x, Pending) and x.given is not None else None
@@ -188,11 +197,11 @@ def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, behind: nn.BatchNorm2d |
     moves = tuple(self.stride), tuple(padding), tuple(self.dilation)
     extra = residual, pending is not None and pending.shared
     eps = None
-    counted = behind is not None and (behind.training or _tensor(behind, "running_mean") is None)
-    if behind is not None and counted and not _watched(self, behind):
-        eps = behind.eps
+    by_batch = reader is not None and (reader.training or _tensor(reader, "running_mean") is None)
+    if reader is not None and by_batch and not _watched(self, reader):
+        eps = reader.eps
     how = conv.choose(value, weight, before, moves, eps, impl, *extra)
-    # By PyTorch there is nothing to gain: the BatchNorm counts them itself, if it needs them.
+    # PyTorch's convolution gives no statistics: then the BatchNorm computes them, if it needs them.
     found = conv.run(value, weight, before, moves, eps if how == "triton" else None, how, *extra)
     if pending:
         pending.written = found.normalised
@@ -201,9 +210,13 @@ def _conv_forward(self: nn.Conv2d, x: Tensor | Pending, behind: nn.BatchNorm2d |
 
 def _norm_forward(
     self: nn.BatchNorm2d, x: Tensor | Measured, residual: Tensor | Pending | None = None, act: str = "none",
-    behind: tuple[nn.Module, ...] = (),
+    readers: tuple[nn.Module, ...] = (),
 ) -> Tensor | Pending:  # fmt: skip
-    """Of a fused BatchNorm2d. behind: all that read its output, a convolution first; or nothing."""
+    """The forward of a fused BatchNorm2d.
+
+    Args:
+        readers: all modules that read its output, a convolution first, if they can take a `Pending`.
+    """
     value, stats, eps = x if isinstance(x, Measured) else (x, None, self.eps)
     stats = stats if eps == self.eps else None
     added = None if residual is None else _whole(residual)
@@ -211,15 +224,15 @@ def _norm_forward(
     if counted is not None:
         counted.add_(1)
     bn = _batch_norm(self, act)
-    behind = () if behind and _watched(self, *behind) else behind
-    if norm.choose(value, added, bn, self.__dict__[_FUSED], stats, len(behind) > 1) == "torch":
+    readers = () if readers and _watched(self, *readers) else readers
+    if norm.choose(value, added, bn, self.__dict__[_FUSED], stats, len(readers) > 1) == "torch":
         return norm.by_pytorch(value, added, bn)
     own = norm.normaliser(value, bn, stats)
-    return Pending(value, own, added, len(behind) > 1) if behind else norm.normalise(value, own, added)
+    return Pending(value, own, added, len(readers) > 1) if readers else norm.normalise(value, own, added)
 
 
 def _whole(x: Tensor | Pending) -> Tensor:
-    """What the second reader of a BatchNorm reads."""
+    """Return the activations: of a `Pending`, which another has read first, those that were written for this reader."""
     if isinstance(x, Pending):
         assert x.written is not None
         return x.written
@@ -227,7 +240,7 @@ def _whole(x: Tensor | Pending) -> Tensor:
 
 
 def _batch_norm(self: nn.BatchNorm2d, act: str) -> BatchNorm:
-    """Which average a BatchNorm2d updates, and by how much, is as in torch."""
+    """Return what this BatchNorm2d does: it updates the averages that torch's would, and by as much."""
     momentum = self.momentum or 0.0
     if self.momentum is None and self.training and self.track_running_stats and self.num_batches_tracked is not None:
         momentum = 1.0 / float(self.num_batches_tracked)  # the plain average of all batches
@@ -241,8 +254,10 @@ def _batch_norm(self: nn.BatchNorm2d, act: str) -> BatchNorm:
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer of it, as an attribute has it, which takes several times longer: a narrow module's slice
-    hides it."""
+    """Return a parameter or buffer, or the slice that hides it while the module is narrow.
+
+    This is `getattr`, in a fraction of the time.
+    """
     own = module.__dict__
     named = own if name in own else own["_parameters"]
     if name not in named:
@@ -252,7 +267,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _watched(*some: nn.Module) -> bool:
-    """Would a hook that is not ours see what one of these modules takes or gives?"""
+    """Whether a hook that is not `Blind` would see the input or output of one of these modules."""
     if torch.nn.modules.module._has_any_global_hook():
         return True
     for module in some:
@@ -263,14 +278,14 @@ def _watched(*some: nn.Module) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------- who hands on what to whom
+# ---------------------------------------------------------------------- the graph
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The calls of the forward of `model`.
+    """Return the graph of the calls in the forward of `model`.
 
     Raises:
-        RepruneError: if torch.fx cannot trace it, or would lose something of it; see `fuse`.
+        RepruneError: if torch.fx cannot trace it, or the graph would not do the same; see `fuse`.
     """
     optional = [p.name for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty]
     if optional:
@@ -278,7 +293,7 @@ def trace(model: nn.Module) -> fx.Graph:
             f"{type(model).__name__}.forward has the optional argument {optional[0]}, and a traced forward would take "
             "it as given always: put the model into a module whose forward takes the images alone."
         )
-    training, graphs = model.training, []
+    graphs = []
     states = {module: module.training for module in model.modules()}
     try:
         for mode in (False, True):
@@ -298,12 +313,11 @@ def trace(model: nn.Module) -> fx.Graph:
             f"{type(model).__name__}.forward takes another way in training than in evaluation, and a traced forward "
             "can hold only one: use modules for it (nn.Dropout instead of F.dropout), or train it as it is."
         )
-    assert model.training is training
     return graphs[1]
 
 
 class _Proxy(fx.Proxy):
-    """Keeps x += y what it is; fx would make x = x + y of it, which others that hold x do not see."""
+    """Keeps x += y in place; torch.fx would make it x = x + y, which others that hold x do not see."""
 
 
 def _in_place_method(name: str) -> Callable[[_Proxy, Any], fx.Proxy]:
@@ -322,7 +336,7 @@ class _Tracer(fx.Tracer):
 
 @contextlib.contextmanager
 def _without_checkpoints() -> Iterator[None]:
-    """A trace goes straight through torch.utils.checkpoint, and would lose it."""
+    """Refuse torch.utils.checkpoint: a trace would go through it and lose it."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RepruneError("it checkpoints activations: checkpoint the whole fused model instead")
@@ -346,7 +360,7 @@ def _without_checkpoints() -> Iterator[None]:
 
 
 def take_in(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.Node]:
-    """Let the call of every BatchNorm2d do the addition and the activation that follow it; return these calls."""
+    """Let the call of every BatchNorm2d do the addition and the activation after it; return the calls of BatchNorms."""
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     found = []
     for node in list(graph.nodes):
@@ -357,13 +371,16 @@ def take_in(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.Node]:
 
 
 def _take_in(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
-    """The call of a BatchNorm that does the addition and the activation that follow it and that nothing else reads."""
+    """Return a call of this BatchNorm that also does the addition and the activation after it.
+
+    It does those between which no other node reads what they write.
+    """
     last, residual, act = norm, None, "none"
     add = _only_user(last)
     if add is not None and _is_add(add, last) and not any(_in_place(node, modules) for node in _between(last, add)):
         (other,) = (x for x in add.args if x is not last)
         last, residual = add, other
-    # Here it is done: nothing that the operation reads has been written over yet.
+    # The fused call stands here, before anything writes in place to what it reads.
     place, following = last, _only_user(last)
     found = _activation(following, modules) if following is not None else None
     if following is not None and found is not None:
@@ -371,8 +388,7 @@ def _take_in(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> f
     if last is norm:
         return norm
     with graph.inserting_before(place):
-        kwargs: dict[str, Any] = {}
-        kwargs |= {} if residual is None else {"residual": residual}
+        kwargs: dict[str, Any] = {} if residual is None else {"residual": residual}
         kwargs |= {} if act == "none" else {"act": act}
         fused = graph.call_module(str(norm.target), (norm.args[0],), kwargs)
     last.replace_all_uses_with(fused)
@@ -382,6 +398,7 @@ def _take_in(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> f
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes after the first and before the last."""
     node = first.next
     while node is not last:
         yield node
@@ -389,7 +406,7 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 
 def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """May it write into what it reads?"""
+    """Whether this may write to what it reads."""
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.kwargs.get("inplace") or "out" in node.kwargs:
@@ -399,7 +416,7 @@ def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _takes_a_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Is this the call of a convolution that `conv` knows?"""
+    """Whether this is the call of a convolution that `conv` can do."""
     module = modules[str(node.target)] if node.op == "call_module" else None
     if type(module) is not nn.Conv2d or len(node.args) != 1 or node.kwargs:
         return False
@@ -407,26 +424,26 @@ def _takes_a_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return plain and not isinstance(module.padding, str)
 
 
-def _hand_on(graph: fx.Graph, norm: fx.Node, convs: list[fx.Node], modules: dict[str, nn.Module]) -> None:
-    """Tell a BatchNorm, and the convolution before it, who reads what they write."""
+def _tell_readers(graph: fx.Graph, norm: fx.Node, convs: list[fx.Node], modules: dict[str, nn.Module]) -> None:
+    """Give a BatchNorm, and the convolution before it, the modules that read their outputs as arguments."""
 
-    def tell(node: fx.Node, behind: list[fx.Node]) -> tuple[fx.Node, ...]:
+    def tell(node: fx.Node, readers: list[fx.Node]) -> tuple[fx.Node, ...]:
         with graph.inserting_before(node):
-            return tuple(graph.get_attr(str(reader.target)) for reader in behind)
+            return tuple(graph.get_attr(str(reader.target)) for reader in readers)
 
     before, readers = norm.args[0], sorted(norm.users)
     alone = isinstance(before, fx.Node) and _only_user(before) is norm and norm.kwargs.get("residual") is not before
     if isinstance(before, fx.Node) and before in convs and alone:
-        before.kwargs = {"behind": tell(before, [norm])[0]}
+        before.kwargs = {"reader": tell(before, [norm])[0]}
     known = 1 <= len(readers) <= 2 and readers[0] in convs
     if known and all(_reads(user, norm, convs, modules) for user in readers) and not any(
         _in_place(node, modules) for node in _between(norm, readers[0])
     ):
-        norm.kwargs = {**norm.kwargs, "behind": tell(norm, readers)}
+        norm.kwargs = {**norm.kwargs, "readers": tell(norm, readers)}
 
 
 def _reads(user: fx.Node, norm: fx.Node, convs: list[fx.Node], modules: dict[str, nn.Module]) -> bool:
-    """Does it take what is pending, and leave it as it is? The other reader has the same memory."""
+    """Whether this can read a `Pending`, and does not write to it: the other reader has the same memory."""
     module = modules[str(user.target)] if user.op == "call_module" else None
     adds = type(module) is nn.BatchNorm2d and user.kwargs.get("residual") is norm and user.args[0] is not norm
     return user in convs or adds
@@ -437,7 +454,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_add(node: fx.Node, norm: fx.Node) -> bool:
-    """An addition of two different tensors of the graph, of which it writes into none but the output of the norm."""
+    """Whether this adds two different tensors, and writes to neither or to the output of the norm."""
     named = node.op == "call_method" and node.target in ("add", "add_")
     called = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
     both = len(node.args) == 2 and not node.kwargs and all(isinstance(x, fx.Node) for x in node.args)
@@ -446,6 +463,7 @@ def _is_add(node: fx.Node, norm: fx.Node) -> bool:
 
 
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """Return "relu" or "relu6"; None for another call."""
     if node.op == "call_module":
         return {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(modules[str(node.target)]))
     names: Iterable[Any] = (F.relu, torch.relu, torch.relu_, "relu", "relu_")

@@ -13,8 +13,8 @@ from torch import Tensor
 class Operator:
     """A function of tensors, the first of which decides where it runs, and the custom operator that it is.
 
-    An operator written in Python takes longer to call than most of our kernels take to run. So where nothing looks at
-    operators, the function is called itself; it has to be inside of an autograd function then.
+    The call of an operator written in Python takes longer than most of our kernels run. So where nothing looks at
+    operators, the function is called directly. Autograd does not see it then: call it inside an autograd function.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]):
@@ -28,12 +28,12 @@ class Operator:
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Make a function an `Operator` of this name."""
+    """Return a decorator that makes a function an `Operator` of this name."""
     return lambda function: Operator(name, function)
 
 
 def unseen(x: Tensor) -> bool:
-    """Does nothing look at the operators that are called with x?"""
+    """Whether nothing looks at the operators that are called with x: no compiler, tensor subclass or mode."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return not _functorch() and not _modes()

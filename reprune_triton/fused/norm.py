@@ -2,9 +2,9 @@
 
     x -> statistics -> Norm -> normalise(x, norm, residual) = act((x - mean) * rstd * gamma + beta + residual)
 
-Convolutions are less than a third of a ResNet's eager training step on a modern GPU: most of the rest is BatchNorm,
-ReLU and addition, each of which reads and writes whole activations. Fused they are read twice forward, twice backward.
-A `Norm` can also be left to the convolution that comes next (`conv.norm_act_conv2d`); `fusion` does it to a network.
+BatchNorm, ReLU and addition each read and write whole activations. Fused they read them twice in the forward and twice
+in the backward. The convolution after them can also do a `Norm` as it reads (`conv.norm_act_conv2d`). `fusion` does
+both to a whole network.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ Stats = tuple[Tensor, Tensor, Tensor]  # mean, 1 / sqrt(variance + eps) and unbi
 class Norm(NamedTuple):
     """act((x - mean) * rstd * gamma + beta)."""
 
-    mean: Tensor  # (C,), like rstd float32, for a float64 x float64
+    mean: Tensor  # (C,); mean and rstd are float32, or float64 if x is
     rstd: Tensor  # (C,): 1 / sqrt(variance + eps)
-    gamma: Tensor  # (C,), like beta of any floating type
+    gamma: Tensor  # (C,); gamma and beta are of any floating type
     beta: Tensor  # (C,)
     act: str  # "none", "relu" or "relu6"
-    batch: bool  # True: mean and rstd are those of x, and its gradient goes through them; False: they are constants
+    batch: bool  # True: mean and rstd are functions of x, whose gradient goes through them; False: constants
 
 
 class BatchNorm(NamedTuple):
-    """The tensors and numbers of a BatchNorm, as F.batch_norm takes them, and the activation behind it."""
+    """The tensors and numbers of a BatchNorm, as F.batch_norm takes them, and the activation after it."""
 
-    weight: Tensor | None  # (C,), like bias of any floating type; usually float32 whatever x is
-    bias: Tensor | None
-    running_mean: Tensor | None  # (C,), like running_var updated in place while training
-    running_var: Tensor | None  # None: statistics of the batch always
+    weight: Tensor | None  # (C,); weight and bias are of any floating type, usually float32 whatever x is
+    bias: Tensor | None  # (C,)
+    running_mean: Tensor | None  # (C,); both averages are updated in place while training
+    running_var: Tensor | None  # (C,); None: statistics of the batch always
     training: bool  # normalise by this batch, and update the running averages
     momentum: float  # the weight of this batch in the running averages
     eps: float
@@ -55,7 +55,7 @@ class BatchNorm(NamedTuple):
 
     @property
     def batch(self) -> bool:
-        """Is x normalised by its own statistics?"""
+        """Whether x is normalised by its own statistics."""
         return self.training or self.running_mean is None or self.running_var is None
 
 
@@ -64,13 +64,13 @@ def batch_norm_act(
     residual: Tensor | None = None, act: str = "none", training: bool = True, momentum: float = 0.1,
     eps: float = 1e-5, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """act(batch_norm(x) + residual), differentiable in x, weight, bias and residual.
+    """Return act(batch_norm(x) + residual), differentiable in x, weight, bias and residual.
 
     Args:
         x: (B, C, H, W); float32, float16 or bfloat16 (float64 to check gradients).
         weight, bias: (C,), of any floating type; usually float32 whatever x is.
         running_mean, running_var: (C,), updated in place while training; None: statistics of the batch always.
-        residual: like x.
+        residual: None, or of x's shape and dtype.
         act: "none", "relu" or "relu6".
         training: normalise by this batch, and update the running averages.
         momentum: the weight of this batch in the running averages.
@@ -80,7 +80,7 @@ def batch_norm_act(
         (B, C, H, W) in x's dtype; channels_last from the kernels.
     Raises:
         RepruneError: for an unknown act or impl, or if impl="triton" cannot run.
-        ValueError: as batch_norm, if training on one value a channel.
+        ValueError: as batch_norm, if training on one value per channel.
     """
     bn = BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps, act)
     if choose(x, residual, bn, impl) == "torch":
@@ -91,7 +91,12 @@ def batch_norm_act(
 def choose(
     x: Tensor, residual: Tensor | None, bn: BatchNorm, impl: str, stats: Stats | None = None, twice: bool = False
 ) -> str:
-    """ "torch" or "triton"; see `batch_norm_act`. stats: those of x, if they are known. twice: as `normalise_twice`."""
+    """Return "torch" or "triton"; see `batch_norm_act`.
+
+    Args:
+        stats: those of x, if they are known.
+        twice: whether it is for `normalise_twice`.
+    """
     if bn.act not in ACTIVATIONS:
         raise RepruneError(f"act must be one of {', '.join(ACTIVATIONS)}; got {bn.act!r}")
     if impl not in IMPLS:
@@ -117,7 +122,7 @@ def choose(
 
 
 def _key(x: Tensor, residual: Tensor | None, bn: BatchNorm, has_stats: bool, twice: bool) -> tuple[Any, ...]:
-    """All that decides whether the kernels can do it, and which case it is."""
+    """Return all that decides whether the kernels can do it, and which case it is."""
     last, (weight, bias, mean, variance, training, _, _, act) = torch.channels_last, bn
     return (
         "norm", type(x), x.dtype, x.shape, x.is_contiguous(memory_format=last), x.requires_grad, act, training,
@@ -141,15 +146,21 @@ def _differentiable(x: Tensor, bn: BatchNorm) -> bool:
 
 
 def by_pytorch(x: Tensor, residual: Tensor | None, bn: BatchNorm) -> Tensor:
-    """batch_norm, addition and activation, one after the other."""
+    """Return what `batch_norm_act` does, by PyTorch: batch_norm, addition and activation one after the other."""
     y = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum, bn.eps)
     return ACTIVATIONS[bn.act](y if residual is None else y + residual)
 
 
 def normaliser(x: Tensor, bn: BatchNorm, stats: Stats | None = None) -> Norm:
-    """What a BatchNorm does to x, by the kernels; the running averages are updated. stats: those of x, if known."""
+    """Return the `Norm` of x by this BatchNorm, and update the running averages.
+
+    Args:
+        stats: those of x, if they are known.
+    Raises:
+        ValueError: as batch_norm, if training on one value per channel.
+    """
     assert bn.weight is not None and bn.bias is not None
-    weight, bias = bn.weight.contiguous(), bn.bias.contiguous()  # the kernels read them as they lie
+    weight, bias = bn.weight.contiguous(), bn.bias.contiguous()  # the kernels take no strides for them
     if bn.training or bn.running_mean is None or bn.running_var is None:
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
@@ -164,12 +175,15 @@ def normaliser(x: Tensor, bn: BatchNorm, stats: Stats | None = None) -> Norm:
 
 
 def normalise(x: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
-    """act((x - mean) * rstd * gamma + beta + residual) by the kernels, differentiable in all but mean and rstd."""
+    """Return act((x - mean) * rstd * gamma + beta + residual) by the kernels.
+
+    It is differentiable in all but mean and rstd; x and residual are (B, C, H, W).
+    """
     return _NormAct.apply(_channels_last(x), _channels_last(residual), *norm, False)
 
 
 def normalise_twice(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`normalise`, for two readers: one tensor as two, whose gradients are added where they are needed."""
+    """`normalise` for two readers: return the same values as two tensors, whose gradients the kernels add up."""
     if torch.compiler.is_compiling():
         return (normalise(x, norm, residual),) * 2
     return _NormAct.apply(_channels_last(x), _channels_last(residual), *norm, True)
@@ -182,10 +196,10 @@ def _channels_last(x: MaybeTensor) -> MaybeTensor:
 def _candidates(
     x: Tensor, residual: Tensor | None, bn: BatchNorm, grad: bool, has_stats: bool, twice: bool
 ) -> dispatch.Candidates:
-    """What `dispatch` runs to compare the implementations, on numbers of its own."""
+    """Return what `dispatch` runs to compare the implementations, on numbers that it makes up."""
     shape, c, act, batch, eps, has_residual = x.shape, x.shape[1], bn.act, bn.batch, bn.eps, residual is not None
     last, residual_last = (t is not None and dispatch.is_channels_last(t) for t in (x, residual))
-    x = x.new_empty(0)  # what is measured later must not hold on to the activations of today
+    x = x.new_empty(0)  # `make` may be called much later, and must not hold these activations
 
     def make() -> dict[str, Callable[[], list[Tensor]]]:
         draw = dispatch.numbers(x)
@@ -212,15 +226,15 @@ def _candidates(
 
 
 def made_up(draw: Callable[..., Tensor], channels: int, act: str, grad: bool) -> tuple[Tensor, Tensor]:
-    """gamma and beta, (channels,) each, for numbers of `dispatch.numbers`: none comes near where `act` bends."""
+    """Return a gamma and a beta, (channels,) each, that bring no number of `dispatch.numbers` near a bend of `act`."""
     gamma, beta = (draw(channels, scale=scale, dtype=torch.float32) for scale in (1.0, 1 / 16))
     if act == "relu6":
-        gamma[::2] *= 16  # beyond 6, others stay below it
+        gamma[::2] *= 16  # these results go beyond 6, the others stay below
     return gamma.requires_grad_(grad), beta.requires_grad_(grad)
 
 
 def refuses(x: Tensor) -> str | None:
-    """Why the kernels cannot take these activations; None if they can."""
+    """Return why the kernels cannot take these activations; None if they can."""
     if why_not := availability.why_not(x.device):
         return why_not
     if x.dim() != 4:
@@ -229,7 +243,7 @@ def refuses(x: Tensor) -> str | None:
 
 
 def _why_not(x: Tensor, residual: Tensor | None, bn: BatchNorm) -> str | None:
-    """Why the kernels cannot do this; None if they can."""
+    """Return why the kernels cannot do this; None if they can."""
     if reason := refuses(x):
         return reason
     if x.numel() == 0:
@@ -248,7 +262,7 @@ def _why_not(x: Tensor, residual: Tensor | None, bn: BatchNorm) -> str | None:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module of kernels, which Triton is needed to import."""
+    """Return the module of kernels, which can be imported only where Triton is."""
     from reprune_triton.kernels.step import norm_act
 
     return norm_act
@@ -256,7 +270,7 @@ def _kernels() -> Any:
 
 @operator("reprune::statistics")
 def measure(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of every channel, 1 / sqrt(variance + eps), and the unbiased variance, (C,) each."""
+    """Return the mean, 1 / sqrt(biased variance + eps) and the unbiased variance of every channel, (C,) each."""
     return _kernels().statistics(_channels_last(x), eps)
 
 
@@ -264,7 +278,7 @@ def measure(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 def apply_norm(
     x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str
 ) -> Tensor:
-    """y, channels_last as x and the residual are."""
+    """Return y (B, C, H, W), channels_last as x and the residual are."""
     return _kernels().apply(x, residual, mean, rstd, weight, bias, act)
 
 
@@ -273,7 +287,7 @@ def norm_act_backward(
     grad: Tensor, other: Tensor | None, x: Tensor, y: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor,
     bias: Tensor, act: str, batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, g unless it was not written (then empty), and d(weight), d(bias) (2, C); as `norm_act.backward`."""
+    """Return dx, g (empty where it is not written), and d(weight), d(bias) (2, C); see `norm_act.backward`."""
     grad, other = _channels_last(grad), _channels_last(other)
     grad_x, g, sums = _kernels().backward(grad, other, x, y, mean, rstd, weight, bias, act, batch)
     return grad_x, x.new_empty(0) if g is None else g, sums
@@ -283,11 +297,12 @@ def norm_act_backward(
 def norm_gradient(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, batch: bool
 ) -> Tensor:
-    """dx, from the gradient behind the activation and its sums (2, C)."""
+    """Return dx, from the gradient of the activation's input and its sums (2, C)."""
     return _kernels().gradient(grad, x, mean, rstd, weight, bias, sums, "none", batch)
 
 
 def wide(x: Tensor, *shape: int) -> Tensor:
+    """Return an empty tensor in the type of statistics of x: float64 if x is, float32 if not."""
     return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -313,7 +328,7 @@ def _(grad, x, mean, rstd, weight, bias, sums, batch):
 
 
 class _NormAct(torch.autograd.Function):
-    """y, and if `twice` once more, as another tensor of the same memory with a gradient of its own."""
+    """y; if `twice` also a second tensor of the same memory, with a gradient of its own."""
 
     @staticmethod
     def forward(
@@ -334,8 +349,8 @@ class _NormAct(torch.autograd.Function):
         grad, other = given[0], given[1] if len(given) > 1 else None
         x, y, mean, rstd, weight, bias = ctx.saved_tensors
         grad_x, g, sums = norm_act_backward(grad, other, x, y, mean, rstd, weight, bias, ctx.act, ctx.batch)
-        behind = None
+        grad_residual = None
         if ctx.has_residual:
-            behind = grad if y is None and other is None else g
+            grad_residual = grad if y is None and other is None else g
         for_weight, for_bias = sums.unbind()
-        return grad_x, behind, None, None, for_weight.to(weight.dtype), for_bias.to(bias.dtype), None, None, None
+        return grad_x, grad_residual, None, None, for_weight.to(weight.dtype), for_bias.to(bias.dtype), None, None, None

@@ -319,7 +319,7 @@ def test_the_operators_are_well_formed(device):
     torch.library.opcheck(conv._input_gradient.op, (grad, weight, [5, 6], *moves), test_utils=tests)
     for other, y in ((None, None), (x, None), (None, x), (x, x)):
         given = (grad, weight, other, x, y, *vectors(3, device, torch.float32), "relu", *moves)
-        torch.library.opcheck(conv._norm_gradient.op, given, test_utils=tests)
+        torch.library.opcheck(conv._before_gradient.op, given, test_utils=tests)
 
 
 def test_only_the_gradients_that_are_asked_for(device, monkeypatch):

@@ -136,9 +136,9 @@ def test_the_operators_are_well_formed(device):
     torch.library.opcheck(norm.measure.op, (x, 1e-5), test_utils=tests)
     mean, rstd = torch.zeros(3, device=device), torch.ones(3, device=device)
     for other, y in ((None, None), (residual, x), (None, x), (residual, None)):
-        torch.library.opcheck(norm._apply.op, (x, other, mean, rstd, weight, bias, "relu"), test_utils=tests)
+        torch.library.opcheck(norm.apply_norm.op, (x, other, mean, rstd, weight, bias, "relu"), test_utils=tests)
         given = (x, other, x, y, mean, rstd, weight, bias, "relu", True)
-        torch.library.opcheck(norm._backward.op, given, test_utils=tests)
+        torch.library.opcheck(norm.norm_act_backward.op, given, test_utils=tests)
 
 
 def test_whoever_looks_at_operators_sees_ours(device):
