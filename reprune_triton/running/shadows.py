@@ -23,12 +23,12 @@ from reprune_triton.running.setting import Current
 
 
 class _Turn:
-    """A lock that its thread may take again, as an interrupt may have kept that from leaving it."""
+    """A lock that the thread which has it may take again: an interrupt may have kept it from leaving."""
 
     def __init__(self) -> None:
         self._lock, self.thread = threading.RLock(), 0  # 0: no thread has it
 
-    def __reduce__(self) -> tuple[Any, ...]:  # no thread has that of a copy
+    def __reduce__(self) -> tuple[Any, ...]:  # that of a copy is free
         return _Turn, ()
 
     def take(self, patience: float) -> bool:
@@ -52,6 +52,7 @@ class _Turn:
         return self.thread == threading.get_ident()
 
     def leave(self) -> None:
+        """Let it go, if this thread has it."""
         if self.thread == threading.get_ident():
             self.thread = 0
             self._lock.release()
@@ -79,15 +80,15 @@ class Shadow(Blind):
 
     Args:
         where: the cuts of each tensor.
-        widths: attribute -> (narrow, full), of the widths that the forward looks at.
+        narrow, full: the widths that the forward looks at, by attribute, as they are while it runs and else.
     """
 
     PATIENCE = 10.0  # seconds, longer than any module runs: a thread that takes longer was interrupted inside
 
-    def __init__(self, where: dict[str, Cuts], widths: dict[str, tuple[int, int]], number: int, current: Current):
-        self.where, self.widths = where, widths
-        self.narrow: dict[str, Any] = {key: narrow for key, (narrow, _) in widths.items()}
-        self.full = {key: full for key, (_, full) in widths.items()}
+    def __init__(
+        self, where: dict[str, Cuts], narrow: dict[str, Any], full: dict[str, int], number: int, current: Current
+    ):
+        self.where, self.narrow, self.full = where, narrow, full
         self.number, self.current = number, current
         self.turn = _Turn()
         self.run: _Run | None = None  # the forward of the whole model, while it lasts
@@ -95,7 +96,7 @@ class Shadow(Blind):
         self.casts = False  # whether autocast would cast them
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy gathers slices of its own
-        return Shadow, (self.where, self.widths, self.number, self.current)
+        return Shadow, (self.where, self.narrow, self.full, self.number, self.current)
 
     def enter(self, module: nn.Module, args: object) -> None:
         """Hide the module's tensors with their slices, before its forward."""
@@ -104,10 +105,9 @@ class Shadow(Blind):
             if not compiling:
                 self.current.finish()
             return
-        if not compiling and "_is_replica" not in module.__dict__:
-            if not self.turn.take(self.PATIENCE):
-                self.turn.seize()
-        parts = None if compiling or self.run is None else self._served(module, self.run)
+        if not compiling and "_is_replica" not in module.__dict__ and not self.turn.take(self.PATIENCE):
+            self.turn.seize()
+        parts = None if compiling or self.run is None else self._gathered(module, self.run)
         if parts is None:
             parts = self.narrow.copy()
             if not compiling:
@@ -141,8 +141,8 @@ class Shadow(Blind):
         if not apart:
             self.turn.leave()
 
-    def _served(self, module: nn.Module, run: _Run) -> dict[str, Any] | None:
-        """Return the module's slices from `run`, by name, with its narrow widths; None if they do not fit any more.
+    def _gathered(self, module: nn.Module, run: _Run) -> dict[str, Any] | None:
+        """Return the module's slices from `run`, by name, and its narrow widths; None if they do not fit any more.
 
         They fit if the module has the same tensors with the same values, and autocast casts to the same type.
         """
@@ -216,9 +216,10 @@ class Gathering(Blind):
         if self.casts(module):
             where = {key: [] for key in ("weight", "bias") if module._parameters.get(key) is not None} | where
         if part is not None or where:
-            narrow = narrow_widths(module, part or Slice())
-            widths = {key: (width, getattr(module, key)) for key, width in narrow if key in FORWARD_WIDTHS}
-            shadow = Shadow(where, widths, self.number, self.current)
+            widths = narrow_widths(module, part or Slice())
+            narrow = {attribute: width for attribute, width in widths if attribute in FORWARD_WIDTHS}
+            full = {attribute: getattr(module, attribute) for attribute in narrow}
+            shadow = Shadow(where, narrow, full, self.number, self.current)
             self.shadows.append((module, shadow))
             register(module, shadow)
 
