@@ -132,15 +132,9 @@ def gather(tensor: Tensor, where: Cuts) -> Tensor:
     part = tensor
     for dim, index in where:
         part = part.index_select(dim, index.to(tensor.device))
-    if is_channels_last(tensor):
+    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         part = part.contiguous(memory_format=torch.channels_last)
     return part
-
-
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether this lies in memory as channels_last and, unlike a 1x1 kernel, not as contiguous too."""
-    last = torch.channels_last
-    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

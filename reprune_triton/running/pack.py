@@ -17,7 +17,6 @@ from torch._C._dynamo.guards import TensorGuards
 
 from reprune_triton import availability, capture
 from reprune_triton.errors import RepruneError
-from reprune_triton.running.layers import is_channels_last
 
 if TYPE_CHECKING:
     from reprune_triton.kernels.step.pack import Copies
@@ -195,7 +194,7 @@ class Pack:
             tuple(len(cut.get(d, range(n))) for d, n in enumerate(t.shape))
             for t, cut in zip(tensors, cuts, strict=True)
         ]
-        last = [is_channels_last(t) for t in tensors]
+        last = [not t.is_contiguous() for t in tensors]  # then it is channels_last, see `_fits`
         self._narrow = _layout(narrow, last, dtypes)
         self._groups, numbers, size = [], [], 0
         needing = [number for number, tensor in enumerate(tensors) if tensor.requires_grad]
@@ -295,8 +294,8 @@ class _Gather(torch.autograd.Function):
 
 def _fits(tensor: Tensor, device: torch.device) -> bool:
     """Whether the kernels can read this tensor."""
-    dense = tensor.is_contiguous() or is_channels_last(tensor)
-    return dense and tensor.device == device and tensor.dtype in _DTYPES and tensor.dim() in (1, 2, 4)
+    plain = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+    return plain and tensor.device == device and tensor.dtype in _DTYPES and tensor.dim() in (1, 2, 4)
 
 
 def _layout(
