@@ -1,11 +1,11 @@
-"""One event's launches: which kernel clusters which layer, and all layers of a network in a handful of launches.
+"""All layers of a network clustered, cut and covered in a handful of launches.
 
     weights of all layers -> magnitude -> chain | line | reciprocal -> forests -> level -> label -> labels
     labels -> membership -> cover -> kept filters
 
-`prepare` carries all that the host knows to the device. Every other step is launches alone, the same ones whatever the
-values are: nothing waits for the device, and a CUDA graph can hold them. What the host must know afterwards is in the
-report and in what `cover` counts.
+`prepare` makes a plan: all that the host knows, on the device. Every other step is launches alone, the same ones
+whatever the weights are: the host does not wait for the device, and a CUDA graph can hold them. What the host must know
+afterwards is in the report and in the totals.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ MAX_FILTERS = 4096
 MAX_AREA = 121  # kh * kw of 11x11
 ALGORITHMS = ("auto", "chain", "reciprocal")
 SMALL = 64  # filters up to which a chain in one warp is as quick as rounds
-UNROLLED = (1, 4, 9)  # areas whose loops over coordinates are unrolled
+UNROLLED = (1, 4, 9)  # kh * kw for which loops over coordinates are unrolled
 SCRATCH_BYTES = 256 << 20  # of one launch; more problems than fit are clustered in several launches
-
 
 MAGNITUDE = Configuration(magnitude.magnitude_kernel, (("BLOCK", 1024),), 4)
 LEVEL = Configuration(cut.level_kernel, (("BLOCK", 128),), 1)
 LABEL = Configuration(cut.label_kernel, (("BLOCK", 128),), 1)
 MEMBERSHIP = Configuration(coverage.membership_kernel, (("BLOCK", 128),), 1)
-# One program chooses all filters of a layer, one after another: the more lanes, the fewer waits for memory.
+# One program chooses all filters of a layer, one after another: more lanes wait for memory less often.
 _COVER = (("FILTERS", 512), ("COLUMNS", 1024), ("MEMBERS", 4))
 COVER_AT_RANDOM = Configuration(coverage.cover_kernel, (("RANDOM", 1), *_COVER), 16, max_registers=96)
 COVER_IN_ORDER = Configuration(coverage.cover_kernel, (("RANDOM", 0), *_COVER), 16, max_registers=96)
@@ -42,11 +41,11 @@ FIXED = (MAGNITUDE, LEVEL, LABEL, MEMBERSHIP, COVER_AT_RANDOM, COVER_IN_ORDER, B
 
 
 def configuration(n: int, d: int, linkage: str = "ward", algorithm: str = "auto") -> Configuration:
-    """The kernel for a layer of n filters with kernels of d numbers."""
+    """Return the clustering kernel for a layer of n filters with kernels of d numbers."""
     constants: tuple[tuple[str, int], ...]
     unrolled = d if d in UNROLLED else 0
     if linkage != "ward" or algorithm == "chain" or (algorithm == "auto" and d > 1 and n <= SMALL):
-        # Without a limit ptxas decides for as many registers on sm_80, and then spills some.
+        # Without this limit ptxas decides for as many registers on sm_80, too, but then spills some.
         block, warps, registers = (64, 1, None) if n <= SMALL else (256, 4, 64)
         unrolled = unrolled if linkage == "ward" else 0
         constants = (("LINKAGE", chain.LINKAGES[linkage]), ("D", unrolled), ("BLOCK", block))
@@ -60,7 +59,7 @@ def configuration(n: int, d: int, linkage: str = "ward", algorithm: str = "auto"
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every configuration there can be: what must compile, without spills, wherever we claim to run."""
+    """Yield every configuration that a layer can get, and those of the other steps."""
     sizes = [n for n in (2**k for k in range(13)) for n in (n, n + 1) if n <= MAX_FILTERS]
     cases = [("ward", algorithm) for algorithm in ALGORITHMS] + [(linkage, "auto") for linkage in chain.LINKAGES]
     found = dict.fromkeys(
@@ -70,7 +69,7 @@ def configurations() -> Iterator[Configuration]:
 
 
 def scratch(kernel: Any, n: int, d: int, linkage: str) -> tuple[int, int]:
-    """Floats and ints of scratch memory for one problem."""
+    """Return how much scratch memory one problem needs: numbers of float32, and of int32."""
     if kernel is chain.chain_kernel:
         return chain.floats_of_problem(linkage, n, d), n * chain.INTS_PER_POINT
     if kernel is line.line_kernel:
@@ -82,21 +81,21 @@ class Layer(Protocol):
     """A conv weight whose kernels are to be clustered, one problem for every active input channel."""
 
     @property
-    def weight(self) -> Tensor: ...  # (n_out, n_in, kh, kw), any strides
+    def weight(self) -> Tensor: ...  # (n_out, n_in, kh, kw), float32, float16 or bfloat16, any strides
     @property
-    def filters(self) -> Tensor | None: ...  # (n,) the active filters; None: all
+    def filters(self) -> Tensor | None: ...  # (n,) int64, the active filters; None: all
     @property
-    def inputs(self) -> Tensor | None: ...  # (columns,) the active input channels; None: all
+    def inputs(self) -> Tensor | None: ...  # (columns,) int64, the active input channels; None: all
     @property
     def n(self) -> int: ...
     @property
-    def columns(self) -> int: ...
+    def columns(self) -> int: ...  # problems
     @property
     def d(self) -> int: ...  # kh * kw
 
 
 def why_not(layer: Layer) -> str | None:
-    """Why the kernels, where they run at all (see `availability`), cannot cluster this layer; None if they can."""
+    """Return why the kernels cannot cluster this layer, on a device where they run; None if they can."""
     if layer.weight.dtype not in table.KINDS:
         return f"it is {layer.weight.dtype}, and the kernels read float32, float16 and bfloat16"
     if layer.n > MAX_FILTERS or layer.d > MAX_AREA:
@@ -107,40 +106,42 @@ def why_not(layer: Layer) -> str | None:
 
 
 class Plan(NamedTuple):
-    """All that the host says about an event, on the device: what follows is launches alone, always the same ones."""
+    """What is clustered and chosen here: the table of layers, and an owner array for each launch, on the device."""
 
     table: Tensor
-    programs: Tensor  # the owner array of the magnitudes: every active filter
-    problems: Tensor  # ... of all problems that are this process's share
-    launches: list[tuple[Configuration, Tensor]]  # the clustering kernels, each with its owner array
-    layers: list[Tensor]  # owner arrays with one program per layer: of all, then of those whose filters are chosen here
-    columns: Tensor  # the owner array of all problems of those layers
+    # Owner arrays: which programs a launch has.
+    filters: Tensor  # one for every active filter
+    problems: Tensor  # one for every problem of this process's share
+    layers: Tensor  # one for every layer
+    chosen_layers: Tensor  # one for every layer whose filters are chosen here
+    chosen_problems: Tensor  # one for every problem of those layers
+    clustering: list[tuple[Configuration, Tensor]]  # the clustering kernels, each with its own
     sizes: Sizes
     read: list[Tensor]  # weights and index lists: the table has their addresses, so they must live as long as it does
 
 
 class Sizes(NamedTuple):
-    """What is to be allocated."""
+    """How much there is of everything in all layers of a plan."""
 
     layers: int
-    filters: int  # all of the network
+    filters: int  # active or not
     points: int
     problems: int
-    floats: int  # scratch memory
-    ints: int
+    floats: int  # of scratch memory, float32
+    ints: int  # of scratch memory, int32
 
 
 class Forests(NamedTuple):
-    """The dendrograms of all layers, one after the other. Layer l has columns[l] problems of n[l] points."""
+    """The merges of all problems, one layer after the other."""
 
-    parent: Tensor  # (points,) int32
-    height: Tensor  # (points,) float32, in units of the layer's scale
-    report: Tensor  # (layers, REPORT) int32: see kernels/table.py
+    parent: Tensor  # (points,) int32, the point that a point merges into
+    height: Tensor  # (points,) float32, merge heights of the scaled weights
+    report: Tensor  # (layers, REPORT) int32: see `table`
     work: Tensor  # (problems, 2) int32: rounds (chain: searches), and tiles (line, chain: blocks) of distances
 
 
 class Members(NamedTuple):
-    """The clusters of every channel: see kernels/coverage.py."""
+    """The members of all clusters: see `coverage`."""
 
     cluster: Tensor  # (points,) int32
     place: Tensor  # (points,) int16
@@ -149,10 +150,10 @@ class Members(NamedTuple):
 
 
 class Covers(NamedTuple):
-    """The filters chosen in every layer; rows and columns of layers that are not chosen here are 0 or undefined."""
+    """The filters chosen in every layer. For layers not chosen here kept and totals are 0, the others undefined."""
 
-    order: Tensor  # (filters,) int32, from where the layer begins: numbers among its active filters
-    gains: Tensor  # (filters,) int32
+    order: Tensor  # (filters,) int32: chosen filters, as numbers among the active ones, from where the layer begins
+    gains: Tensor  # (filters,) int32: how many clusters each of them was first to cover
     kept: Tensor  # (filters,) int32: 1 for a chosen filter, at its own number
     totals: Tensor  # (layers, TOTALS) int32: covered clusters, clusters
 
@@ -160,24 +161,22 @@ class Covers(NamedTuple):
 class Report(NamedTuple):
     """What the host learns about a layer."""
 
-    clustered: bool  # False: a weight is not finite, or an index list names one that does not exist
+    clustered: bool  # False: a weight is not finite, or an index list has a number that the weight has not
     finished: bool  # False: a kernel gave up, which only a defect can bring about
     exponent: int  # the kernels worked on weights * 2^-exponent
-    h: float  # height of the cut, in those units; 0 without one
+    h: float  # cut height of those weights; 0 if nothing merges
 
 
 class Launch(NamedTuple):
-    """A launch of one configuration: the problems begins[i] .. ends[i] - 1 of each rows[i] of the table."""
+    """A launch of one clustering kernel."""
 
     configuration: Configuration
-    rows: list[int]
-    begins: list[int]
-    ends: list[int]
-    floats: int  # scratch memory
-    ints: int
+    parts: list[tuple[int, int, int]]  # (row, begin, end): problems begin .. end - 1 of a row of the table
+    floats: int  # of scratch memory, float32
+    ints: int  # of scratch memory, int32
 
 
-Shares = Sequence[tuple[int, int]]  # for every layer the problems first .. last - 1 that a process has to cluster
+Shares = Sequence[tuple[int, int]]  # (begin, end) for every layer: the problems that a process clusters
 
 
 def rows_and_launches(
@@ -186,57 +185,60 @@ def rows_and_launches(
     algorithm: str = "auto",
     shares: Shares | None = None,
     seeds: Sequence[tuple[int, int]] | None = None,
-) -> tuple[list[list[int]], list[Launch]]:
-    """The table, with a row for every layer, and the launches that cluster them: one per kernel area and size bucket,
-    largest problems first, in parts where the scratch memory would pass its bound (such a layer has more rows).
+) -> tuple[list[table.Row], list[Launch]]:
+    """Return the table, with a row for every layer, and the launches that cluster the layers.
 
-    seeds: for every layer of its ties and of its draw.
+    There is a launch for each kernel and area, with the largest problems first; and more where its scratch memory would
+    be larger than SCRATCH_BYTES. A layer that is divided among launches has a row for each, after those of all layers.
     """
-    table_rows: list[list[int]] = []
-    groups: dict[tuple[Configuration, int], list[tuple[int, int, int, int]]] = {}  # n, layer, and its problems
-    problem = forest = filters = 0
+    if shares is None:
+        shares = [(0, layer.columns) for layer in layers]
+    rows: list[table.Row] = []
+    groups: dict[tuple[Configuration, int], list[int]] = {}
+    problem = forest = first = 0
     for number, layer in enumerate(layers):
         weight, n, d, columns = layer.weight, layer.n, layer.d, layer.columns
         config = configuration(n, d, linkage, algorithm)
-        table_rows.append([
-            weight.data_ptr(), table.KINDS[weight.dtype],
-            0 if layer.filters is None else layer.filters.data_ptr(),
-            0 if layer.inputs is None else layer.inputs.data_ptr(),
-            *weight.stride(), weight.shape[3], *weight.shape[:2], n, d, columns,
-            number, problem, forest, filters, *((0, 0) if seeds is None else seeds[number]),
-            0, 0, *scratch(config.kernel, n, d, linkage),
-        ])  # fmt: skip
-        begin, end = (0, columns) if shares is None else shares[number]
-        if begin < end:
-            groups.setdefault((config, d), []).append((n, number, begin, end))
-        problem += columns
-        forest += columns * n
-        filters += weight.shape[0]
+        groups.setdefault((config, d), []).append(number)
+        stride_out, stride_in, stride_h, stride_w = weight.stride()
+        floats_each, ints_each = scratch(config.kernel, n, d, linkage)
+        tie_seed, draw_seed = (0, 0) if seeds is None else seeds[number]
+        row = table.Row(
+            weight=weight.data_ptr(), kind=table.KINDS[weight.dtype],
+            filters=table.address(layer.filters), inputs=table.address(layer.inputs),
+            stride_out=stride_out, stride_in=stride_in, stride_h=stride_h, stride_w=stride_w,
+            kernel_w=weight.shape[3], n_out=weight.shape[0], n_in=weight.shape[1],
+            n=n, d=d, columns=columns,
+            layer=number, problem=problem, forest=forest, filter=first,
+            tie_seed=tie_seed, draw_seed=draw_seed,
+            floats_each=floats_each, ints_each=ints_each,
+        )  # fmt: skip
+        rows.append(row)
+        problem, forest, first = problem + columns, forest + columns * n, first + row.n_out
 
     launches = []
     for (config, _), group in groups.items():
-        launch = Launch(config, [], [], [], 0, 0)
-        for _, number, begin, last in sorted(group, key=lambda entry: -entry[0]):
-            floats_each, ints_each = table_rows[number][-2:]
-            row: int | None = number
-            while begin < last:
-                room = (SCRATCH_BYTES // 4 - launch.floats - launch.ints) // (floats_each + ints_each)
-                if room < 1 and launch.rows:
-                    launches.append(launch)
-                    launch = Launch(config, [], [], [], 0, 0)
+        parts: list[tuple[int, int, int]] = []
+        floats = ints = 0
+        for number in sorted(group, key=lambda number: -rows[number].n):
+            row, (begin, end) = rows[number], shares[number]
+            at = number
+            while begin < end:
+                room = (SCRATCH_BYTES // 4 - floats - ints) // (row.floats_each + row.ints_each)
+                if room < 1 and parts:
+                    launches.append(Launch(config, parts, floats, ints))
+                    parts, floats, ints = [], 0, 0
                     continue
-                end = min(last, begin + max(room, 1))
-                if row is None:
-                    row = len(table_rows)
-                    table_rows.append(list(table_rows[number]))
-                table_rows[row][-4:-2] = launch.floats - begin * floats_each, launch.ints - begin * ints_each
-                launch = launch._replace(
-                    rows=[*launch.rows, row], begins=[*launch.begins, begin], ends=[*launch.ends, end],
-                    floats=launch.floats + (end - begin) * floats_each, ints=launch.ints + (end - begin) * ints_each,
-                )  # fmt: skip
-                begin, row = end, None
-        launches.append(launch)
-    return table_rows, launches
+                count = min(end - begin, max(room, 1))
+                parts.append((at, begin, begin + count))
+                rows[at : at + 1] = [
+                    row._replace(floats=floats - begin * row.floats_each, ints=ints - begin * row.ints_each)
+                ]
+                begin, floats, ints = begin + count, floats + count * row.floats_each, ints + count * row.ints_each
+                at = len(rows)  # of the layer's next part
+        if parts:
+            launches.append(Launch(config, parts, floats, ints))
+    return rows, launches
 
 
 def prepare(
@@ -247,144 +249,172 @@ def prepare(
     chosen: Sequence[int] | None = None,
     seeds: Sequence[tuple[int, int]] | None = None,
 ) -> Plan:
-    """Plan an event over layers that are all on one device and such as `why_not` has nothing against. One transfer to
-    the device, and none of the steps that follow has another.
+    """Plan the launches for layers that are all on one device and that `why_not` accepts.
+
+    This copies to the device once; the steps that follow copy nothing.
 
     shares: which problems are clustered and cut here; all by default.
     chosen: the layers whose filters are chosen here; all by default.
-    seeds: for every layer of its ties and of its draw.
+    seeds: (tie_seed, draw_seed) for every layer, of random bits in its coverage and its regrowth; 0 by default.
     """
-    device = layers[0].weight.device
-    ns, columns = [layer.n for layer in layers], [layer.columns for layer in layers]
+    if shares is None:
+        shares = [(0, layer.columns) for layer in layers]
     rows, launches = rows_and_launches(layers, linkage, algorithm, shares, seeds)
-    everyone, none = range(len(layers)), [0] * len(layers)
-    begins, ends = (none, columns) if shares is None else ([s[0] for s in shares], [s[1] for s in shares])
-    # The layer with most steps and columns goes first: it is the last to end.
-    some = sorted(everyone if chosen is None else chosen, key=lambda number: -ns[number] * columns[number])
-    arrays = [table.owners(everyone, none, ns), table.owners(everyone, begins, ends)]
-    arrays += [table.owners(numbers, [0] * len(numbers), [1] * len(numbers)) for numbers in (everyone, some)]
-    arrays += [table.owners(some, [0] * len(some), [columns[number] for number in some])]
-    arrays += [table.owners(launch.rows, launch.begins, launch.ends) for launch in launches]
-    own_table, programs, problems, all_layers, few_layers, of_few, *owners = table.tables_to_device(
-        rows, arrays, device
+    everyone = range(len(layers))
+    # The layer with most steps and problems goes first: it is the last to end.
+    chosen = sorted(everyone if chosen is None else chosen, key=lambda number: -rows[number].n * rows[number].columns)
+    arrays = [
+        table.owners((number, 0, layer.n) for number, layer in enumerate(layers)),
+        table.owners((number, *share) for number, share in enumerate(shares)),
+        table.owners((number, 0, 1) for number in everyone),
+        table.owners((number, 0, 1) for number in chosen),
+        table.owners((number, 0, layers[number].columns) for number in chosen),
+        *(table.owners(launch.parts) for launch in launches),
+    ]
+    own_table, filters, problems, all_layers, chosen_layers, chosen_problems, *owners = table.tables_to_device(
+        rows, arrays, layers[0].weight.device
     )
     sizes = Sizes(
         layers=len(layers),
         filters=sum(layer.weight.shape[0] for layer in layers),
-        points=sum(n * count for n, count in zip(ns, columns, strict=True)),
-        problems=sum(columns),
+        points=sum(layer.n * layer.columns for layer in layers),
+        problems=sum(layer.columns for layer in layers),
         # Launches follow each other on one stream, so they can share their scratch memory.
         floats=max((launch.floats for launch in launches), default=0),
         ints=max((launch.ints for launch in launches), default=0),
     )
-    configured = [(launch.configuration, owner) for launch, owner in zip(launches, owners, strict=True)]
+    clustering = [(launch.configuration, owner) for launch, owner in zip(launches, owners, strict=True)]
     read = [x for layer in layers for x in (layer.weight, layer.filters, layer.inputs) if x is not None]
-    return Plan(own_table, programs, problems, configured, [all_layers, few_layers], of_few, sizes, read)
+    return Plan(own_table, filters, problems, all_layers, chosen_layers, chosen_problems, clustering, sizes, read)
 
 
 def cluster(plan: Plan) -> Forests:
-    """Cluster this process's share of every layer."""
+    """Cluster this process's share of the problems; those of others are undefined."""
     device, sizes = plan.table.device, plan.sizes
+    report = torch.zeros(sizes.layers, table.REPORT.value, dtype=torch.int32, device=device)
     parent = torch.empty(sizes.points, dtype=torch.int32, device=device)
     height = torch.empty(sizes.points, dtype=torch.float32, device=device)
     work = torch.empty(sizes.problems, 2, dtype=torch.int32, device=device)
-    report = torch.zeros(sizes.layers, table.REPORT.value, dtype=torch.int32, device=device)
     floats = torch.empty(sizes.floats, dtype=torch.float32, device=device)
     ints = torch.empty(sizes.ints, dtype=torch.int32, device=device)
-    MAGNITUDE.run(len(plan.programs), plan.table, plan.programs, report)
-    for config, owner in plan.launches:
-        config.run(len(owner), plan.table, owner, report, parent, height, work, floats, ints)
+    MAGNITUDE.run(len(plan.filters), plan.table, plan.filters, report)
+    for config, owner in plan.clustering:
+        config.run(
+            len(owner),
+            plan.table, owner, report,
+            parent, height, work,
+            floats, ints,
+        )  # fmt: skip
     return Forests(parent, height, report, work)
 
 
 def level(plan: Plan, forests: Forests, keep: Tensor) -> None:
-    """The height of the cut of every layer, into the report: the lowest that leaves each problem of this share at most
-    keep[layer] clusters. keep: (layers,) int32 on the device. The layer's is the largest over all shares."""
+    """Write the cut height of every layer into the report: the lowest that leaves each problem of this share at most
+    keep[layer] clusters. The layer's is the largest over all shares.
+
+    keep: (layers,) int32 on the device.
+    """
     LEVEL.run(len(plan.problems), plan.table, plan.problems, forests.report, keep, forests.height)
 
 
 def label(plan: Plan, forests: Forests) -> tuple[Tensor, Tensor]:
-    """The clusters at the cut. Returns labels (points,) and how many clusters each problem has (problems,), both int32
-    and 0 for problems of other shares."""
+    """Return the labels of the clusters at the cut (points,), and how many each problem has (problems,).
+
+    Both are int32, and 0 for problems of other shares.
+    """
     labels, clusters = (forests.parent.new_zeros(count) for count in (plan.sizes.points, plan.sizes.problems))
     LABEL.run(
-        len(plan.problems), plan.table, plan.problems, forests.report, forests.parent, forests.height, labels,
-        clusters,
+        len(plan.problems),
+        plan.table, plan.problems, forests.report,
+        forests.parent, forests.height,
+        labels, clusters,
     )  # fmt: skip
     return labels, clusters
 
 
 def membership(plan: Plan, report: Tensor, labels: Tensor) -> Members:
-    """The members of every cluster, from labels (points,) int32, which are numbers under n."""
-    cluster = torch.empty_like(labels)
+    """Return the members of every cluster, from labels (points,) int32 that are less than n."""
+    cluster, count = torch.empty_like(labels), torch.empty_like(labels)
     place, member = (torch.empty_like(labels, dtype=torch.int16) for _ in range(2))
     totals = torch.zeros(plan.sizes.layers, coverage.TOTALS.value, dtype=torch.int32, device=labels.device)
-    count = torch.empty_like(labels)
     MEMBERSHIP.run(
-        len(plan.columns), plan.table, plan.columns, report, labels, count, cluster, place, member, totals
-    )
+        len(plan.chosen_problems),
+        plan.table, plan.chosen_problems, report,
+        labels,
+        count, cluster, place, member, totals,
+    )  # fmt: skip
     return Members(cluster, place, member, totals)
 
 
-def cover(plan: Plan, report: Tensor, members: Members, keep: Tensor, order: Tensor | None) -> Covers:
-    """Choose keep[layer] filters of every layer that is chosen here; the clusters of `members` are used up.
+def cover(plan: Plan, report: Tensor, members: Members, keep: Tensor, score: Tensor | None) -> Covers:
+    """Choose filters of the chosen layers. This uses up `members`.
 
-    order: (filters,) int32, which of equally good filters goes first, the larger; None: random bits.
+    keep: (layers,) int32, how many filters of each layer, on the device.
+    score: (filters,) int32, of equally good filters the larger goes first, then the lowest; None: by random bits.
     """
-    device, few_layers = plan.table.device, plan.layers[1]
-    empty = [torch.empty(plan.sizes.filters, dtype=torch.int32, device=device) for _ in range(3)]
-    gain, taken, gains = empty
+    device, layers = plan.table.device, plan.chosen_layers
+    gain, order, gains = (torch.empty(plan.sizes.filters, dtype=torch.int32, device=device) for _ in range(3))
     kept = torch.zeros_like(gain)
-    config = COVER_AT_RANDOM if order is None else COVER_IN_ORDER
+    config = COVER_AT_RANDOM if score is None else COVER_IN_ORDER
     config.run(
-        len(few_layers), plan.table, few_layers, report, keep, kept if order is None else order, members.cluster,
-        members.place, members.member, gain, taken, gains, kept, members.totals,
+        len(layers),
+        plan.table, layers, report, keep,
+        kept if score is None else score,
+        members.cluster, members.place, members.member,
+        gain, order, gains, kept, members.totals,
     )  # fmt: skip
-    return Covers(taken, gains, kept, members.totals)
+    return Covers(order, gains, kept, members.totals)
 
 
 def draw_bits(plan: Plan) -> Tensor:
-    """Random bits for every filter of the network, from the seed of its layer's draw: (filters,) int32."""
+    """Return random bits for every filter, from the draw seed of its layer: (filters,) int32."""
     bits = torch.empty(plan.sizes.filters, dtype=torch.int32, device=plan.table.device)
-    BITS.run(len(plan.layers[0]), plan.table, plan.layers[0], bits)
+    BITS.run(len(plan.layers), plan.table, plan.layers, bits)
     return bits
 
 
 def cut_layer(parent: Tensor, height: Tensor, keep: int) -> tuple[Tensor, float]:
-    """Cut the problems (P, n) of one layer: labels (P, n) int32, and h in the units of height. Waits for the device."""
+    """Cut the problems of one layer, parent and height (P, n), so that each has at most `keep` clusters.
+
+    Returns labels (P, n) int32, and the cut height in the units of `height`. Waits for the device.
+    """
     parent, height = parent.contiguous(), height.contiguous()
     plan, report = layer_plan(parent.shape, parent.device)
-    forests = Forests(parent.view(-1), height.view(-1), report, work=parent.new_empty(0, 2))  # done by someone else
+    forests = Forests(parent.view(-1), height.view(-1), report, work=parent.new_empty(0, 2))  # nothing reads the work
     level(plan, forests, torch.tensor([keep], dtype=torch.int32, device=parent.device))
     labels, _ = label(plan, forests)
     return labels.view_as(parent), read_report(report)[0].h
 
 
-def cover_layer(labels: Tensor, keep: int, seed: int, order: Tensor | None) -> Covers:
-    """Choose keep filters of one layer with labels (P, n) int32, numbers under n."""
+def cover_layer(labels: Tensor, keep: int, seed: int, score: Tensor | None) -> Covers:
+    """Choose `keep` filters of one layer, from labels (P, n) int32 that are less than n. See `cover`."""
     plan, report = layer_plan(labels.shape, labels.device, seed)
     members = membership(plan, report, labels.contiguous().view(-1))
-    return cover(plan, report, members, torch.tensor([keep], dtype=torch.int32, device=labels.device), order)
+    return cover(plan, report, members, torch.tensor([keep], dtype=torch.int32, device=labels.device), score)
 
 
-def layer_plan(shape: Sequence[int], device: torch.device, seed: int = 0) -> tuple[Plan, Tensor]:
-    """An event over one layer without weights of this many problems and filters, and its report: all is clustered."""
+def layer_plan(shape: Sequence[int], device: torch.device, tie_seed: int = 0) -> tuple[Plan, Tensor]:
+    """Return a plan for one layer of this shape (P, n) without weights, and a report that says it is clustered."""
     columns, n = shape
-    row = [{"n": n, "n_out": n, "columns": columns, "tie_seed": seed}.get(name, 0) for name in table.NAMES]
-    arrays = [table.owners([0], [0], [columns]), table.owners([0], [0], [1])]
-    own_table, problems, one = table.tables_to_device([row], arrays, device)
+    rows = [table.Row(n=n, n_out=n, columns=columns, tie_seed=tie_seed)]
+    arrays = [table.owners([(0, 0, columns)]), table.owners([(0, 0, 1)])]
+    own_table, problems, layer = table.tables_to_device(rows, arrays, device)
     sizes = Sizes(layers=1, filters=n, points=columns * n, problems=columns, floats=0, ints=0)
     report = torch.zeros(1, table.REPORT.value, dtype=torch.int32, device=device)
-    return Plan(own_table, problems, problems, [], [one, one], problems, sizes, []), report
+    plan = Plan(
+        own_table, filters=problems[:0], problems=problems, layers=layer, chosen_layers=layer, chosen_problems=problems,
+        clustering=[], sizes=sizes, read=[],
+    )  # fmt: skip
+    return plan, report
 
 
 def read_report(report: Tensor) -> list[Report]:
-    """Wait for the device, and read the report."""
+    """Wait for the device, and read the report (layers, REPORT)."""
     return [read_row(row) for row in report.tolist()]
 
 
 def read_row(row: Sequence[float]) -> Report:
-    """What a layer's row of the report says."""
+    """Read a layer's row of the report."""
     magnitude, unfinished, over = (int(row[field.value]) for field in (table.MAGNITUDE, table.UNFINISHED, table.CUT))
     h = struct.unpack("f", struct.pack("i", over - 1))[0] if over else 0.0
     return Report(magnitude < table.INFINITY_BITS.value, not unfinished, table.exponent(magnitude), h)

@@ -251,30 +251,30 @@ class Triton:
         from reprune_triton.kernels.clustering import launch
 
         self.work, self._launch = work, launch
-        self._event = launch.prepare(*work)
+        self._plan = launch.prepare(*work)
 
     def cluster(self) -> None:
-        self._forests = self._launch.cluster(self._event)
+        self._forests = self._launch.cluster(self._plan)
 
     def cut(self, keep: Tensor) -> Tensor:
         """Return the reports of the kernels: (L, 3) int32."""
-        self._launch.level(self._event, self._forests, keep)
+        self._launch.level(self._plan, self._forests, keep)
         return self._forests.report
 
     def labels(self) -> Tensor:
-        return self._launch.label(self._event, self._forests)[0]
+        return self._launch.label(self._plan, self._forests)[0]
 
     def membership(self, labels: Tensor) -> None:
-        self._members = self._launch.membership(self._event, self._forests.report, labels)
+        self._members = self._launch.membership(self._plan, self._forests.report, labels)
 
     def cover(self, keep: Tensor, tie: str, order: Tensor | None) -> tuple[Tensor, Tensor]:
         if tie == "index":  # all equal: the lowest goes first
             order = torch.zeros(self.work.filters, dtype=torch.int32, device=self.work.device)
-        found = self._launch.cover(self._event, self._forests.report, self._members, keep, order)
+        found = self._launch.cover(self._plan, self._forests.report, self._members, keep, order)
         return found.kept, found.totals
 
     def bits(self) -> Tensor:
-        return self._launch.draw_bits(self._event).long() & 0xFFFFFFFF
+        return self._launch.draw_bits(self._plan).long() & 0xFFFFFFFF
 
     def heights(self, numbers: Sequence[float]) -> list[float]:
         reports = self._reports(numbers)

@@ -34,7 +34,7 @@ from selection.test_ward import check_forest, same_partition, seed_of
 from reprune_triton import ops
 from reprune_triton.bench.measure import peers
 from reprune_triton.errors import RepruneError
-from reprune_triton.kernels.clustering import chain, launch, line, reciprocal, table
+from reprune_triton.kernels.clustering import chain, launch, line, reciprocal
 from reprune_triton.kernels.configuration import Configuration
 from reprune_triton.selection.problems import scale_of
 
@@ -501,11 +501,11 @@ def test_an_event_keeps_what_it_reads(device):
     kept = layers()
     read = [weakref.ref(tensor) for tensor in kept[0][:3]]
     wanted = launch.cluster(launch.prepare(kept))
-    event = launch.prepare(kept)
+    plan = launch.prepare(kept)
     del kept
     assert all(tensor() is not None for tensor in read)
-    assert torch.equal(launch.cluster(event).height, wanted.height)
-    del event
+    assert torch.equal(launch.cluster(plan).height, wanted.height)
+    del plan
     assert not any(tensor() is not None for tensor in read), "and not longer than it can be launched"
 
 
@@ -689,7 +689,7 @@ def test_memory_of_a_resnet50_event():
     for method, algorithm in (("ward", "auto"), ("ward", "reciprocal"), ("ward", "chain"), ("average", "auto")):
         _, launches = launch.rows_and_launches(layers, method, algorithm)
         assert max(part.floats + part.ints for part in launches) * 4 <= 256 * 10**6 * 1.05, (method, algorithm)
-        programs = sum(end - begin for part in launches for begin, end in zip(part.begins, part.ends, strict=True))
+        programs = sum(end - begin for one in launches for _, begin, end in one.parts)
         assert programs == 16896
     rows, launches = launch.rows_and_launches(layers)
     assert len(launches) <= 7 and len(rows) == len(layers)
@@ -703,26 +703,25 @@ def test_one_launch_for_each_kernel_and_area_largest_first():
     layers = [ops.Layer(torch.empty(1).expand(n, columns, k, k)) for n, columns, k in shapes]
     rows, launches = launch.rows_and_launches(layers, seeds=[(number, 2**40 + number) for number in range(10)])
     assert len(rows) == len(layers)
-    assert [(part.configuration.kernel.__name__, part.rows) for part in launches] == [
+    numbers = [[row for row, _, _ in one.parts] for one in launches]
+    assert list(zip((one.configuration.kernel.__name__ for one in launches), numbers, strict=True)) == [
         ("reciprocal_kernel", [1, 0, 3]), ("chain_kernel", [2, 5]), ("chain_kernel", [4]), ("reciprocal_kernel", [6]),
         ("line_kernel", [7, 9]), ("line_kernel", [8]),
     ]  # fmt: skip
-    assert sorted(row for part in launches for row in part.rows) == list(range(10))
-    named = [dict(zip(table.NAMES, row, strict=True)) for row in rows]
-    for part in launches:
-        assert all(begin == 0 for begin in part.begins)
-        assert part.ends == [shapes[row][1] for row in part.rows]
+    assert sorted(number for some in numbers for number in some) == list(range(10))
+    for one in launches:
+        assert one.parts == [(number, 0, shapes[number][1]) for number, _, _ in one.parts]
         at = 0
-        for row in part.rows:  # side by side
-            assert named[row]["floats"] == at
-            at += named[row]["floats_each"] * named[row]["columns"]
-        assert at == part.floats
-    assert [row["problem"] for row in named] == list(np.cumsum([0] + [columns for _, columns, _ in shapes[:-1]]))
-    assert [row["forest"] for row in named] == list(np.cumsum([0] + [n * columns for n, columns, _ in shapes[:-1]]))
-    assert [row["filter"] for row in named] == list(np.cumsum([0] + [n for n, _, _ in shapes[:-1]]))
-    assert [row["tie_seed"] for row in named] == [row["layer"] for row in named] == list(range(10))
-    assert [row["draw_seed"] - 2**40 for row in named] == list(range(10))
-    assert [(row["n"], row["columns"], row["d"], row["kernel_w"]) for row in named] == [
+        for number, _, _ in one.parts:  # side by side
+            assert rows[number].floats == at
+            at += rows[number].floats_each * rows[number].columns
+        assert at == one.floats
+    assert [row.problem for row in rows] == list(np.cumsum([0] + [columns for _, columns, _ in shapes[:-1]]))
+    assert [row.forest for row in rows] == list(np.cumsum([0] + [n * columns for n, columns, _ in shapes[:-1]]))
+    assert [row.filter for row in rows] == list(np.cumsum([0] + [n for n, _, _ in shapes[:-1]]))
+    assert [row.tie_seed for row in rows] == [row.layer for row in rows] == list(range(10))
+    assert [row.draw_seed - 2**40 for row in rows] == list(range(10))
+    assert [(row.n, row.columns, row.d, row.kernel_w) for row in rows] == [
         (n, columns, k * k, k) for n, columns, k in shapes
     ]
 
@@ -732,14 +731,12 @@ def test_a_layer_in_parts_has_a_row_for_each(monkeypatch):
     each = sum(reciprocal.scratch(100, 9))
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 4 * 4 * each)
     rows, launches = launch.rows_and_launches([layer])
-    parts = [(part.rows, part.begins, part.ends) for part in launches]
-    assert parts == [([0], [0], [4]), ([1], [4], [8]), ([2], [8], [10])]
-    floats, ints = table.NAMES.index("floats"), table.NAMES.index("ints")
-    for row, part in zip(rows, launches, strict=True):
+    assert [one.parts for one in launches] == [[(0, 0, 4)], [(1, 4, 8)], [(2, 8, 10)]]
+    for row, one in zip(rows, launches, strict=True):
         floats_each, ints_each = reciprocal.scratch(100, 9)
-        begin, end = part.begins[0], part.ends[0]
-        assert row[floats] + begin * floats_each == 0 == row[ints] + begin * ints_each, "where the first one's begins"
-        assert (part.floats, part.ints) == ((end - begin) * floats_each, (end - begin) * ints_each)
+        ((_, begin, end),) = one.parts
+        assert row.floats + begin * floats_each == 0 == row.ints + begin * ints_each, "where the first one's begins"
+        assert (one.floats, one.ints) == ((end - begin) * floats_each, (end - begin) * ints_each)
 
 
 def test_scratch_memory_is_what_the_docstrings_say():

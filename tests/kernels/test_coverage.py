@@ -167,12 +167,12 @@ def test_two_shares_are_the_whole(device):
     """Of the problems of each layer the first ones here, the others there: levels by the maximum, labels by the sum."""
     network = Network(device)
 
-    def cut(event, report=None):
-        forests = launch.cluster(event)
-        launch.level(event, forests, keep)
+    def cut(plan, report=None):
+        forests = launch.cluster(plan)
+        launch.level(plan, forests, keep)
         if report is not None:
             forests.report.copy_(torch.maximum(forests.report, report))
-        return forests.report.clone(), launch.label(event, forests)[0]
+        return forests.report.clone(), launch.label(plan, forests)[0]
 
     keep = torch.tensor([4, 9, 6], dtype=torch.int32, device=device)
     whole = launch.prepare(network.layers)
