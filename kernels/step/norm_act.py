@@ -58,8 +58,8 @@ def tile(ptr, rows, channels, M, C, WIDE: tl.constexpr):
 @triton.jit
 def store_tile(ptr, rows, channels, M, C, value):
     """Store a tile of a tensor (M, C), rounded to its type."""
-    inside = (rows < M)[:, None] & (channels < C)[None, :]  # [BLOCK_M, BLOCK_C]
-    tl.store(ptr + rows.to(tl.int64)[:, None] * C + channels[None, :], value.to(ptr.dtype.element_ty), mask=inside)
+    at = ptr + rows.to(tl.int64)[:, None] * C + channels[None, :]  # [BLOCK_M, BLOCK_C]
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=(rows < M)[:, None] & (channels < C)[None, :])
 
 
 @triton.jit
