@@ -71,7 +71,7 @@ def configurations() -> Iterator[Configuration]:
 def scratch(kernel: Any, n: int, d: int, linkage: str) -> tuple[int, int]:
     """Return how much scratch memory one problem needs: numbers of float32, and of int32."""
     if kernel is chain.chain_kernel:
-        return chain.floats_of_problem(linkage, n, d), n * chain.INTS_PER_POINT
+        return chain.scratch(linkage, n, d)
     if kernel is line.line_kernel:
         return line.scratch(n)
     return reciprocal.scratch(n, d)

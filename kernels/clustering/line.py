@@ -1,21 +1,22 @@
-"""Ward clustering of points on a line (1x1 kernels): sort, then merge all adjacent local minima, round by round."""
+"""Ward clustering of points on a line (1x1 kernels): sort, then merge neighbours at all local minima, in rounds."""
 
 import triton
 import triton.language as tl
 
 from reprune_triton.kernels.clustering import table
 
-PAD = tl.constexpr(2)  # places before the first cluster; there are three behind the last
+PAD, PAD_END = tl.constexpr(2), tl.constexpr(3)  # places before the first cluster and after the last
 
 
 def scratch(n: int) -> tuple[int, int]:
-    """Floats (mean, inverse, size, newest; each twice) and ints (lowest, twice)."""
-    return 8 * (n + 5), 2 * (n + 5)
+    """Return the floats (mean, inverse, size, newest; each twice) and ints (lowest, twice)."""
+    room = n + PAD.value + PAD_END.value
+    return 8 * room, 2 * room
 
 
 @triton.jit
 def _gap(x, inverse_x, y, inverse_y):
-    """How much merging two neighbours would add to the within-cluster SSE, from their means and 1 / size."""
+    """Return the merge height I(A, B) of two neighbours, from their means x, y and 1 / size. Any one shape."""
     step = y - x
     root = tl.rsqrt(inverse_x + inverse_y)
     return step * step * (root * root)
@@ -23,35 +24,36 @@ def _gap(x, inverse_x, y, inverse_y):
 
 @triton.jit
 def _goes_first(left, middle, right, even):
-    """Is the middle one of three gaps a local minimum, where of equal neighbours the even one counts as smaller?"""
+    """Return whether the middle one of three gaps is a local minimum; of equal gaps the even one counts as smaller."""
     return ((middle < left) | ((middle == left) & even)) & ((middle < right) | ((middle == right) & even))
 
 
 @table.kernel
 def line_kernel(
     table_ptr, owner_ptr, report_ptr,
-    parent_ptr, height_ptr, work_ptr,
-    floats_ptr, ints_ptr,
+    parent_ptr, height_ptr, work_ptr,  # results
+    floats_ptr, ints_ptr,  # scratch memory
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program clusters the n numbers of one input channel: absorption forest parent, height (see ops.Merges).
+    """Cluster the n numbers of one input channel, by one program: parent and height of every point (see ops.Merges).
 
-    Clusters are intervals of the sorted line, and nearest neighbours are adjacent. A gap I(A, B) between neighbours
-    only grows when A or B merges with someone else. So a gap smaller than both gaps beside it is merged before they
-    are, and all such gaps can go at once: about 20 rounds, each over the clusters that are left.
+    Clusters are intervals of the sorted line, and a cluster's nearest stands beside it. The gap I(A, B) between two
+    neighbours only grows when A or B merges with another. So a gap that is smaller than both gaps beside it is merged
+    before these, and all such gaps can go at once: about 20 rounds, each over the clusters that are left.
 
     WIDTH is a power of two, at least n.
 
-    Ties: points are sorted by value, then by index. Of equal gaps side by side the one at an even place goes first, so
-    a run of them has one in every two, and there is always a gap to merge. A program without one stops and says so in
-    the report; every other round ends a cluster, so the loop is bounded.
+    Ties: points are sorted by value, then by index. Of equal gaps side by side the one at an even place goes first: in
+    a run of equal gaps every other one, so there is always a gap to merge. A program that finds none stops and says so
+    in the report. Any other round ends a cluster, so the loop is bounded.
 
-    Before the first cluster and behind the last stand infinities of alternating sign, from which every gap is infinite:
-    so no cluster need ask whether it has neighbours.
+    Before the first cluster and after the last stand infinities of alternating sign, which make every gap infinite: so
+    a cluster need not ask whether it has neighbours.
 
     No race. All state is in scratch memory of this program alone, in two copies: a round reads one and writes the
-    other, and ends in a barrier, after which they change roles. Survivors are numbered by a cumulative sum, so no two
-    threads write one place; a cluster dies once, so nor do they in parent and height, which are only written.
+    other, and ends in a barrier, after which they change roles. Survivors are numbered by a cumulative sum, so two
+    threads never write one place of a copy. A cluster dies once, so they never write one place of parent or height,
+    which are not read.
 
     Precision: float32, by direct differences. 1 / (1/|A| + 1/|B|) is the square of a reciprocal square root, at 2 ulp.
     Heights along a path are kept in order by a maximum, since rounding is not.
@@ -60,14 +62,14 @@ def line_kernel(
         table_ptr, owner_ptr, report_ptr, parent_ptr, height_ptr, floats_ptr, ints_ptr
     )
     # Where the arrays begin, each in two copies of `room` places, with cluster 0 at place PAD.
-    room = n + 5
+    room = n + (PAD + PAD_END)
     mean_ptr, inverse_ptr = floats_ptr + PAD, floats_ptr + PAD + 2 * room
     size_ptr, newest_ptr, lowest_ptr = floats_ptr + PAD + 4 * room, floats_ptr + PAD + 6 * room, ints_ptr + PAD
 
-    # Sort (value, index) as one integer: flip the bits of negative floats and integers compare as the floats do.
+    # Sort (value, index) as one integer: with the bits of negative floats flipped, integers compare as floats do.
     point = tl.arange(0, WIDTH)  # [WIDTH]
     exists = point < n
-    value = table.read(row_ptr, table.point_offsets(row_ptr, number, point, exists), exists) * scale
+    value = table.read(row_ptr, table.point_offsets(row_ptr, number, point, exists), exists) * scale  # [WIDTH]
     bits = value.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.sort(tl.where(exists, (bits.to(tl.int64) << 32) | point.to(tl.int64), 0x7FFFFFFFFFFFFFFF))
@@ -81,18 +83,18 @@ def line_kernel(
     tl.store(lowest_ptr + point, (key & 0xFFFFFFFF).to(tl.int32), mask=exists)
     tl.store(parent_ptr + point, point, mask=exists)
     tl.store(height_ptr + point, one * float("inf"), mask=exists)
-    pad = tl.arange(0, 4)  # [4] of which three are used
+    pad = tl.arange(0, 4)  # [4], of which PAD or PAD_END are used
     pad_mean = tl.where((pad & 1) == 0, float("inf"), float("-inf"))
     pad_inverse = tl.full((4,), 1.0, tl.float32)
     for copy in range(0, tl.where(n > 0, 2 * room, 0), room):
         tl.store(mean_ptr + copy - PAD + pad, pad_mean, mask=pad < PAD)
         tl.store(inverse_ptr + copy - PAD + pad, pad_inverse, mask=pad < PAD)
-    tl.store(mean_ptr + n + pad, pad_mean, mask=(pad < 3) & (n > 0))
-    tl.store(inverse_ptr + n + pad, pad_inverse, mask=(pad < 3) & (n > 0))
+    tl.store(mean_ptr + n + pad, pad_mean, mask=(pad < PAD_END) & (n > 0))
+    tl.store(inverse_ptr + n + pad, pad_inverse, mask=(pad < PAD_END) & (n > 0))
     tl.debug_barrier()
 
     m = n
-    now = 0  # the copy that is read: where it begins
+    now = 0  # where the copy that is read begins
     rounds = 0
     blocks = 0
     merged = 1
@@ -102,7 +104,7 @@ def line_kernel(
         for begin in range(0, m, BLOCK):
             i = begin + tl.arange(0, BLOCK)  # [BLOCK]
             live = i < m
-            at = now + tl.minimum(i, m)
+            at = now + tl.minimum(i, m)  # [BLOCK], as all that follow
             x0, x1, x2 = tl.load(mean_ptr + at - 2), tl.load(mean_ptr + at - 1), tl.load(mean_ptr + at)
             x3, x4 = tl.load(mean_ptr + at + 1), tl.load(mean_ptr + at + 2)
             v0, v1, v2 = tl.load(inverse_ptr + at - 2), tl.load(inverse_ptr + at - 1), tl.load(inverse_ptr + at)
@@ -130,8 +132,8 @@ def line_kernel(
             tl.store(lowest_ptr + to, tl.where(lead, low, own), mask=stays)
             left += tl.sum(stays.to(tl.int32), 0)
             blocks += 1
-        tl.store(mean_ptr + then + left + pad, pad_mean, mask=pad < 3)
-        tl.store(inverse_ptr + then + left + pad, pad_inverse, mask=pad < 3)
+        tl.store(mean_ptr + then + left + pad, pad_mean, mask=pad < PAD_END)
+        tl.store(inverse_ptr + then + left + pad, pad_inverse, mask=pad < PAD_END)
         tl.debug_barrier()
         merged = m - left
         m = left
