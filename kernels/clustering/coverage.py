@@ -1,8 +1,8 @@
-"""Greedy maximum coverage: which kernels share a cluster, and the filters that cover most clusters, one after another.
+"""Greedy maximum coverage: the members of every cluster, and the filters that cover most clusters, one after another.
 
     labels -> membership -> (place, cluster, member) -> cover -> order of the chosen filters
 
-The clusters of input channel j stand in a row of n places, each cluster's members side by side (CSR form):
+The clusters of input channel j stand in a row of n places, the members of each side by side (CSR form):
 
     member   (points,) int16  [columns, n]: the filters of channel j, cluster after cluster
     cluster  (points,) int32  [columns, n]: where a cluster begins in its row, its size and when it was covered
@@ -13,16 +13,16 @@ import triton.language as tl
 
 from reprune_triton.kernels.clustering import table
 
-# A cluster's word: its size, and in the upper half the step at which it was covered first.
+# A cluster's word: its size, and in the upper half the step that covered it first.
 SIZE = tl.constexpr(0xFFFF)
 STEP = tl.constexpr(1 << 16)
 NEVER = tl.constexpr(0x7FFF)  # later than all steps: there are at most 4096
 
 # The key by which filters are chosen: gain | tie | reversed index. See reference.cover.
 INDEX_BITS, TIE_BITS = tl.constexpr(12), tl.constexpr(31)
-LAST = tl.constexpr((1 << 12) - 1)
+LAST = tl.constexpr((1 << INDEX_BITS.value) - 1)  # index
 
-# Per layer, int32, zero at first.
+# The totals, int32 (layers, TOTALS), zero at first.
 TOTALS = tl.constexpr(2)
 COVERED, CLUSTERS = tl.constexpr(0), tl.constexpr(1)
 
@@ -30,17 +30,19 @@ COVERED, CLUSTERS = tl.constexpr(0), tl.constexpr(1)
 @table.kernel
 def membership_kernel(
     table_ptr, owner_ptr, report_ptr,
-    label_ptr, count_ptr, cluster_ptr, place_ptr, member_ptr, totals_ptr,
+    label_ptr,
+    count_ptr,  # scratch memory
+    cluster_ptr, place_ptr, member_ptr, totals_ptr,  # results
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The rows of one input channel, by counting: labels are numbers under n.
+    """Sort the kernels of one input channel by cluster, by counting: labels are less than n.
 
-    count (points,) is scratch memory: the size of each cluster, then where its next member goes. The order of members
-    within a cluster is left to the atomics; nothing that follows depends on it, as gains are sums of integers.
+    count (points,): the size of each cluster, then where its next member goes. Atomics decide on the order of members
+    in a cluster. Nothing depends on it, as gains are sums of integers.
 
-    No race. Each pass ends in a barrier: counts are cleared, counted by atomics, turned into places by the thread that
-    loads them, read, and at last advanced by atomics. They are loaded past the first-level cache (.cg), as atomics
-    happen behind it.
+    No race. Five passes, with a barrier after each: counts are cleared, added to by atomics, turned into places by the
+    thread that loads them, read, and at last advanced by atomics. Loads bypass the first-level cache (.cg), as atomics
+    do.
     """
     row_ptr, number = table.locate(table_ptr, owner_ptr)
     n = table.points_to_cluster(row_ptr, report_ptr)
@@ -64,7 +66,7 @@ def membership_kernel(
     points = 0
     clusters = 0
     for begin in range(0, n, BLOCK):
-        i = begin + tl.arange(0, BLOCK)  # [BLOCK], here labels
+        i = begin + tl.arange(0, BLOCK)  # [BLOCK], labels here
         size = tl.load(count_ptr + i, mask=i < n, other=0, cache_modifier=".cg")
         at = points + tl.cumsum(size, 0) - size
         tl.store(cluster_ptr + at, size + NEVER * STEP, mask=size > 0)
@@ -88,28 +90,31 @@ def membership_kernel(
 
 @table.kernel
 def cover_kernel(
-    table_ptr, owner_ptr, report_ptr, keep_ptr,
-    level_ptr, cluster_ptr, place_ptr, member_ptr, gain_ptr,
-    order_ptr, gains_ptr, kept_ptr, totals_ptr,
-    RANDOM: tl.constexpr, FILTERS: tl.constexpr, COLUMNS: tl.constexpr, MEMBERS: tl.constexpr,
+    table_ptr, owner_ptr, report_ptr,
+    keep_ptr, score_ptr,
+    cluster_ptr, place_ptr, member_ptr,  # words of clusters are written, too
+    gain_ptr,  # scratch memory
+    order_ptr, gains_ptr, kept_ptr, totals_ptr,  # results
+    RANDOM: tl.constexpr,  # ties are broken by random bits, not by scores
+    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, MEMBERS: tl.constexpr,  # at once
 ):  # fmt: skip
-    """One program chooses the filters of one layer: keep[layer] of them, or all.
+    """Choose keep[layer] filters of one layer, or all, by one program.
 
-    gain[i] is how many clusters filter i would be first to cover. A step takes the largest key (gain, tie, reversed
-    index), and then every cluster that is first covered takes 1 off the gain of each of its members: over all steps
-    that is one subtraction for every filter and channel at most. So the filter itself comes to 0, and with one more to
-    -1, which is never taken again.
+    gain[i] is how many clusters filter i would be first to cover. A step takes the filter with the largest key (gain,
+    tie, reversed index). Then every cluster that it is first to cover takes 1 off the gain of each member: over all
+    steps one subtraction for every filter and channel at most. So the filter itself comes to 0. One subtraction more
+    brings it to -1, and it is never taken again.
 
-    Ties: RANDOM draws fresh bits for every step and filter, tl.randint(seed, step * n + i); else level (all filters,)
-    orders the filters, and the lowest index goes first where that is equal.
+    Ties: RANDOM draws new bits for every step and filter, tl.randint(seed, step * n + i). Else the filter with the
+    largest score goes first, and of equal scores the lowest.
 
-    order, gains (all filters,): the choices and their gains, from where the layer begins. kept (all filters,), zero at
-    first: 1 for a chosen filter, at its own number. gain (all filters,): scratch memory.
+    gain, order, gains, kept and score are (filters,), of all layers. order, gains: the choices and their gains, from
+    where the layer begins. kept, zero at first: 1 for a chosen filter, at its own number.
 
-    No race. Gains are read, a barrier, then changed by atomics alone, which commute, and a barrier ends the step; they
-    are loaded past the first-level cache (.cg). A cluster's word belongs to one lane. If threads hold copies of that
-    lane, one may load what another has just stored: then it finds the current step there, which still counts as not
-    covered before.
+    No race. In a step gains are read, then after a barrier changed by atomics alone, which commute, and a barrier ends
+    the step; loads bypass the first-level cache (.cg), as atomics do. A cluster's word belongs to one lane. If several
+    threads compute that lane, one may load what another has just stored. Then it finds the current step, which counts
+    as not covered before, and does the same.
     """
     row_ptr, _ = table.locate(table_ptr, owner_ptr)
     layer = table.whole(row_ptr, table.LAYER)
@@ -130,18 +135,18 @@ def cover_kernel(
     tl.debug_barrier()
     covered = 0
     for step in range(0, keep):
-        best = tl.full((FILTERS,), -1, tl.int64)
+        best = tl.full((FILTERS,), -1, tl.int64)  # [FILTERS]
         for begin in range(0, n, FILTERS):
             i = begin + tl.arange(0, FILTERS)  # [FILTERS]
-            gain = tl.load(gain_ptr + i, mask=i < n, other=-1, cache_modifier=".cg")
+            gain = tl.load(gain_ptr + i, mask=i < n, other=-1, cache_modifier=".cg")  # [FILTERS]
             if RANDOM:
                 tie = (tl.randint(seed, step * n + i).to(tl.uint32, bitcast=True) >> 1).to(tl.int64)
             else:
-                tie = tl.load(level_ptr + first + table.pick(filters, i, i < n), mask=i < n, other=0).to(tl.int64)
+                tie = tl.load(score_ptr + first + table.pick(filters, i, i < n), mask=i < n, other=0).to(tl.int64)
             key = (gain.to(tl.int64) << (INDEX_BITS + TIE_BITS)) | (tie << INDEX_BITS) | (i ^ LAST).to(tl.int64)
             best = tl.maximum(best, tl.where(gain >= 0, key, -1))
         # The halves of the largest key: two maxima of 32 bits are cheaper than one of 64.
-        upper = (best >> 32).to(tl.int32)
+        upper = (best >> 32).to(tl.int32)  # [FILTERS]
         most = tl.max(upper, 0)
         lower = tl.max(tl.where(upper == most, best.to(tl.uint32), 0), 0)
         choice = (lower & LAST).to(tl.int32) ^ LAST
@@ -156,7 +161,7 @@ def cover_kernel(
             j = begin + tl.arange(0, COLUMNS)  # [COLUMNS]
             at = tl.load(place_ptr + choice.to(tl.int64) * columns + j, mask=j < columns, other=0).to(tl.int64)
             at += j.to(tl.int64) * n
-            word = tl.load(cluster_ptr + at, mask=j < columns, other=0)
+            word = tl.load(cluster_ptr + at, mask=j < columns, other=0)  # [COLUMNS]
             fresh = (j < columns) & (word >= step * STEP)
             size = word & SIZE
             tl.store(cluster_ptr + at, size + step * STEP, mask=fresh)
@@ -164,7 +169,7 @@ def cover_kernel(
             for k in range(0, tl.max(size, 0), MEMBERS):
                 m = k + tl.arange(0, MEMBERS)[None, :]  # [1, MEMBERS]
                 use = m < size[:, None]  # [COLUMNS, MEMBERS]
-                i = tl.load(member_ptr + at[:, None] + m, mask=use, other=0).to(tl.int32)
+                i = tl.load(member_ptr + at[:, None] + m, mask=use, other=0).to(tl.int32)  # [COLUMNS, MEMBERS]
                 tl.atomic_add(gain_ptr + i, -1, mask=use, sem="relaxed", scope="cta")
         tl.debug_barrier()
     tl.store(totals_ptr + layer * TOTALS + COVERED, covered)
@@ -172,7 +177,7 @@ def cover_kernel(
 
 @table.kernel
 def bits_kernel(table_ptr, owner_ptr, bits_ptr, BLOCK: tl.constexpr):
-    """bits[filter] = tl.randint(seed of the layer's draw, number of the filter), for every filter of one layer."""
+    """bits[filter] = tl.randint(draw seed of the layer, number of the filter), for every filter of one layer."""
     row_ptr, _ = table.locate(table_ptr, owner_ptr)
     n_out = table.whole(row_ptr, table.N_OUT)
     first = tl.load(row_ptr + table.FILTER)

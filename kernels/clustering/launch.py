@@ -358,8 +358,8 @@ def cover(plan: Plan, report: Tensor, members: Members, keep: Tensor, score: Ten
     config = COVER_AT_RANDOM if score is None else COVER_IN_ORDER
     config.run(
         len(layers),
-        plan.table, layers, report, keep,
-        kept if score is None else score,
+        plan.table, layers, report,
+        keep, kept if score is None else score,
         members.cluster, members.place, members.member,
         gain, order, gains, kept, members.totals,
     )  # fmt: skip
