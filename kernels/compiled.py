@@ -1,4 +1,4 @@
-"""Kernels compiled without a GPU at hand: what the launcher can choose, and what the machine code of it costs."""
+"""Kernels compiled without a GPU, and the resources and instructions of their machine code."""
 
 from __future__ import annotations
 
@@ -23,36 +23,39 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_TYPES = {  # of pointers; all others are int32
+# Types of the arguments of clustering kernels and of pack; all others are pointers to int32.
+_TYPES = {
     "table_ptr": "*i64", "owner_ptr": "*i64", "height_ptr": "*fp32", "floats_ptr": "*fp32",
     "place_ptr": "*i16", "member_ptr": "*i16", "buffer_ptr": "*u8",
 }  # fmt: skip
 _TORCH = {"*i64": torch.int64, "*i32": torch.int32, "*i16": torch.int16, "*u8": torch.uint8, "*fp32": torch.float32}
-# What kernels of training read and write in the type of the activations; their other pointers are float32.
+# Arguments of norm_act and masked_conv. Pointers to the type of the activations; other pointers are to float32:
 _ACTIVATIONS = ("x", "y", "w", "residual", "grad", "other", "g", "grad_x")
-_NORM = ("mean", "rstd", "gamma", "beta")  # of masked_conv: the activations stand in for them where none is read
+_NORM = ("mean", "rstd", "gamma", "beta")  # where masked_conv reads none of these, the activations stand in for them
+# Numbers that are floats; the other numbers are int32:
 _FLOATS = ("low", "high", "eps")
+_JUMP = re.compile(r"^((?:BRA|BSSY|CALL|JMP|WARPSYNC\.COLLECTIVE)\b.*?)(0x[0-9a-f]+)$")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Resources(NamedTuple):
-    """What one program takes."""
+    """The resources that one program takes, and counts of instructions in the machine code."""
 
     registers: int  # per thread
-    spills: int  # loads and stores of spilled registers, in the machine code
+    spills: int  # instructions that load or store spilled registers; for AMD spilled registers
     shared: int  # bytes of shared memory
-    barriers: int  # in the machine code
+    barriers: int  # instructions
     instructions: int
 
 
 def build(
     config: Configuration, target: str, types: Mapping[str, str] | None = None, aligned: Sequence[str] = ()
 ) -> Any:
-    """Compile, as a launch on that GPU would.
+    """Compile a kernel for a target of TARGETS, as a launch on that GPU would.
 
-    types: of arguments, as Triton writes them ("*bf16", "fp32"); for others see `_TYPES`.
-    aligned: arguments that a launch finds to be divisible by 16, pointers or numbers. Kernels that work on a table of
-        layers are never told (`table.kernel`).
+    types: of arguments, as Triton writes them ("*bf16", "fp32"); without them those of `_TYPES`.
+    aligned: pointers and numbers that are divisible by 16 in a launch. None for kernels that work on a table: these are
+        compiled for any (`table.kernel`).
     """
     if not isinstance(config.kernel, triton.JITFunction):
         raise RuntimeError("Triton interprets kernels in this process: unset TRITON_INTERPRET to compile them.")
@@ -68,7 +71,7 @@ def build(
 
 
 def build_training(config: Configuration, target: str, dtype: str = "bf16") -> Any:
-    """Compile a kernel of norm_act or masked_conv, as a launch would for channels in multiples of 16.
+    """Compile a kernel of norm_act or masked_conv, as a launch with multiples of 16 channels would.
 
     dtype: of the activations, as Triton writes it.
     """
@@ -82,8 +85,10 @@ def build_training(config: Configuration, target: str, dtype: str = "bf16") -> A
 def warm(config: Configuration, dtype: torch.dtype = torch.bfloat16, n_in: int = 16, n_out: int = 16) -> Any:
     """Compile a kernel for the GPU here, into Triton's cache, where launches look first.
 
-    dtype: of the activations, for a kernel of norm_act or masked_conv.
-    n_in, n_out: for numbers of channels that are multiples of 16 as these are, or are not; norm_act has n_out.
+    The other arguments are for kernels of norm_act and masked_conv.
+
+    dtype: of the activations.
+    n_in, n_out: numbers of channels; it only counts which of them are multiples of 16. norm_act has n_out alone.
     """
     constants, names = dict(config.constants), config.kernel.arg_names
     given: list[torch.dtype | float | int] = []
@@ -101,9 +106,9 @@ def warm(config: Configuration, dtype: torch.dtype = torch.bfloat16, n_in: int =
 
 
 def resources(compiled: Any, code: Sequence[str] | None = None) -> Resources:
-    """Read the machine code.
+    """Return the resources of a binary.
 
-    code: its instructions, where they are known; see `machine_codes`. Not used for AMD.
+    code: its instructions, if they are known: see `machine_codes`. Not used for AMD.
     """
     if "hsaco" in compiled.asm:
         text = compiled.asm["amdgcn"]
@@ -130,9 +135,10 @@ def resources(compiled: Any, code: Sequence[str] | None = None) -> Resources:
 
 
 def machine_codes(binaries: Sequence[Any]) -> list[list[str]]:
-    """The instructions of NVIDIA binaries for one GPU, without predicates, and labels as 'LABEL:'.
+    """Return the instructions of each NVIDIA binary, without predicates, and labels as 'LABEL:'.
 
-    nvdisasm takes 0.3 s to start, and then 0.01 s for a kernel: hence all at once, as one text.
+    All binaries are for one GPU. They are disassembled as one text, as nvdisasm takes 0.3 s to start and then 0.01 s
+    for a kernel.
     """
     texts = [_text(binary.asm["cubin"]) for binary in binaries]
     arch = binaries[0].metadata.target.arch
@@ -153,11 +159,8 @@ def machine_codes(binaries: Sequence[Any]) -> list[list[str]]:
     return codes
 
 
-_JUMP = re.compile(r"^((?:BRA|BSSY|CALL|JMP|WARPSYNC\.COLLECTIVE)\b.*?)(0x[0-9a-f]+)$")
-
-
 def _text(cubin: bytes) -> bytes:
-    """The section of an ELF file with the instructions of its kernel."""
+    """Return the section of an ELF file that has the instructions of its kernel."""
     (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<3H", cubin, 0x3A)
     sections = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
     for name, _, _, _, offset, length in sections:
@@ -167,4 +170,5 @@ def _text(cubin: bytes) -> bytes:
 
 
 def _tool(name: str, *arguments: str) -> str:
+    """Run one of NVIDIA's tools that come with Triton, and return its output."""
     return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout

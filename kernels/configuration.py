@@ -1,4 +1,4 @@
-"""A kernel as it is compiled, and how it is launched without Triton's search for its binary."""
+"""A kernel with its constants, and launches of it that skip Triton's search for its binary."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import triton
 
 
 def cdiv(a: int, b: int) -> int:
-    """Rounded up. triton.cdiv is ten times slower on the host."""
+    """Return a / b, rounded up. triton.cdiv is ten times slower on the host."""
     return -(-a // b)
 
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """A kernel as it is compiled. On one GPU architecture there is one binary for each."""
+    """A kernel, the constants that it is compiled with, and the resources of a program."""
 
     kernel: Any
     constants: tuple[tuple[str, int], ...]
     warps: int
     max_registers: int | None = None  # per thread, on NVIDIA
-    stages: int = 1  # of pipelined loads; in clustering none are: one copy of the state is all a barrier protects
-    # By device, types and numbers: a binary, the constants that it is given, and the cache of Triton's that it is in:
-    # one that Triton has emptied is another.
+    stages: int = 1  # of pipelined loads; 1 in clustering, where a load ahead of its turn could pass a barrier
+    # For each device, dtypes and numbers: the binary, its constants, and Triton's cache in which it was found. Once
+    # Triton has emptied its caches there is another.
     binaries: dict[Any, tuple[Any, tuple[int, ...], Any]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -34,18 +34,21 @@ class Configuration:
         return hash((id(self.kernel), self.constants, self.warps))  # Triton hashes a kernel's source
 
     def options(self) -> dict[str, int]:
+        """Return Triton's options for the compilation."""
         nvidia = torch.version.hip is None
         limit = {"maxnreg": self.max_registers} if nvidia and self.max_registers is not None else {}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
     @functools.cached_property
     def pointers(self) -> int:
-        """How many of its arguments are tensors: the first."""
+        """The number of tensors among its arguments; they come first."""
         return sum(name.endswith("_ptr") for name in self.kernel.arg_names)
 
     def run(self, programs: int, *arguments: Any) -> None:
-        """Launch on the device of the first argument, a tensor; Triton takes it to be the current one. Tensors come
-        before numbers."""
+        """Launch the kernel on the device of the first argument, a tensor. Tensors come before numbers.
+
+        Triton launches on the current device: so that is switched.
+        """
         index = arguments[0].get_device()
         if not programs:
             return
@@ -56,8 +59,11 @@ class Configuration:
                 self._launch(programs, arguments, index)
 
     def _launch(self, programs: int, arguments: tuple[Any, ...], index: int) -> None:
-        """Triton takes longer to look for its binary than to launch it. Here it looks once for all launches with the
-        same numbers, and with tensors of the same types that are all aligned as PyTorch allocates them."""
+        """Launch the binary that Triton found for these dtypes and numbers before.
+
+        Triton takes longer to look for a binary than to launch it, so it looks once. This goes for tensors that are
+        aligned to 16 bytes, as PyTorch allocates them; for others Triton looks every time.
+        """
         count, addresses = self.pointers, 0
         tensors = arguments[:count]
         for tensor in tensors:
@@ -75,7 +81,7 @@ class Configuration:
             return
         stream, hooks = active.get_current_stream(device), triton.knobs.runtime
         enter, metadata = hooks.launch_enter_hook, None
-        if getattr(enter, "calls", enter):  # a profiler's
+        if getattr(enter, "calls", enter):  # a profiler wants to know
             metadata = binary.launch_metadata((programs, 1, 1), stream, *arguments, *constants)
         binary.run(
             programs, 1, 1, stream, binary.function, binary.packed_metadata, metadata, enter, hooks.launch_exit_hook,
@@ -83,6 +89,7 @@ class Configuration:
         )  # fmt: skip
 
     def _launch_first(self, programs: int, arguments: tuple[Any, ...], key: Any) -> None:
+        """Launch by Triton, and keep the binary under this key; None: do not keep it."""
         constants = dict(self.constants)
         binary = self.kernel[(programs,)](*arguments, **constants, **self.options())
         if key is not None and isinstance(binary, triton.compiler.CompiledKernel):  # not interpreted

@@ -1,4 +1,4 @@
-"""Numbers on their way from the host to the device; without Triton."""
+"""Numbers copied from the host to the device. Triton is not needed here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from torch import Tensor
 
 
 def to_device(numbers: Any, device: torch.device) -> Tensor:
-    """Integers, nested in lists or in an array, as int64 on the device; the host does not wait for it."""
+    """Copy integers, in nested lists or an array, to the device as int64; the host does not wait."""
     found = torch.from_numpy(np.asarray(numbers, dtype=np.int64))
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found

@@ -1,4 +1,4 @@
-"""A kernel of one line. Where it can be compiled and loaded, all others can."""
+"""A kernel of one line: if it can be compiled and loaded, all others can."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ INTERPRETED = not isinstance(probe_kernel, triton.JITFunction)
 
 
 def load(device: torch.device) -> None:
-    """Compile the kernel for this GPU and load it, with all that a launch needs; it is not launched."""
+    """Compile the kernel for this GPU and load it, and all that a launch needs; do not launch it."""
     if not INTERPRETED:
-        triton.runtime.driver.active.get_current_target()  # before a GPU is touched: is there a driver?
+        triton.runtime.driver.active.get_current_target()  # fails without a driver, before a GPU is touched
         with torch.cuda.device(device):
             probe_kernel.warmup(torch.int32, grid=(1,))[(1, 1, 1)]

@@ -1,1 +1,1 @@
-"""The kernels of a pruning event, and the sequence of their launches."""
+"""The kernels of a pruning event, and their launches."""

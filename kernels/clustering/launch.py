@@ -106,7 +106,7 @@ def why_not(layer: Layer) -> str | None:
 
 
 class Plan(NamedTuple):
-    """What is clustered and chosen here: the table of layers, and an owner array for each launch, on the device."""
+    """The table of layers and an owner array for each launch, on the device."""
 
     table: Tensor
     # Owner arrays: which programs a launch has.
@@ -121,7 +121,7 @@ class Plan(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How much there is of everything in all layers of a plan."""
+    """Sums over all layers of a plan, by which memory is allocated."""
 
     layers: int
     filters: int  # active or not
@@ -159,7 +159,7 @@ class Covers(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the host learns about a layer."""
+    """A layer's row of the report, as the host reads it."""
 
     clustered: bool  # False: a weight is not finite, or an index list has a number that the weight has not
     finished: bool  # False: a kernel gave up, which only a defect can bring about

@@ -1,4 +1,4 @@
-"""The table of layers, by which a program finds its clustering problem, and what all clustering kernels do with it.
+"""The table of layers, by which a program finds its clustering problem, and device functions that read it.
 
 All layers of a network share one launch. Its programs find their problem through two arrays of int64 on the device:
 

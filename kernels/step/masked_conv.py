@@ -277,7 +277,7 @@ def weight_gradient_kernel(
 
 
 class Tile(NamedTuple):
-    """How much one program computes."""
+    """The sizes of a program: of its tile of the output, and of one step of its sum."""
 
     rows: int  # BLOCK_M
     columns: int  # BLOCK_N
