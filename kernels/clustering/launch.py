@@ -32,7 +32,7 @@ MAGNITUDE = Configuration(magnitude.magnitude_kernel, (("BLOCK", 1024),), 4)
 LEVEL = Configuration(cut.level_kernel, (("BLOCK", 128),), 1)
 LABEL = Configuration(cut.label_kernel, (("BLOCK", 128),), 1)
 MEMBERSHIP = Configuration(coverage.membership_kernel, (("BLOCK", 128),), 1)
-# One program chooses all filters of a layer, one after another: more lanes wait for memory less often.
+# One program chooses all filters of a layer, one after another: with more lanes it waits for memory less often.
 _COVER = (("FILTERS", 512), ("COLUMNS", 1024), ("MEMBERS", 4))
 COVER_AT_RANDOM = Configuration(coverage.cover_kernel, (("RANDOM", 1), *_COVER), 16, max_registers=96)
 COVER_IN_ORDER = Configuration(coverage.cover_kernel, (("RANDOM", 0), *_COVER), 16, max_registers=96)

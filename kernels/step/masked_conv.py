@@ -33,7 +33,7 @@ PROGRAMS = 512  # that share a weight's gradient: about four for each SM of the 
 _FEW = 132  # with fewer programs SMs would be idle, and tiles are smaller
 Pair = tuple[int, ...]  # of height and width
 Moves = tuple[Pair, Pair, Pair]  # stride, padding and dilation
-# One binary for all of these numbers; only for CI and CO multiples of 16 have another, faster one.
+# One binary for all of these; multiples of 16 for CI and CO have others, faster ones.
 SIZES = ("M", "H", "W", "P", "Q", "R", "S", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")
 # The interpreter takes the bits of bfloat16 for integers when it multiplies matrices.
 _WIDEN = tl.constexpr(norm_act.INTERPRETED)
@@ -351,19 +351,19 @@ def geometry(
 
 def tile(rows: int, columns: int, pointwise: bool, tall: Tile = TALL) -> Tile:
     """Choose the tile for an output of this many pixels and channels: the largest that leaves no SM idle."""
-    found = WIDE if pointwise and columns > tall.columns else tall
-    few = cdiv(rows, found.rows) * cdiv(columns, found.columns) < _FEW
-    return SMALL if few else found
+    return _unless_idle(WIDE if pointwise and columns > tall.columns else tall, rows, columns)
 
 
 def input_tile(rows: int, columns: int, pointwise: bool, norm: bool = False) -> Tile:
     """Choose the tile for an input's gradient; norm: it goes on through the activation of a BatchNorm."""
     if not norm:
         return tile(rows, columns, pointwise, TALL if pointwise else SHALLOW)
-    if not pointwise:
-        return LOW
-    few = cdiv(rows, SPREAD.rows) * cdiv(columns, SPREAD.columns) < _FEW
-    return SMALL if few else SPREAD
+    return _unless_idle(SPREAD, rows, columns) if pointwise else LOW
+
+
+def _unless_idle(tile: Tile, rows: int, columns: int) -> Tile:
+    """Return this tile; or a small one, if so few programs would leave SMs idle."""
+    return SMALL if cdiv(rows, tile.rows) * cdiv(columns, tile.columns) < _FEW else tile
 
 
 def weight_tile(filters: int, channels: int, pointwise: bool) -> Tile:

@@ -30,7 +30,7 @@ from reprune_triton.kernels.configuration import Configuration, cdiv
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 NONE, RELU, RELU6 = (tl.constexpr(number) for number in ACTIVATIONS.values())
 CHUNKS = 256  # the most programs that share the rows of a channel: two for each SM of the largest GPUs
-SIZES = ("M", "each", "chunks")  # one binary for all of them; only for C multiples of 16 have another, faster one
+SIZES = ("M", "each", "chunks")  # one binary for all of these; multiples of 16 for C have another, faster one
 _ELEMENTS = 2048  # of a tile; with twice as many the gradient's registers spill
 _MERGED = 16  # channels of a program that merges chunks
 
