@@ -165,7 +165,7 @@ def estimate(
         shapes.setdefault((layer.n, layer.d), []).append(layer)
     ordered = sorted(shapes.items(), key=lambda item: (-item[0][1], -item[0][0]))
     configs = [launch.configuration(n, d, linkage, algorithm) for (n, d), _ in ordered]
-    compiled = _compiled([launch.MAGNITUDE, *configs, launch.LEVEL, launch.LABEL], target)
+    compiled = _compiled([launch.MAGNITUDE, *configs, launch.CUT_HEIGHT, launch.LABEL], target)
 
     def part(config: Any, shape: str, pairs: Sequence[tuple[int, float]]) -> Part:
         """pairs: (problems, instructions of one warp of each) of the programs that are alike."""
@@ -179,7 +179,8 @@ def estimate(
 
     samples = {shape: _sample(some[0], linkage, config) for (shape, some), config in zip(ordered, configs, strict=True)}
     columns = {shape: sum(layer.columns for layer in some) for shape, some in ordered}
-    magnitude, level, label = (compiled[config][1] for config in (launch.MAGNITUDE, launch.LEVEL, launch.LABEL))
+    fixed = launch.MAGNITUDE, launch.CUT_HEIGHT, launch.LABEL
+    magnitude, cut_height, label = (compiled[config][1] for config in fixed)
     filters = [(layer.n, _magnitude(magnitude, layer.columns * layer.d, **dict(launch.MAGNITUDE.constants)))
                for layer in layers]  # fmt: skip
     parts = [part(launch.MAGNITUDE, "all", filters)]
@@ -190,9 +191,10 @@ def estimate(
         count = of_kernel[config.kernel.__name__]
         each = count(compiled[config][1], work=samples[shape].work, n=n, d=d, **dict(config.constants))
         parts.append(part(config, f"{len(some)} of n {n}, d {d}", [(columns[shape], each)]))
-    levels = [(count, _level(level, n, **dict(launch.LEVEL.constants))) for (n, _), count in columns.items()]
+    block = dict(launch.CUT_HEIGHT.constants)
+    heights = [(count, _cut_height(cut_height, n, **block)) for (n, _), count in columns.items()]
     labels = [(count, _label(label, samples[shape].climbs)) for shape, count in columns.items()]
-    return Estimate([*parts, part(launch.LEVEL, "all", levels), part(launch.LABEL, "all", labels)])
+    return Estimate([*parts, part(launch.CUT_HEIGHT, "all", heights), part(launch.LABEL, "all", labels)])
 
 
 def resident(binary: Binary, warps: int) -> int:
@@ -418,11 +420,11 @@ def _magnitude(code: Code, size: int, BLOCK: int) -> float:
     return code.once + _blocks(size, BLOCK) * code.loops[0].least  # float32 is the shortest of its branches
 
 
-def _level(code: Code, n: int, BLOCK: int) -> float:
-    _expect(len(code.loops) == 1 and len(code.loops[0].inside) == 1, "level")
+def _cut_height(code: Code, n: int, BLOCK: int) -> float:
+    _expect(len(code.loops) == 1 and len(code.loops[0].inside) == 1, "cut_height")
     halving = code.loops[0]
     (block,) = halving.inside
-    _expect(block.has("LDG") and not halving.count("LDG") and not block.inside, "level")
+    _expect(block.has("LDG") and not halving.count("LDG") and not block.inside, "cut_height")
     return code.once + 31 * (halving.own + _blocks(n, BLOCK) * block.own)
 
 

@@ -422,7 +422,7 @@ def clustering(args: argparse.Namespace) -> Iterator[Check]:
             kernel = launch.configuration(layer.n, layer.d, "ward", algorithm).kernel.__name__
             name = f"{layer.name}, {algorithm}"
             found.append(Check(kernel, name, lambda x=layer, a=algorithm: clustered(x, a)))  # type: ignore[misc]
-        for kernels, case in ((("magnitude_kernel",), magnitude), (("level_kernel", "label_kernel"), cut),
+        for kernels, case in ((("magnitude_kernel",), magnitude), (("cut_height_kernel", "label_kernel"), cut),
                               (("membership_kernel", "cover_kernel"), covered)):  # fmt: skip
             found += [Check(kernel, layer.name, lambda x=layer, c=case: c(x)) for kernel in kernels]  # type: ignore[misc]
     yield from sorted(found, key=lambda check: check.kernel)

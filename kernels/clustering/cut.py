@@ -6,7 +6,7 @@ from reprune_triton.kernels.clustering import table
 
 
 @table.kernel
-def level_kernel(table_ptr, owner_ptr, report_ptr, keep_ptr, height_ptr, BLOCK: tl.constexpr):
+def cut_height_kernel(table_ptr, owner_ptr, report_ptr, keep_ptr, height_ptr, BLOCK: tl.constexpr):
     """report[layer, CUT] = 1 + bits of h, where h = max over the layer's problems of the c-th smallest merge height.
 
     One program per problem, c = n - keep[layer]. The c-th smallest height is the least number that c heights do not

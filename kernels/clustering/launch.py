@@ -1,6 +1,6 @@
 """All layers of a network clustered, cut and covered in a handful of launches.
 
-    weights of all layers -> magnitude -> chain | line | reciprocal -> forests -> level -> label -> labels
+    weights of all layers -> magnitude -> chain | line | reciprocal -> forests -> cut_height -> label -> labels
     labels -> membership -> cover -> kept filters
 
 `prepare` makes a plan: all that the host knows, on the device. Every other step is launches alone, the same ones
@@ -29,7 +29,7 @@ UNROLLED = (1, 4, 9)  # kh * kw for which loops over coordinates are unrolled
 SCRATCH_BYTES = 256 << 20  # of one launch; more problems than fit are clustered in several launches
 
 MAGNITUDE = Configuration(magnitude.magnitude_kernel, (("BLOCK", 1024),), 4)
-LEVEL = Configuration(cut.level_kernel, (("BLOCK", 128),), 1)
+CUT_HEIGHT = Configuration(cut.cut_height_kernel, (("BLOCK", 128),), 1)
 LABEL = Configuration(cut.label_kernel, (("BLOCK", 128),), 1)
 MEMBERSHIP = Configuration(coverage.membership_kernel, (("BLOCK", 128),), 1)
 # One program chooses all filters of a layer, one after another: with more lanes it waits for memory less often.
@@ -37,7 +37,7 @@ _COVER = (("FILTERS", 512), ("COLUMNS", 1024), ("MEMBERS", 4))
 COVER_AT_RANDOM = Configuration(coverage.cover_kernel, (("RANDOM", 1), *_COVER), 16, max_registers=96)
 COVER_IN_ORDER = Configuration(coverage.cover_kernel, (("RANDOM", 0), *_COVER), 16, max_registers=96)
 BITS = Configuration(coverage.bits_kernel, (("BLOCK", 256),), 4)
-FIXED = (MAGNITUDE, LEVEL, LABEL, MEMBERSHIP, COVER_AT_RANDOM, COVER_IN_ORDER, BITS)  # of any linkage and size
+FIXED = (MAGNITUDE, CUT_HEIGHT, LABEL, MEMBERSHIP, COVER_AT_RANDOM, COVER_IN_ORDER, BITS)  # of any linkage and size
 
 
 def configuration(n: int, d: int, linkage: str = "ward", algorithm: str = "auto") -> Configuration:
@@ -308,13 +308,13 @@ def cluster(plan: Plan) -> Forests:
     return Forests(parent, height, report, work)
 
 
-def level(plan: Plan, forests: Forests, keep: Tensor) -> None:
+def cut_height(plan: Plan, forests: Forests, keep: Tensor) -> None:
     """Write the cut height of every layer into the report: the lowest that leaves each problem of this share at most
     keep[layer] clusters. The layer's is the largest over all shares.
 
     keep: (layers,) int32 on the device.
     """
-    LEVEL.run(len(plan.problems), plan.table, plan.problems, forests.report, keep, forests.height)
+    CUT_HEIGHT.run(len(plan.problems), plan.table, plan.problems, forests.report, keep, forests.height)
 
 
 def label(plan: Plan, forests: Forests) -> tuple[Tensor, Tensor]:
@@ -381,7 +381,7 @@ def cut_layer(parent: Tensor, height: Tensor, keep: int) -> tuple[Tensor, float]
     parent, height = parent.contiguous(), height.contiguous()
     plan, report = layer_plan(parent.shape, parent.device)
     forests = Forests(parent.view(-1), height.view(-1), report, work=parent.new_empty(0, 2))  # nothing reads the work
-    level(plan, forests, torch.tensor([keep], dtype=torch.int32, device=parent.device))
+    cut_height(plan, forests, torch.tensor([keep], dtype=torch.int32, device=parent.device))
     labels, _ = label(plan, forests)
     return labels.view_as(parent), read_report(report)[0].h
 

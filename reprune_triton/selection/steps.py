@@ -258,7 +258,7 @@ class Triton:
 
     def cut(self, keep: Tensor) -> Tensor:
         """Return the reports of the kernels: (L, 3) int32."""
-        self._launch.level(self._plan, self._forests, keep)
+        self._launch.cut_height(self._plan, self._forests, keep)
         return self._forests.report
 
     def labels(self) -> Tensor:

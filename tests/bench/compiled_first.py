@@ -28,7 +28,7 @@ def event() -> None:
     whole = launch.prepare(layers)
     forests = launch.cluster(whole)
     keep = torch.ones(len(layers), dtype=torch.int32)
-    launch.level(whole, forests, keep)
+    launch.cut_height(whole, forests, keep)
     labels, _ = launch.label(whole, forests)
     for order in (None, launch.draw_bits(whole)):
         launch.cover(whole, forests.report, launch.membership(whole, forests.report, labels), keep, order)

@@ -86,7 +86,7 @@ def test_machine_code_that_is_not_understood_is_refused(lines, message):
         (cost._line, {"work": [[4, 2]], "n": 4, "d": 1, "WIDTH": 64, "BLOCK": 32}),
         (cost._chain, {"work": [9], "n": 4, "d": 9, "LINKAGE": 1, "D": 0, "BLOCK": 64}),
         (cost._magnitude, {"size": 9, "BLOCK": 1024}),
-        (cost._level, {"n": 4, "BLOCK": 128}),
+        (cost._cut_height, {"n": 4, "BLOCK": 128}),
         (cost._label, {"climbs": [[1]]}),
     ],
 )
@@ -106,8 +106,8 @@ def test_counts_multiply():
     counted = {"n": 64, "d": 1, "WIDTH": 64, "BLOCK": 32}
     assert cost._line(code, work=[[70, 30, 2]], **counted) == 110 + 3 * 10 + (3 + 1 + 1) * 7
     assert cost._line(code, work=[[70, 30, 2], [2]], **counted) == 110 + (3 + 1) / 2 * 10 + (5 + 1) / 2 * 7
-    level = cost.Code(60, [loop(10, loop(3, text="LDG"))])
-    assert cost._level(level, 200, BLOCK=128) == 60 + 31 * (10 + 2 * 3)
+    halvings = cost.Code(60, [loop(10, loop(3, text="LDG"))])
+    assert cost._cut_height(halvings, 200, BLOCK=128) == 60 + 31 * (10 + 2 * 3)
     label = cost.Code(60, [loop(9, text="SHFL"), loop(10, loop(3, text="LDG"))])
     assert cost._label(label, [[1, 4], [2, 2]]) == 60 + 2 * (9 + 10) + (5 + 4) / 2 * 3
     searches = cost.Code(60, [loop(9, loop(2), text="STG"), loop(50, loop(30, text="REDUX FFMA"), least=20)])
@@ -223,7 +223,7 @@ def per_problem(found: cost.Estimate) -> dict[tuple[int, int], float]:
 
 def test_every_kernel_has_an_estimate(estimated):
     assert {part.kernel.split()[0] for part in estimated.parts} == {
-        "magnitude", "chain", "reciprocal", "line", "level", "label"
+        "magnitude", "chain", "reciprocal", "line", "cut_height", "label"
     }  # fmt: skip
     assert all(part.instructions > 0 and part.alone_ms > 0 and 1 <= part.resident <= 32 for part in estimated.parts)
     assert 0 < estimated.ms < estimated.serial_ms, "two problems of each shape do not fill the GPU"

@@ -529,7 +529,7 @@ def test_cut_of_some_problems_of_a_network(device):
     found = ops.cluster_network(layers, keeps, impl="triton")
     prepared = launch.prepare(layers)
     forests = launch.cluster(prepared)
-    launch.level(prepared, forests, torch.tensor(keeps, dtype=torch.int32, device=device))
+    launch.cut_height(prepared, forests, torch.tensor(keeps, dtype=torch.int32, device=device))
     labels, clusters = launch.label(prepared, forests)
     assert torch.equal(labels, torch.cat([own.labels.flatten() for _, own in found]))
     counted = [len(row.unique()) for _, own in found for row in own.labels]
@@ -651,7 +651,7 @@ def test_every_loop_ends(bad, name, device, monkeypatch):
     forests = launch.cluster(prepared)
     assert ((forests.parent >= 0) & (forests.parent < 9)).all()
     assert (forests.work[:, 0] <= 9 * 10).all()
-    launch.level(prepared, forests, torch.tensor([5, 5], dtype=torch.int32, device=device))
+    launch.cut_height(prepared, forests, torch.tensor([5, 5], dtype=torch.int32, device=device))
     labels, _ = launch.label(prepared, forests)
     assert ((labels >= 0) & (labels < 9)).all(), "what reads them next may follow them"
     first, second = launch.read_report(forests.report)

@@ -31,7 +31,7 @@ BUDGET = {
     # The sort in registers needs them; 8 warps of 128 registers are half an SM.
     "line_kernel": Budget(128, 8192, 2),
     # One warp, all of it waiting for memory: 32 at once on an SM, its maximum, at 64 registers.
-    "level_kernel": Budget(64, 8192, 0),
+    "cut_height_kernel": Budget(64, 8192, 0),
     "label_kernel": Budget(64, 8192, 1),
     "membership_kernel": Budget(64, 8192, 4),
     # One program for each layer, of 16 warps: what counts is how soon it is done.

@@ -29,7 +29,7 @@ COMPILED = [(2048, 512, 240, 256), (64, 4096, 900, 2048), (5000, 40, 9, 40), (30
 
 @pytest.mark.parametrize("tie", ops.TIES)
 def test_the_kernel_chooses_what_the_reference_chooses(tie, device):
-    # Of the large ones, which the interpreter takes long for, one order by bits and one by levels.
+    # Of the large ones, which the interpreter takes long for, one order by bits and one by scores.
     sizes = SIZES + (LARGE if tie in ("random", "norm") else []) + (COMPILED if device == "cuda" else [])
     for seed, (n_in, n_out, clusters, keep) in enumerate(sizes):
         labels = labels_of(n_in, n_out, clusters, seed, device)
@@ -164,12 +164,12 @@ def test_bits_are_those_of_every_layer(device):
 
 
 def test_two_shares_are_the_whole(device):
-    """Of the problems of each layer the first ones here, the others there: levels by the maximum, labels by the sum."""
+    """Of each layer's problems the first ones here, the others there: heights by the maximum, labels by the sum."""
     network = Network(device)
 
     def cut(plan, report=None):
         forests = launch.cluster(plan)
-        launch.level(plan, forests, keep)
+        launch.cut_height(plan, forests, keep)
         if report is not None:
             forests.report.copy_(torch.maximum(forests.report, report))
         return forests.report.clone(), launch.label(plan, forests)[0]

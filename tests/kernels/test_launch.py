@@ -43,13 +43,13 @@ from reprune_triton import ops
 
 for sizes in (((40, 3), (100, 3), (300, 1)), ((41, 3), (111, 3), (511, 1)), ((64, 3), (1, 3), (2, 2))):
     layers = [ops.Layer(torch.randn(n, 16, k, k)[:, 1:], torch.arange(n + 1)[1:] % n) for n, k in sizes]
-    event, keep = launch.prepare(layers, seeds=[(5, 1 << 40)] * 3), torch.zeros(4, dtype=torch.int32)[1:]
-    forests = launch.cluster(event)
-    launch.level(event, forests, keep)
-    labels, _ = launch.label(event, forests)
-    for order in (None, torch.zeros(event.sizes.filters + 1, dtype=torch.int32)[1:]):
-        launch.cover(event, forests.report, launch.membership(event, forests.report, labels), keep, order)
-    launch.draw_bits(event)
+    plan, keep = launch.prepare(layers, seeds=[(5, 1 << 40)] * 3), torch.zeros(4, dtype=torch.int32)[1:]
+    forests = launch.cluster(plan)
+    launch.cut_height(plan, forests, keep)
+    labels, _ = launch.label(plan, forests)
+    for order in (None, torch.zeros(plan.sizes.filters + 1, dtype=torch.int32)[1:]):
+        launch.cover(plan, forests.report, launch.membership(plan, forests.report, labels), keep, order)
+    launch.draw_bits(plan)
     launch.cut_layer(torch.zeros(33, dtype=torch.int32)[1:].view(2, 16), torch.zeros(33)[1:].view(2, 16), 1)
     launch.cover_layer(torch.zeros(33, dtype=torch.int32)[1:].view(2, 16), 1, 0, None)
     launch.cluster(launch.prepare(layers, "average"))
@@ -167,8 +167,8 @@ def test_a_launch_that_is_made_again_is_the_same():
 
 def test_a_launch_compiles_what_was_tested_and_nothing_else():
     (found,) = apart.run(DRIVER + EVENT)
-    kernels = {"magnitude_kernel", "chain_kernel", "reciprocal_kernel", "line_kernel", "level_kernel", "label_kernel"}
-    kernels |= {"membership_kernel", "cover_kernel", "bits_kernel"}
+    kernels = {"magnitude_kernel", "chain_kernel", "reciprocal_kernel", "line_kernel", "cut_height_kernel"}
+    kernels |= {"label_kernel", "membership_kernel", "cover_kernel", "bits_kernel"}
     assert {name for name, _, _ in found} == kernels
     for name, _, hashes in found:
         assert len(hashes) == 1, f"{name} was compiled in {len(hashes)} ways"

@@ -34,7 +34,7 @@ def event(some, linkage, algorithm):
     planned = launch.prepare(some, linkage, algorithm, seeds=[(5, 7)] * len(some))
     keep = torch.tensor([max(1, layer.n // 2) for layer in some], dtype=torch.int32)
     forests = launch.cluster(planned)
-    launch.level(planned, forests, keep)
+    launch.cut_height(planned, forests, keep)
     labels, clusters = launch.label(planned, forests)
     members = launch.membership(planned, forests.report, labels)
     covers = launch.cover(planned, forests.report, members, keep, None)
@@ -110,7 +110,7 @@ def test_a_read_of_what_nothing_wrote_is_found():
     planned = launch.prepare(some, seeds=[(5, 7)] * 5)
     forests = launch.cluster(planned)._replace(height=torch.empty(20 * 2 * 5))
     driver.clear()
-    launch.level(planned, forests, torch.full((5,), 3, dtype=torch.int32))
+    launch.cut_height(planned, forests, torch.full((5,), 3, dtype=torch.int32))
     assert {found.kind for found in driver.findings} == {"uninit-global"}
     driver.clear()
 

@@ -293,7 +293,7 @@ def test_the_host_waits_once_and_the_sequence_is_fixed(tie, rule, budget, monkey
             sequences.append((list(recorder.log), list(kernels)))
         assert sequences[0] == sequences[1]
         names = [line.split()[0] for line in kernels]
-        assert names.count("magnitude_kernel") == names.count("level_kernel") == names.count("label_kernel") == 1
+        assert names.count("magnitude_kernel") == names.count("cut_height_kernel") == names.count("label_kernel") == 1
         assert names[-3:] == ["membership_kernel", "cover_kernel", "bits_kernel"]
         # The host looks once: at all the numbers of an event together.
         looks = []
