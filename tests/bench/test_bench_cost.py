@@ -198,7 +198,7 @@ def machine_code():
         return
     cases = [*((n, d, "ward") for n, d in SHAPES), *((n, 9, other) for n in (30, 64, 130) for other in OTHERS)]
     cases += [(130, 4, other) for other in OTHERS]
-    configs = [launch.MAGNITUDE, launch.LEVEL, launch.LABEL, *(launch.configuration(*case) for case in cases)]
+    configs = [launch.MAGNITUDE, launch.CUT_HEIGHT, launch.LABEL, *(launch.configuration(*case) for case in cases)]
     configs = list(dict.fromkeys(configs))
     words = [
         (x.kernel.fn.__module__, x.kernel.__name__, x.constants, x.warps, x.max_registers, x.stages) for x in configs
