@@ -41,7 +41,7 @@ _FUSED = "_reprune_impl"  # an attribute of modules whose forward `fuse` has rep
 
 
 class Blind:
-    """Marks hooks, its methods, that look at no activations, so these may come as `Measured` or `Pending`."""
+    """A class whose methods, as hooks, do not look at activations: these may come as `Measured` or `Pending`."""
 
 
 class Measured(NamedTuple):
@@ -232,7 +232,7 @@ def _norm_forward(
 
 
 def _whole(x: Tensor | Pending) -> Tensor:
-    """Return the activations: of a `Pending`, which another has read first, those that were written for this reader."""
+    """Return the activations; for the second reader of a `Pending` the first one has written them."""
     if isinstance(x, Pending):
         assert x.written is not None
         return x.written
@@ -240,7 +240,7 @@ def _whole(x: Tensor | Pending) -> Tensor:
 
 
 def _batch_norm(self: nn.BatchNorm2d, act: str) -> BatchNorm:
-    """Return what this BatchNorm2d does: it updates the averages that torch's would, and by as much."""
+    """Return the tensors and numbers of this BatchNorm2d: those with which torch's own forward calls F.batch_norm."""
     momentum = self.momentum or 0.0
     if self.momentum is None and self.training and self.track_running_stats and self.num_batches_tracked is not None:
         momentum = 1.0 / float(self.num_batches_tracked)  # the plain average of all batches
@@ -373,7 +373,7 @@ def take_in(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.Node]:
 def _take_in(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
     """Return a call of this BatchNorm that also does the addition and the activation after it.
 
-    It does those between which no other node reads what they write.
+    It does an operation only where nothing else reads the input of that.
     """
     last, residual, act = norm, None, "none"
     add = _only_user(last)

@@ -1,1 +1,1 @@
-"""From the filters that stay to a network that runs on them: while it trains, and physically narrow."""
+"""Networks that run on their active filters: narrow while they train, compact in the end."""

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,14 +61,23 @@ def analyse(model: nn.Module, example_inputs: Any, ignore: Sequence[str] = ()) -
         raise RepruneError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to prune")
     check_whole(model)
     with torch.inference_mode(False), _as_written(), rng.kept(p.device for p in model.parameters()):
-        # Autograd's graph, which the analysis follows, cannot hold tensors of inference mode.
+        # The analysis follows autograd's graph, through frozen layers too; it cannot hold tensors of inference mode.
         inputs = mapped(example_inputs, lambda x: x.clone() if x.is_inference() else x)
-        return _analyse(_twin(model), inputs, ignore)
+        twin = _twin(model)
+        for parameter in twin.parameters():
+            parameter.requires_grad_(True)
+        try:
+            import torch_pruning  # noqa: F401  # imported here: the rest of the package runs without it
+        except ImportError:
+            find = chains.finder
+        else:
+            find = _by_torch_pruning
+        return _proved(twin, inputs, unproved(twin, inputs, ignore, find))
 
 
 @contextlib.contextmanager
 def _as_written() -> Iterator[None]:
-    """Run what torch.compile has compiled inside the model as it is written."""
+    """Make modules that torch.compile has compiled run as they are written."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -86,19 +94,6 @@ def _twin(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied, which the analysis does first ({error}). Remove weight norm or "
             "pruning of the old kind (hooks), and attributes such as locks and open files."
         ) from error
-
-
-def _analyse(twin: nn.Module, inputs: Any, ignore: Sequence[str]) -> Channels:
-    """`analyse` a copy that may be changed."""
-    for parameter in twin.parameters():
-        parameter.requires_grad_(True)  # the analysis follows autograd's graph, through frozen layers too
-    try:
-        import torch_pruning  # noqa: F401  # imported here: the rest of the package runs without it
-    except ImportError:
-        find = chains.finder
-    else:
-        find = _by_torch_pruning
-    return _proved(twin, inputs, unproved(twin, inputs, ignore, find))
 
 
 def unproved(
@@ -222,17 +217,16 @@ def _by_torch_pruning(twin: nn.Module, inputs: Any) -> Finder:
             return "torch-pruning does not see it called"
         prune, everything = torch_pruning.prune_conv_out_channels, list(range(conv.out_channels))
         group = graph.get_pruning_group(conv, prune, idxs=everything)
-        layer = _layer(name, conv, group, names, graph.is_in_channel_pruning_fn)
-        if isinstance(layer, str):
-            return layer
-        return replace(layer, norm=ranking_norm(_chain_after(graph.module2node[conv], names)))
+        norm = ranking_norm(_chain_after(graph.module2node[conv], names))
+        return _layer(name, conv, group, names, graph.is_in_channel_pruning_fn, norm)
 
     return find
 
 
 def _layer(
-    name: str, conv: nn.Conv2d, group: Any, names: dict[nn.Module, str], reads: Callable[[Any], bool]
-) -> Prunable | str:
+    name: str, conv: nn.Conv2d, group: Any, names: dict[nn.Module, str], reads: Callable[[Any], bool],
+    norm: str | None,
+) -> Prunable | str:  # fmt: skip
     """Return what goes with the output channels of `conv`, or why they cannot go.
 
     Args:
@@ -274,8 +268,7 @@ def _layer(
     if len(readers) > 1:
         names_of = ", ".join(reader.name for reader in readers)
         return f"it is read by several layers ({names_of}): a stream that branches share stays"
-    n_in, area = conv.in_channels, conv.kernel_size[0] * conv.kernel_size[1]
-    return Prunable(name, conv.out_channels, n_in, area, None, tuple(followers), tuple(readers))
+    return Prunable.of(name, conv, norm, followers, readers)
 
 
 def _chain_after(node: Any, names: dict[nn.Module, str]) -> Iterator[tuple[str, nn.Module]]:

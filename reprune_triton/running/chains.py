@@ -126,11 +126,8 @@ def _follow(
         if kind.follows:
             followers.append(target)
             continue
-        area = conv.kernel_size[0] * conv.kernel_size[1]
         norm = ranking_norm((follower, modules[follower]) for follower in followers)
-        return Prunable(
-            name, conv.out_channels, conv.in_channels, area, norm, tuple(followers), (Reader(target, repeat),)
-        )
+        return Prunable.of(name, conv, norm, followers, [Reader(target, repeat)])
 
 
 def _only_reader(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | str:

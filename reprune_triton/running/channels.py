@@ -32,6 +32,14 @@ class Prunable:
     followers: tuple[str, ...]  # norms, PReLUs and depthwise convs that lose the same channels
     readers: tuple[Reader, ...]
 
+    @staticmethod
+    def of(
+        name: str, conv: nn.Conv2d, norm: str | None, followers: Sequence[str], readers: Sequence[Reader]
+    ) -> "Prunable":
+        """Return `conv` as a prunable conv."""
+        area = conv.kernel_size[0] * conv.kernel_size[1]
+        return Prunable(name, conv.out_channels, conv.in_channels, area, norm, tuple(followers), tuple(readers))
+
 
 Finder = Callable[[str, nn.Conv2d], Prunable | str]  # gives what goes with a conv's channels, or why they cannot go
 
@@ -54,7 +62,7 @@ class Channels:
     costs: tuple[Cost, ...]
 
     def slices(self, active: Mapping[str, Tensor]) -> Slices:
-        """Return what every module runs on when layer `name` has only the channels active[name].
+        """Return the slices that all modules run on when layer `name` has only the channels active[name].
 
         Args:
             active: of every prunable conv, by name: sorted int64 indices (width,).
@@ -62,7 +70,7 @@ class Channels:
         return self._spread({x.name: active[x.name] for x in self.prunable if len(active[x.name]) < x.n_out})
 
     def frozen(self, pruned: Mapping[str, Tensor]) -> Slices:
-        """Return what every module leaves out when layer `name` is without the channels pruned[name].
+        """Return the slices that all modules leave out when layer `name` is without the channels pruned[name].
 
         Args:
             pruned: of every prunable conv, by name: sorted int64 indices (n_out - width,).

@@ -160,7 +160,7 @@ class Belonging:
 
 
 def of(model: nn.Module) -> Belonging | None:
-    """Return what this model has; None if it is neither a pruner's nor a copy of one."""
+    """Return the `Belonging` of this model; None if it is neither a pruner's nor a copy of one."""
     return next((hook for hook in model._state_dict_hooks.values() if isinstance(hook, Belonging)), None)
 
 

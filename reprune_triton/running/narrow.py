@@ -62,7 +62,7 @@ class Narrowing:
     def prepare(
         self, slices: Slices, frozen: Slices | None = None, forgotten: Slices | None = None, state: Any = None
     ) -> Setting:
-        """Return what `enforce` puts in force, for a `set` with these arguments. Until then nothing changes.
+        """Return the setting for these channels, as in `set`. Nothing changes until `enforce` is given it.
 
         Args:
             forgotten: the channels whose momentum is set to zero once.
@@ -108,7 +108,7 @@ class Narrowing:
 
     @property
     def state(self) -> Any:
-        """What the caller keeps with the channels in force."""
+        """The caller's own state, which goes with the channels in force."""
         return self.current.setting.state
 
     @state.setter

@@ -1,4 +1,4 @@
-"""What an event changes about a narrow model, put in force by one assignment."""
+"""The changes that an event makes to a narrow model, put in force by one assignment."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ Entries = list[tuple[nn.Parameter, int, Tensor]]  # (parameter, dimension, indic
 
 
 class Setting(NamedTuple):
-    """What an event changes. One assignment puts it in force, so an interrupt finds all of it done or nothing."""
+    """The changes of an event. One assignment puts them in force, so an interrupt finds all of them made or none."""
 
     number: int  # of the event: hooks of other numbers do nothing
     frozen: Entries
@@ -28,7 +28,7 @@ class Current:
         self.unfinished: Callable[[], None] | None = None  # the end of narrowing, until it is done
 
     def finish(self) -> None:
-        """Do the end that an interrupt has left undone; it can be done again."""
+        """Finish the end of narrowing where an interrupt has left it undone. It can be done again."""
         if self.unfinished is not None:
             self.unfinished()
             self.unfinished = None

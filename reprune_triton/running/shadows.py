@@ -172,7 +172,7 @@ class Shadow(Blind):
 
 
 class _Plan(NamedTuple):
-    """What is gathered for a forward of the whole model: under autocast more than without."""
+    """The tensors to gather for a forward of the whole model: under autocast more than without."""
 
     pack: Pack
     places: list[tuple[Mapping[str, Tensor | None], str, bool]]  # dict and key of a tensor; would autocast cast it?
