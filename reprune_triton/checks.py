@@ -106,7 +106,7 @@ def check_finite(tensors: Mapping[str, Tensor], epoch: int) -> None:
 
 
 class Watch:
-    """Watches that the model stays as the pruner found it, and that the optimizers the pruner knows train it."""
+    """A watch that the model stays as the pruner found it, and that only the pruner's optimizers train it."""
 
     def __init__(self, model: nn.Module, channels: Channels):
         self._model, self._names = model, [layer.name for layer in channels.prunable]

@@ -41,7 +41,7 @@ _outside_inference = torch.inference_mode(False)
 
 
 class _State(NamedTuple):
-    """How far a pruner is. An event replaces it in one assignment, together with the channels the model runs on."""
+    """The progress of a pruner. An event replaces it in one assignment, together with the channels of the model."""
 
     epoch: int
     history: list[Event]
@@ -51,7 +51,7 @@ class _State(NamedTuple):
 
 
 class REPrune:
-    """Prunes the channels of `model` while it trains.
+    """A pruner: it prunes the channels of `model` while it trains.
 
         pruner = REPrune(model, optimizer, example_inputs=x, sparsity=0.5, every=2, until=180)
         for epoch in range(epochs):

@@ -1,1 +1,1 @@
-"""From weights to the filters that stay: widths, clustering, cut, coverage, regrowth."""
+"""Selection, from weights to active filters: widths, clustering, cut, coverage, regrowth."""

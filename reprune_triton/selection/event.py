@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Request:
-    """What an event is to do.
+    """The inputs of an event.
 
     Attributes:
         layers: the prunable convs, in the pool's order.
@@ -65,7 +65,7 @@ class Request:
 
 
 class LayerOutcome(NamedTuple):
-    """What an event found for a layer."""
+    """The result of an event for one layer."""
 
     kept: int  # kept filters
     width: int  # active filters
@@ -75,7 +75,7 @@ class LayerOutcome(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an event decided."""
+    """The result of an event."""
 
     layers: list[LayerOutcome]
     rank: int  # of the threshold of the scales, see `Widths`
@@ -125,6 +125,7 @@ class PreparedEvent:
         for group in self._groups:
             for number in group.chosen:
                 mine[number] = True
+        # The most filters that a layer can keep, and that it can have by this process's draw.
         limits = [(layer.n, layer.n_out * own) for layer, own in zip(request.layers, mine, strict=True)]
         self._candidates, self._mine = to_device(limits, self.device).T.unbind()
         for group in self._groups:
@@ -272,7 +273,7 @@ def _nothing() -> None:
 
 
 class _Some:
-    """Some entries of a tensor's first dimension; None: all."""
+    """A choice of entries of a tensor's first dimension; None: all."""
 
     def __init__(self, index: Sequence[int] | None, device: torch.device):
         self._index = None if index is None else to_device(index, device)

@@ -1,4 +1,4 @@
-"""All filters of the prunable layers in one row, layer after layer, to be counted, ranked and sorted together.
+"""The filters of all prunable layers in one row, to be counted, ranked and sorted together.
 
 No method waits for the device: sizes that only the device knows stay tensors there.
 """

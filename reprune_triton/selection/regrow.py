@@ -1,4 +1,4 @@
-"""Which pruned filters come back (docs/method.md, step 6; Hou et al., "CHEX", CVPR 2022).
+"""Regrowth: which filters come back (docs/method.md, step 6; Hou et al., "CHEX", CVPR 2022).
 
     filters -> Gram matrix -> residual norms --Gumbel noise--> the largest come back
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Work(NamedTuple):
-    """What a process does of an event: the arguments of `launch.prepare`."""
+    """The part of an event that a process does: the arguments of `launch.prepare`."""
 
     layers: Sequence[Layer]
     linkage: str = "ward"
@@ -65,7 +65,7 @@ class Work(NamedTuple):
 
 
 def blank_cut(work: Work, by_triton: bool) -> Tensor:
-    """Return what `Steps.cut` does, for a process that has failed: any other process has more."""
+    """Return what `Steps.cut` does, for a process that has failed: no other process has less."""
     if by_triton:
         from reprune_triton.kernels.clustering import table
 

@@ -1,4 +1,4 @@
-"""How many filters each layer keeps (docs/method.md, step 1).
+"""Widths: how many filters each layer keeps (docs/method.md, step 1).
 
     |gamma| of all prunable layers, pooled --quantile--> threshold --count per layer--> widths
 
@@ -36,7 +36,7 @@ def keep_count(n: int, sparsity: float | str | Fraction) -> int:
 
 
 class Widths(NamedTuple):
-    """How many filters the layers have after an event."""
+    """The numbers of filters that the layers are to have after an event."""
 
     keep: Tensor  # (L,) int64: filters to keep
     width: Tensor  # (L,) int64: kept and regrown filters

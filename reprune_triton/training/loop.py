@@ -33,7 +33,7 @@ from reprune_triton.training.run import Record, Run, Signals
 
 @dataclass(frozen=True)
 class Result:
-    """What a training gives."""
+    """The result of a training."""
 
     model: nn.Module  # compact if it was pruned
     accuracy: float  # of that model on the test set, in [0, 1]

@@ -112,7 +112,7 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into `Stopped`, raised by `check` between batches. A second signal acts at once."""
+    """A guard that turns SIGTERM and SIGINT into `Stopped`, which `check` raises. A second signal acts at once."""
 
     def __init__(self) -> None:
         self.came: int | None = None
