@@ -54,9 +54,7 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
         RepruneError: for options that do not fit the device, the data or the model; for a loss that is not finite.
         Stopped: if SIGTERM or SIGINT came.
     """
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RepruneError("there is no CUDA device here: give --device cpu")
+    device = _device(options)
     graph = _graph(options, device)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -65,13 +63,7 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
         options.data, options.data_dir, batch=options.batch, seed=options.seed, device=str(device),
         workers=options.workers, size=options.size,
     )  # fmt: skip
-    model = models.build(options.model, data.classes, data.channels).to(device)
-    example = models.example_inputs(options.model, data.channels, data.size).to(device)
-    model, flops = thin(model, example, options) if options.paradigm == "scratch" else (model, 1.0)
-    if options.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if options.fuse:
-        model = fuse(model)
+    model, example, flops = _network(options, data, device)
     fused = graph or None  # only fused SGD reads the learning rate from a tensor
     optimizer = torch.optim.SGD(_groups(model, options), options.lr, options.momentum, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
@@ -130,6 +122,25 @@ def train(options: Options, on_epoch: Callable[[Record], None] | None = None, qu
         _save(slim, options, data, accuracy, flops)
     seconds, event_seconds = (sum(line[key] for line in log) for key in ("seconds", "event_seconds"))
     return Result(slim, accuracy, flops, seconds, event_seconds, pruner, log)
+
+
+def _device(options: Options) -> torch.device:
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RepruneError("there is no CUDA device here: give --device cpu")
+    return device
+
+
+def _network(options: Options, data: Data, device: torch.device) -> tuple[nn.Module, torch.Tensor, float]:
+    """Return the network to train, example inputs for its analysis, and its share of the dense network's FLOPs."""
+    model = models.build(options.model, data.classes, data.channels).to(device)
+    example = models.example_inputs(options.model, data.channels, data.size).to(device)
+    model, flops = thin(model, example, options) if options.paradigm == "scratch" else (model, 1.0)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if options.fuse:
+        model = fuse(model)
+    return model, example, flops
 
 
 def _save(slim: nn.Module, options: Options, data: Data, accuracy: float, flops: float) -> None:
