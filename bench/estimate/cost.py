@@ -28,9 +28,6 @@ from reprune_triton.selection import reference
 
 # H100 SXM, from its data sheet; the clock is the boost clock, which a real run may not hold.
 MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.755e9
-# Of one multiprocessor, from NVIDIA's tables of compute capability 9.0; registers are handed out 256 to a warp.
-REGISTERS, WARPS, PROGRAMS, SHARED = 65536, 64, 32, 228 << 10
-SHARED_RESERVED = 1024  # bytes of shared memory that every program takes on top of its own
 SAMPLED = 2  # problems per shape whose rounds are counted
 KEPT = 0.5  # of the filters, where the cut is taken whose climbing is counted
 
@@ -58,49 +55,18 @@ class Code(NamedTuple):
     loops: list[Loop]
 
 
-class Binary(NamedTuple):
-    """A configuration as it is compiled."""
-
-    lines: list[str]  # of the disassembly: instructions with their predicates, and labels as 'LABEL:'
-    registers: int  # per thread
-    shared: int  # bytes
-
-
 class Part(NamedTuple):
     """One launch, or the share of a layer shape in it."""
 
     kernel: str  # with its configuration
     shape: str
-    launch: str  # parts of one launch have the same
     problems: int  # programs; of magnitude, one for each filter
     instructions: float  # of all warps
-    alone_ms: float  # of one problem of the largest shape
-    resident: int  # programs that fit in one multiprocessor at once
 
     @property
     def ms(self) -> float:
+        """The issue-bound floor on an H100."""
         return self.instructions / (MULTIPROCESSORS * SCHEDULERS * CLOCK) * 1e3
-
-
-class Estimate(NamedTuple):
-    """Issue-bound floor of an event on an H100."""
-
-    parts: list[Part]
-
-    @property
-    def ms(self) -> float:
-        return sum(part.ms for part in self.parts)
-
-    @property
-    def serial_ms(self) -> float:
-        """The same, but no launch ends before a problem of its largest shape does. Launches follow each other."""
-        launches = [[part for part in self.parts if part.launch == name] for name in {p.launch for p in self.parts}]
-        return sum(max(sum(part.ms for part in some), max(part.alone_ms for part in some)) for some in launches)
-
-    def fills(self, launch: str) -> bool:
-        """Whether this launch has a program for every place on the GPU."""
-        some = [part for part in self.parts if part.launch == launch]
-        return sum(part.problems for part in some) >= some[0].resident * MULTIPROCESSORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,37 +86,26 @@ def run(args: argparse.Namespace) -> None:
         "algorithm": args.algorithm, "target": args.target, "seed": args.seed,
         "assumed": f"{MULTIPROCESSORS} multiprocessors, {SCHEDULERS} instructions a cycle each, {CLOCK / 1e9} GHz",
     }  # fmt: skip
-    columns = ("kernel", "layers", "problems", "M instructions", "at once", "estimated ms", "estimated alone, ms")
     table = terminal.table(
         f"Estimated, not measured: clustering and cut of {args.model} on an H100 ({args.linkage})",
-        columns, ("kernel", "layers"),
+        ("kernel", "layers", "problems", "M instructions", "estimated ms"), ("kernel", "layers"),
         f"Instructions of the machine code for {args.target} times rounds counted on the CPU, if every "
-        f"scheduler issued in every cycle ({settings['assumed']}). Memory, barriers and launches come on top. Alone: "
-        "one problem of the row's largest shape, if each of its warps issued in every cycle; no launch can end sooner, "
-        "which the total of that column counts in. *: in a launch of fewer programs than the GPU has places for.",
+        f"scheduler issued in every cycle ({settings['assumed']}). Memory, barriers and launches come on top, and a "
+        "launch of few problems does not fill the GPU.",
     )  # fmt: skip
-    for part in found.parts:
-        fills = found.fills(part.launch)
-        at_once = f"{min(part.problems, part.resident * MULTIPROCESSORS):,}{'' if fills else ' *'}"
-        cells = (f"{part.problems:,}", f"{part.instructions / 1e6:.1f}", at_once)
-        table.add_row(part.kernel, part.shape, *cells, f"{part.ms:.3f}", f"{part.alone_ms:.3f}")
-        figures = {"estimated_ms": part.ms, "warp_instructions": part.instructions, "problems": part.problems,
-                   "alone_ms": part.alone_ms, "per_multiprocessor": part.resident, "fills": fills}  # fmt: skip
-        rows.append(args.json, settings | {"row": part.kernel, "shape": part.shape} | figures)
-    table.add_section()
-    instructions = sum(part.instructions for part in found.parts)
-    problems = sum(layer.columns for layer in layers)
-    times = f"{found.ms:.3f}", f"{found.serial_ms:.3f}"
-    table.add_row("total", f"{len(layers)}", f"{problems:,}", f"{instructions / 1e6:.1f}", "", *times)
-    figures = {"estimated_ms": found.ms, "warp_instructions": instructions, "problems": problems,
-               "serial_ms": found.serial_ms}  # fmt: skip
-    rows.append(args.json, settings | {"row": "total", "layers": len(layers)} | figures)
+    total = Part("total", str(len(layers)), sum(layer.columns for layer in layers), sum(x.instructions for x in found))
+    for part in [*found, total]:
+        figures = {"estimated_ms": part.ms, "warp_instructions": part.instructions, "problems": part.problems}
+        about = {"layers": len(layers)} if part is total else {"shape": part.shape}
+        rows.append(args.json, settings | {"row": part.kernel} | about | figures)
+        cells = (f"{part.problems:,}", f"{part.instructions / 1e6:.1f}", f"{part.ms:.3f}")
+        table.add_row(part.kernel, part.shape, *cells, end_section=part is found[-1])
     terminal.console(160).print(table)
 
 
 def estimate(
     layers: Sequence[ops.Layer], linkage: str = "ward", algorithm: str = "auto", target: str = "sm_90"
-) -> Estimate:
+) -> list[Part]:
     """Estimate the issue-bound floor of `ops.cluster_network` on an H100, by launch and shape of the layers.
 
     Rounds are counted on the weights of the first layer of every shape.
@@ -172,15 +127,12 @@ def estimate(
         constants = ", ".join(f"{name} {value}" for name, value in config.constants)
         name = f"{config.kernel.__name__.removesuffix('_kernel')} ({constants}; {config.warps} warps)"
         total = config.warps * sum(count * each for count, each in pairs)
-        alone = max(each for _, each in pairs) / CLOCK * 1e3
-        launched = f"{name} {shape.partition(', ')[2]}"  # a launch is of one kernel area
-        problems, places = sum(count for count, _ in pairs), resident(compiled[config][0], config.warps)
-        return Part(name, shape, launched, problems, total, alone, places)
+        return Part(name, shape, sum(count for count, _ in pairs), total)
 
     samples = {shape: _sample(some[0], linkage, config) for (shape, some), config in zip(ordered, configs, strict=True)}
     columns = {shape: sum(layer.columns for layer in some) for shape, some in ordered}
     fixed = launch.MAGNITUDE, launch.CUT_HEIGHT, launch.LABEL
-    magnitude, cut_height, label = (compiled[config][1] for config in fixed)
+    magnitude, cut_height, label = (compiled[config] for config in fixed)
     filters = [(layer.n, _magnitude(magnitude, layer.columns * layer.d, **dict(launch.MAGNITUDE.constants)))
                for layer in layers]  # fmt: skip
     parts = [part(launch.MAGNITUDE, "all", filters)]
@@ -189,19 +141,12 @@ def estimate(
         of_kernel = {"reciprocal_kernel": _reciprocal, "line_kernel": _line, "chain_kernel": _chain}
         n, d = shape
         count = of_kernel[config.kernel.__name__]
-        each = count(compiled[config][1], work=samples[shape].work, n=n, d=d, **dict(config.constants))
+        each = count(compiled[config], work=samples[shape].work, n=n, d=d, **dict(config.constants))
         parts.append(part(config, f"{len(some)} of n {n}, d {d}", [(columns[shape], each)]))
     block = dict(launch.CUT_HEIGHT.constants)
     heights = [(count, _cut_height(cut_height, n, **block)) for (n, _), count in columns.items()]
     labels = [(count, _label(label, samples[shape].climbs)) for shape, count in columns.items()]
-    return Estimate([*parts, part(launch.CUT_HEIGHT, "all", heights), part(launch.LABEL, "all", labels)])
-
-
-def resident(binary: Binary, warps: int) -> int:
-    """Return how many programs fit in one multiprocessor at once."""
-    of_registers = REGISTERS // (-(-binary.registers * 32 // 256) * 256 * warps)
-    of_shared = SHARED // (binary.shared + SHARED_RESERVED)
-    return min(of_registers, of_shared, WARPS // warps, PROGRAMS)
+    return [*parts, part(launch.CUT_HEIGHT, "all", heights), part(launch.LABEL, "all", labels)]
 
 
 # Machine code
@@ -279,20 +224,22 @@ def _loops(code: Sequence[str], after: Sequence[Sequence[int]]) -> tuple[int, li
     return len(flow) - len(set().union(*bodies.values())), inside(set(flow) | {-1})
 
 
-_known: dict[tuple[Any, str], tuple[Binary, Code]] = {}
+_known: dict[tuple[Any, str], Code] = {}
 
 
-def _compiled(configs: Sequence[Any], target: str) -> dict[Any, tuple[Binary, Code]]:
+def _compiled(configs: Sequence[Any], target: str) -> dict[Any, Code]:
     """Compile each configuration once."""
     for config in configs:
         if (config, target) not in _known:
-            built = binary(config, target)
-            _known[config, target] = built, parse(built.lines)
+            _known[config, target] = parse(machine_code(config, target))
     return {config: _known[config, target] for config in configs}
 
 
-def binary(config: Any, target: str) -> Binary:
-    """Compile and disassemble. `compiled.machine_codes` leaves out the predicates, by which branches are told apart."""
+def machine_code(config: Any, target: str) -> list[str]:
+    """Compile and disassemble; return instructions with their predicates, and labels as 'LABEL:'.
+
+    `compiled.machine_codes` leaves out the predicates, by which branches are told apart.
+    """
     from reprune_triton.kernels import compiled, probe
 
     if probe.INTERPRETED:
@@ -304,9 +251,7 @@ def binary(config: Any, target: str) -> Binary:
         file.flush()
         text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^(\.L_x_\d+:)|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text, re.M)
-    lines = [label or instruction for label, instruction in found]
-    used = compiled.resources(built, lines)
-    return Binary(lines, used.registers, used.shared)
+    return [label or instruction for label, instruction in found]
 
 
 # Instructions of one warp of one program

@@ -442,11 +442,11 @@ def add_floor(console: Console, parts: list[Part], args: argparse.Namespace) -> 
     for part in parts:
         if part.row not in ("layer", "1x1 on the CPU"):
             try:
-                part.figures["floor_ms"] = floor = cost.estimate(part.layers, args.linkage, args.algorithm).ms
+                floor = sum(x.ms for x in cost.estimate(part.layers, args.linkage, args.algorithm))
             except Exception as error:  # measurements on a lent GPU must not be lost over an estimate
                 console.print(f"No estimate of the floor: {type(error).__name__}: {error}", markup=False)
                 return
-            part.figures["share"] = floor / 1e3 / part.figures["cluster_s"]
+            part.figures |= {"floor_ms": floor, "share": floor / 1e3 / part.figures["cluster_s"]}
 
 
 def lines(

@@ -247,7 +247,7 @@ def test_floor_of_the_sums(monkeypatch, capsys):
 
     def computed(*given):
         asked.append(given)
-        return types.SimpleNamespace(ms=100.0)
+        return [types.SimpleNamespace(ms=30.0), types.SimpleNamespace(ms=70.0)]
 
     cost = types.SimpleNamespace(estimate=computed)
     monkeypatch.setitem(sys.modules, "reprune_triton.bench.estimate.cost", cost)
