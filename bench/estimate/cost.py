@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         f"scheduler issued in every cycle ({settings['assumed']}). Memory, barriers and launches come on top, and a "
         "launch of few problems does not fill the GPU.",
     )  # fmt: skip
-    total = Part("total", str(len(layers)), sum(layer.columns for layer in layers), sum(x.instructions for x in found))
+    total = Part("total", str(len(layers)), sum(layer.problems for layer in layers), sum(x.instructions for x in found))
     for part in [*found, total]:
         figures = {"estimated_ms": part.ms, "warp_instructions": part.instructions, "problems": part.problems}
         about = {"layers": len(layers)} if part is total else {"shape": part.shape}
@@ -130,10 +130,10 @@ def estimate(
         return Part(name, shape, sum(count for count, _ in pairs), total)
 
     samples = {shape: _sample(some[0], linkage, config) for (shape, some), config in zip(ordered, configs, strict=True)}
-    columns = {shape: sum(layer.columns for layer in some) for shape, some in ordered}
+    columns = {shape: sum(layer.problems for layer in some) for shape, some in ordered}
     fixed = launch.MAGNITUDE, launch.CUT_HEIGHT, launch.LABEL
     magnitude, cut_height, label = (compiled[config] for config in fixed)
-    filters = [(layer.n, _magnitude(magnitude, layer.columns * layer.d, **dict(launch.MAGNITUDE.constants)))
+    filters = [(layer.n, _magnitude(magnitude, layer.problems * layer.d, **dict(launch.MAGNITUDE.constants)))
                for layer in layers]  # fmt: skip
     parts = [part(launch.MAGNITUDE, "all", filters)]
     for (shape, some), config in zip(ordered, configs, strict=True):

@@ -114,7 +114,7 @@ def measure(console: Console, layers: list[ops.Layer], draft: rows.Draft, args: 
     parts = [total] if args.total else [*parts, total]
     impl = "+".join(sorted({"triton" if problems.uses_triton(layer, args.impl) else "reference" for layer in layers}))
 
-    warm_up = layers[0]._replace(inputs=torch.arange(min(2, layers[0].columns)))
+    warm_up = layers[0]._replace(inputs=torch.arange(min(2, layers[0].problems)))
     ops.cluster_network([warm_up], [keeps[warm_up.name]], args.linkage, args.impl, args.algorithm)
     total.figures, results = time_ours(layers, keeps, args)
     peers = Peers(layers, args)
@@ -428,7 +428,7 @@ def add_rounds(parts: list[Part], layers: list[ops.Layer], args: argparse.Namesp
     from reprune_triton.kernels.clustering import launch
 
     rounds = launch.cluster(launch.prepare(layers, args.linkage, args.algorithm)).work[:, 0].cpu()
-    split = rounds.split([layer.columns for layer in layers])
+    split = rounds.split([layer.problems for layer in layers])
     of_layer = {layer.name: some for layer, some in zip(layers, split, strict=True)}
     for part in parts:
         if part.row != "1x1 on the CPU":
@@ -457,16 +457,16 @@ def lines(
         "benchmark": "event", "model": args.model, "rule": args.layers, "sparsity": args.sparsity,
         "linkage": args.linkage, "impl": impl, "algorithm": args.algorithm, "seed": args.seed, "repeat": args.repeat,
         "inputs": args.inputs, "peer_channels": args.channels, "checked": bool(peers.names),
-        "extrapolated": args.channels is not None and any(args.channels < x.columns for p in parts for x in p.layers),
+        "extrapolated": args.channels is not None and any(args.channels < x.problems for p in parts for x in p.layers),
         "near_ties": len(peers.doubts.near_ties), "undecided": len(peers.doubts.undecided),
     }  # fmt: skip
     found = []
     for part in parts:
-        about: dict[str, Any] = {"layers": len(part.layers), "problems": sum(layer.columns for layer in part.layers)}
+        about: dict[str, Any] = {"layers": len(part.layers), "problems": sum(layer.problems for layer in part.layers)}
         if part.row == "layer":
             (layer,) = part.layers
             n_out, _, kh, kw = layer.weight.shape
-            about = {"layer": layer.name, "n_out": n_out, "n_in": layer.columns, "kh": kh, "kw": kw}
+            about = {"layer": layer.name, "n_out": n_out, "n_in": layer.problems, "kh": kh, "kw": kw}
             about["keep"] = keeps[layer.name]
         own = plain_settings(args) | {"cuda": None} if part.row == "1x1 on the CPU" else {}
         if part.figures:

@@ -60,15 +60,15 @@ class Peers:
         self._spent: dict[tuple[str, str], float] = {}
         random, first = np.random.default_rng(args.seed), 0
         for layer in layers:
-            sampled = layer.columns if args.channels is None else min(args.channels, layer.columns)
-            chosen = np.sort(random.choice(layer.columns, sampled, replace=False))
+            sampled = layer.problems if args.channels is None else min(args.channels, layer.problems)
+            chosen = np.sort(random.choice(layer.problems, sampled, replace=False))
             points = layer.points()[torch.from_numpy(chosen).to(layer.weight.device)].double().cpu().numpy()
             self._first[layer.name], self._chosen[layer.name] = first, (chosen, points)
-            first += layer.columns
+            first += layer.problems
             for name, peer in peers.items():
                 started = time.perf_counter()
                 self._theirs[layer.name, name] = [peer(x) for x in points]
-                self._spent[layer.name, name] = (time.perf_counter() - started) * layer.columns / sampled
+                self._spent[layer.name, name] = (time.perf_counter() - started) * layer.problems / sampled
 
     def check(self, results: Mapping[str, Result]) -> None:
         """Raise where these results, by layer, are not theirs; see `check_same`."""

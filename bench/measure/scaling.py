@@ -142,7 +142,7 @@ def against_scipy(
     peer = peers.find_peers(args.linkage).get("SciPy")
     if peer is None:
         return None, 0, 0
-    order = np.random.default_rng(args.seed).permutation(layer.columns)[:8]
+    order = np.random.default_rng(args.seed).permutation(layer.problems)[:8]
     spent: list[float] = []
     near_ties: set[int] = set()
     while len(spent) < len(order) and sum(spent) < args.seconds:

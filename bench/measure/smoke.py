@@ -389,7 +389,7 @@ def clustering(args: argparse.Namespace) -> Iterator[Check]:
     def clustered(layer: ops.Layer, algorithm: str) -> Found:
         (found,) = ops.cluster_network([layer], [(layer.n + 1) // 2], "ward", "triton", algorithm)
         points, theirs = wanted(layer.name)
-        peers.check_same(layer.name, points, theirs, np.arange(layer.columns), *found)
+        peers.check_same(layer.name, points, theirs, np.arange(layer.problems), *found)
         return 0.0, 0.0
 
     def magnitude(layer: ops.Layer) -> Found:

@@ -85,11 +85,11 @@ class Layer(Protocol):
     @property
     def filters(self) -> Tensor | None: ...  # (n,) int64, the active filters; None: all
     @property
-    def inputs(self) -> Tensor | None: ...  # (columns,) int64, the active input channels; None: all
+    def inputs(self) -> Tensor | None: ...  # (problems,) int64, the active input channels; None: all
     @property
     def n(self) -> int: ...
     @property
-    def columns(self) -> int: ...  # problems
+    def problems(self) -> int: ...  # active input channels
     @property
     def d(self) -> int: ...  # kh * kw
 
@@ -192,12 +192,12 @@ def rows_and_launches(
     be larger than SCRATCH_BYTES. A layer that is divided among launches has a row for each, after those of all layers.
     """
     if shares is None:
-        shares = [(0, layer.columns) for layer in layers]
+        shares = [(0, layer.problems) for layer in layers]
     rows: list[table.Row] = []
     groups: dict[tuple[Configuration, int], list[int]] = {}
     problem = forest = first = 0
     for number, layer in enumerate(layers):
-        weight, n, d, columns = layer.weight, layer.n, layer.d, layer.columns
+        weight, n, d, columns = layer.weight, layer.n, layer.d, layer.problems
         config = configuration(n, d, linkage, algorithm)
         groups.setdefault((config, d), []).append(number)
         stride_out, stride_in, stride_h, stride_w = weight.stride()
@@ -258,7 +258,7 @@ def prepare(
     seeds: (tie_seed, draw_seed) for every layer, of random bits in its coverage and its regrowth; 0 by default.
     """
     if shares is None:
-        shares = [(0, layer.columns) for layer in layers]
+        shares = [(0, layer.problems) for layer in layers]
     rows, launches = rows_and_launches(layers, linkage, algorithm, shares, seeds)
     everyone = range(len(layers))
     # The layer with most steps and problems goes first: it is the last to end.
@@ -268,7 +268,7 @@ def prepare(
         table.owners((number, *share) for number, share in enumerate(shares)),
         table.owners((number, 0, 1) for number in everyone),
         table.owners((number, 0, 1) for number in chosen),
-        table.owners((number, 0, layers[number].columns) for number in chosen),
+        table.owners((number, 0, layers[number].problems) for number in chosen),
         *(table.owners(launch.parts) for launch in launches),
     ]
     own_table, filters, problems, all_layers, chosen_layers, chosen_problems, *owners = table.tables_to_device(
@@ -277,8 +277,8 @@ def prepare(
     sizes = Sizes(
         layers=len(layers),
         filters=sum(layer.weight.shape[0] for layer in layers),
-        points=sum(layer.n * layer.columns for layer in layers),
-        problems=sum(layer.columns for layer in layers),
+        points=sum(layer.n * layer.problems for layer in layers),
+        problems=sum(layer.problems for layer in layers),
         # Launches follow each other on one stream, so they can share their scratch memory.
         floats=max((launch.floats for launch in launches), default=0),
         ints=max((launch.ints for launch in launches), default=0),

@@ -296,14 +296,14 @@ class _Group:
         self._request, self.by_triton = request, by_triton
         self.numbers = list(range(len(request.layers))) if numbers is None else numbers
         layers = [checked(request.layers[number]) for number in self.numbers]
-        size, columns = share.size, [layer.columns for layer in layers]
+        size, problems = share.size, [layer.problems for layer in layers]
         cost = [_cost(layer, request.linkage) for layer in layers]
-        owner = ranks.owners([layer.n * layer.columns + request.regrow * layer.n_out**3 for layer in layers], size)
+        owner = ranks.owners([layer.n * layer.problems + request.regrow * layer.n_out**3 for layer in layers], size)
         chosen = [local for local, rank in enumerate(owner) if rank == share.rank]
         self.chosen = [self.numbers[local] for local in chosen]
         self.work = steps.Work(
             layers, request.linkage,
-            shares=None if size == 1 else ranks.shares(columns, cost, share.rank, size),
+            shares=None if size == 1 else ranks.shares(problems, cost, share.rank, size),
             chosen=None if size == 1 else chosen,
             seeds=[request.seeds[number] for number in self.numbers],
         )  # fmt: skip

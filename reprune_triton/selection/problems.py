@@ -40,7 +40,7 @@ class Layer(NamedTuple):
         return (self.weight if self.filters is None else self.filters).shape[0]
 
     @property
-    def columns(self) -> int:
+    def problems(self) -> int:
         """Number of problems, P: active input channels."""
         return self.weight.shape[1] if self.inputs is None else self.inputs.shape[0]
 
@@ -170,8 +170,8 @@ def checked(layer: Layer) -> Layer:
                 f"{name}: {what} must be a tensor of indices, one-dimensional and of integers "
                 "(of a mask: mask.nonzero().squeeze(1))."
             )
-    if 0 in (layer.n, layer.columns, layer.d):
-        raise RepruneError(f"{name} has {layer.n} filters, {layer.columns} inputs and kernels of {layer.d} numbers; "
+    if 0 in (layer.n, layer.problems, layer.d):
+        raise RepruneError(f"{name} has {layer.n} filters, {layer.problems} inputs and kernels of {layer.d} numbers; "
                            "at least one of each is needed to cluster.")  # fmt: skip
     working_dtype(weight, name)
     indices = [i if i is None else i.to(weight.device, torch.int64).contiguous() for i in (layer.filters, layer.inputs)]

@@ -45,7 +45,7 @@ class Work(NamedTuple):
 
     @property
     def points(self) -> int:
-        return sum(layer.n * layer.columns for layer in self.layers)
+        return sum(layer.n * layer.problems for layer in self.layers)
 
     @property
     def filters(self) -> int:
@@ -59,7 +59,7 @@ class Work(NamedTuple):
         """Yield every layer with its places among the points and among the filters of all layers."""
         point = first = 0
         for layer in self.layers:
-            points, filters = layer.n * layer.columns, layer.n_out
+            points, filters = layer.n * layer.problems, layer.n_out
             yield layer, slice(point, point + points), slice(first, first + filters)
             point, first = point + points, first + filters
 
@@ -110,7 +110,7 @@ def _chosen(
         if work.chosen is None or number in work.chosen:
             active = torch.arange(layer.n_out, device=kept.device) if layer.filters is None else layer.filters.long()
             active = filters.start + active
-            kept[active], totals[number] = choose(number, labels[points].view(layer.columns, layer.n), active)
+            kept[active], totals[number] = choose(number, labels[points].view(layer.problems, layer.n), active)
     return kept, totals
 
 
@@ -305,8 +305,8 @@ class Triton:
         return found
 
     def results(self, labels: Tensor | None) -> list[tuple[Merges, Clusters | None]]:
-        shapes = [(layer.columns, layer.n) for layer in self.work.layers]
-        sizes = [columns * n for columns, n in shapes]
+        shapes = [(layer.problems, layer.n) for layer in self.work.layers]
+        sizes = [problems * n for problems, n in shapes]
         parents, heights = self._forests.parent.split(sizes), self._forests.height.split(sizes)
         own = None if labels is None else labels.split(sizes)
         found: list[tuple[Merges, Clusters | None]] = []

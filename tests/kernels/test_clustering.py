@@ -685,7 +685,7 @@ def resnet50() -> list[ops.Layer]:
 
 def test_memory_of_a_resnet50_event():
     layers = resnet50()
-    assert sum(layer.columns for layer in layers) == 16896
+    assert sum(layer.problems for layer in layers) == 16896
     for method, algorithm in (("ward", "auto"), ("ward", "reciprocal"), ("ward", "chain"), ("average", "auto")):
         _, launches = launch.rows_and_launches(layers, method, algorithm)
         assert max(part.floats + part.ints for part in launches) * 4 <= 256 * 10**6 * 1.05, (method, algorithm)

@@ -81,7 +81,7 @@ class Network:
             inputs = None if number else torch.arange(1, n_in).to(device)
             weight = torch.randn(n_out, n_in, 1, 2, generator=generator).to(device)
             self.layers.append(ops.Layer(weight, filters, inputs, f"conv{number}"))
-            self.labels.append(labels_of(self.layers[-1].columns, self.layers[-1].n, 5, number, device))
+            self.labels.append(labels_of(self.layers[-1].problems, self.layers[-1].n, 5, number, device))
         self.flat = torch.cat([own.flatten() for own in self.labels])
         self.keep = torch.tensor([4, 20, 1], dtype=torch.int32, device=device)  # of the second more than there are
         self.seeds = [(11, 2**35), (2**50, 0), (7, 2**62)]
@@ -140,11 +140,11 @@ def test_members_places_and_words_describe_the_clusters(device):
     found = launch.membership(prepared, report, network.flat)
     start = 0
     for layer, labels in zip(network.layers, network.labels, strict=True):
-        stop = start + layer.n * layer.columns
+        stop = start + layer.n * layer.problems
         words, members = (
-            part[start:stop].view(layer.columns, layer.n).tolist() for part in (found.cluster, found.member)
+            part[start:stop].view(layer.problems, layer.n).tolist() for part in (found.cluster, found.member)
         )
-        places = found.place[start:stop].view(layer.n, layer.columns).tolist()
+        places = found.place[start:stop].view(layer.n, layer.problems).tolist()
         for j, row in enumerate(labels.tolist()):
             for i, label in enumerate(row):
                 others = {k for k, other in enumerate(row) if other == label}
@@ -177,7 +177,7 @@ def test_two_shares_are_the_whole(device):
     keep = torch.tensor([4, 9, 6], dtype=torch.int32, device=device)
     whole = launch.prepare(network.layers)
     report, labels = cut(whole)
-    columns = [layer.columns for layer in network.layers]
+    columns = [layer.problems for layer in network.layers]
     shares = [[(0, 2), (0, 6), (0, 0)], [(2, columns[0]), (6, 6), (0, 1)]]
     parts = [launch.prepare(network.layers, shares=share) for share in shares]
     both = torch.maximum(*(cut(part)[0] for part in parts))
