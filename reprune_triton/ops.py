@@ -34,7 +34,7 @@ from reprune_triton.selection.problems import (
     kernel_points,
     uses_triton,
 )
-from reprune_triton.selection.reference import LINKAGES, TIES
+from reprune_triton.selection.reference import LINKAGES, SCORED, TIES
 from reprune_triton.selection.widths import keep_count
 
 __all__ = [
@@ -174,7 +174,7 @@ def cover(
             f"{_MAX_CHANNELS - 1} channels fit in the sort key. Leave this layer out of pruning."
         )
     _check_keep(keep, n_out)
-    if tie in ("norm", "gamma"):
+    if tie in SCORED:
         if score is None:
             raise RepruneError(f'tie="{tie}" needs score, one number per filter; pass it or use tie="random".')
         if score.shape != (n_out,):
@@ -191,7 +191,7 @@ def cover(
     value, member = labels.sort(dim=1, stable=True)
     number = torch.nn.functional.pad((value[:, 1:] != value[:, :-1]).long().cumsum(1), (1, 0))  # from 0, any integers
     ranked = None if tie == "random" else torch.zeros(n_out, dtype=torch.int32, device=labels.device)
-    if score is not None and tie in ("norm", "gamma"):
+    if score is not None and tie in SCORED:
         ranked = Pool([n_out], labels.device).ranked(score)
     found = launch.cover_layer(torch.empty_like(number).scatter_(1, member, number).int(), keep, seed, ranked)
     covered, clusters = found.totals[0].tolist()

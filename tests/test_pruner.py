@@ -46,7 +46,7 @@ def prune(model, optimizer, epochs=4, **options):
 
 
 def by_the_book(weight, keep):
-    """SPEC steps 2 to 5 for one layer with SciPy and Python sets; ties to the lowest index."""
+    """Steps 2 to 5 of docs/method.md for one layer with SciPy and Python sets; ties to the lowest index."""
     n, n_in = weight.shape[:2]
     c = n - keep
     trees = [linkage(weight[:, j].flatten(1).double().numpy(), "ward") for j in range(n_in)]

@@ -332,7 +332,8 @@ def cut(parent: torch.Tensor, height: torch.Tensor, keep: int) -> tuple[torch.Te
 
 INDEX_BITS, TIE_BITS = 12, 31  # the sort key of a filter: gain | tie | reversed index
 _TIE_BLOCK = 1 << 16  # random bits drawn ahead
-TIES = ("random", "index", "norm", "gamma")
+SCORED = ("norm", "gamma")  # by a score of every filter, the larger first
+TIES = ("random", "index", *SCORED)
 
 
 def cover(
@@ -365,7 +366,7 @@ def cover(
 
     index = torch.arange(n_out, device=device)
     low_bits = (1 << INDEX_BITS) - 1 - index
-    if tie in ("norm", "gamma"):
+    if tie in SCORED:
         assert score is not None
         low_bits += score.unique(return_inverse=True)[1] << INDEX_BITS
     steps = min(keep, max(1, _TIE_BLOCK // n_out))
