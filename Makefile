@@ -11,11 +11,13 @@ BIN := .venv/bin
 demo: .venv/.train
 	$(BIN)/python -m reprune_triton.bench demo
 
-# What takes seconds. The tests are those that neither compile nor interpret kernels.
-QUICK := training/test_data training/test_models selection/test_ops_errors selection/test_pool selection/test_regrow \
-    selection/test_widths test_guard test_rooms bench/test_bench_rows
+# A minute on two cores: the tests that neither compile nor interpret kernels, but for the slowest.
+QUICK := selection/test_definition selection/test_ops_errors selection/test_pool selection/test_regrow \
+    selection/test_widths fused/test_dispatch running/test_chains running/test_channels running/test_copies \
+    running/test_interrupts running/test_layers running/test_optimizers bench/test_bench_report bench/test_bench_rows \
+    test_checked test_guard test_readme test_rooms
 check: lint
-	$(BIN)/python -m pytest -q $(QUICK:%=tests/%.py)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 tests/training $(QUICK:%=tests/%.py)
 
 # Which tests stay together in one process: tests/conftest.py.
 test: lint
