@@ -344,19 +344,15 @@ def _without_checkpoints() -> Iterator[None]:
     checkpoint = torch.utils.checkpoint
     names = ("_checkpoint_impl", "_checkpoint_without_reentrant_generator")  # by version of torch
     own = {name: getattr(checkpoint, name) for name in names if hasattr(checkpoint, name)}
-    apply = checkpoint.CheckpointFunction.__dict__.get("apply")
     try:
         for name in own:
             setattr(checkpoint, name, refuse)
-        checkpoint.CheckpointFunction.apply = refuse
+        checkpoint.CheckpointFunction.apply = refuse  # hides the one that it inherits
         yield
     finally:
         for name, function in own.items():
             setattr(checkpoint, name, function)
-        if apply is None:
-            del checkpoint.CheckpointFunction.apply
-        else:
-            checkpoint.CheckpointFunction.apply = apply
+        del checkpoint.CheckpointFunction.apply
 
 
 def take_in(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.Node]:
